@@ -1,0 +1,229 @@
+"""Every setting of a run, once: name, type, default, meaning.
+
+A field `num_layers` is the flag `--num-layers` and the YAML key `num-layers`. Names are Megatron-LM's where it has
+one, DeepSpeed's for ZeRO, and our own for Mixture-of-Recursions. This file only declares; `validate.py` checks how
+fields fit together and `cli.py` reads them. A field's docstring is its `--help` text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+SharingStrategy = Literal["cycle", "sequence", "middle_cycle", "middle_sequence"]
+Routing = Literal["none", "expert_choice", "token_choice"]
+KVMode = Literal["caching", "sharing", "sharing_update"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Decoder shape (LLaMA family: RMSNorm, SwiGLU, RoPE, no biases)."""
+
+    num_layers: int = 8
+    """Unrolled depth: virtual layers that a token of full depth passes."""
+    hidden_size: int = 256
+    """Width of the residual stream, H."""
+    ffn_hidden_size: int = 704
+    """Inner width of the SwiGLU feed-forward."""
+    num_attention_heads: int = 4
+    """Query heads."""
+    group_query_attention: bool = False
+    """Use grouped-query attention with --num-query-groups key/value heads."""
+    num_query_groups: int | None = None
+    """Key/value heads when --group-query-attention is set."""
+    kv_channels: int | None = None
+    """Width of one head; default hidden-size / num-attention-heads."""
+    max_position_embeddings: int = 2048
+    """Longest sequence the model may see."""
+    norm_epsilon: float = 1e-5
+    """RMSNorm epsilon."""
+    rotary_base: float = 10000.0
+    """RoPE theta."""
+    init_method_std: float = 0.02
+    """Every linear, embedding and router weight starts from N(0, std^2) (MoR: no depth scaling)."""
+    untie_embeddings_and_output_weights: bool = False
+    """Give the LM head its own weight instead of the embedding's."""
+    vocab_size: int | None = None
+    """Vocabulary before padding; default: the tokenizer's."""
+    make_vocab_size_divisible_by: int = 128
+    """The embedding is padded to a multiple of this."""
+
+
+@dataclass(frozen=True)
+class RecursionConfig:
+    """What makes it Mixture-of-Recursions: sharing, routing, key/value strategy and router losses."""
+
+    num_recursions: int = 1
+    """Nr: applications of the shared block; 1 with routing none is a vanilla Transformer."""
+    sharing_strategy: SharingStrategy = "middle_cycle"
+    """Which virtual layers share a physical one (paper, table 1); middle_* keeps the first and last layer unique."""
+    depth_rounding: Literal["error", "down", "up"] = "error"
+    """What to do when Nr does not divide the shared depth."""
+    routing: Routing = "none"
+    """expert_choice: each recursion picks tokens; token_choice: each token picks its depth; none: every token, every
+    recursion."""
+    kv_mode: KVMode = "caching"
+    """caching: keys/values of a recursion's own tokens; sharing: those of recursion 0 for all; sharing_update: those
+    of recursion 0 with the active rows replaced."""
+    capacity: tuple[float, ...] | None = None
+    """expert_choice: fraction of tokens kept at each recursion, non-increasing; default (Nr-r)/Nr."""
+    capacity_warmup_iters: int = 0
+    """Iterations over which capacities fall from 1 to their value along a cosine."""
+    router_type: Literal["linear", "mlp"] = "linear"
+    """linear: H->out; mlp: H->2H, GELU, 2H->out. Neither has biases."""
+    router_func: Literal["sigmoid", "tanh", "softmax", "none"] | None = None
+    """Score function; default sigmoid (expert_choice) or softmax (token_choice)."""
+    router_alpha: float | None = None
+    """Scale of the gate; default 0.1, or 1.0 for softmax."""
+    router_temperature: float = 1.0
+    """The router reads hidden / temperature."""
+    router_gating: Literal["weighted", "additive"] = "weighted"
+    """weighted: h + g*y; additive: h + y (the router then learns from its own losses only)."""
+    router_objective: Literal["aux_loss", "aux_router"] = "aux_loss"
+    """expert_choice: what learns the causal 0.5 threshold: the router itself, or a second, detached router."""
+    router_aux_loss_coeff: float = 0.001
+    """expert_choice: coefficient of the binary cross entropy towards the top-k selection (sum over recursions)."""
+    router_aux_lr_mult: float = 10.0
+    """Learning-rate multiplier of the auxiliary router (router-objective aux_router)."""
+    router_aux_loss_per_microbatch: bool = False
+    """Authors' scaling: sum the auxiliary loss over micro-batches instead of averaging it, so that its effective
+    coefficient grows with gradient accumulation."""
+    router_z_loss_coeff: float = 0.0
+    """Coefficient of the router z-loss, mean(logsumexp(logits)^2)."""
+    router_balance: Literal["loss", "loss_free", "none"] = "loss"
+    """token_choice: balance depths by a loss, by a bias without gradient, or not at all."""
+    router_balance_coeff: float = 0.1
+    """token_choice: coefficient of the balancing loss."""
+    router_bias_update_rate: float = 0.001
+    """token_choice: step of the loss-free bias."""
+    router_balance_warmup_iters: int = 0
+    """token_choice: first iterations in which every token takes full depth."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Corpus, tokenizer and batches."""
+
+    data_path: tuple[str, ...] = ()
+    """Prefixes of .bin/.idx files, or weight prefix weight prefix ... to blend."""
+    split: str = "969,30,1"
+    """Proportions of training, validation and test documents."""
+    data_cache_path: str | None = None
+    """Directory of the sample indexes; default: beside the data."""
+    seq_length: int = 1024
+    """Tokens of a training sample."""
+    tokenizer_type: str | None = None
+    """Megatron-LM's name: SentencePieceTokenizer, HuggingFaceTokenizer, ...; gives vocabulary size and end-of-document id."""
+    tokenizer_model: str | None = None
+    """Its file or directory."""
+    reset_position_ids: bool = False
+    """Restart positions after each end of document."""
+    reset_attention_mask: bool = False
+    """Attend inside one document only."""
+    eod_mask_loss: bool = False
+    """Leave predictions made at an end-of-document token out of the loss."""
+    num_workers: int = 0
+    """Loader processes per rank."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer and learning-rate schedule."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """adam is AdamW (decoupled decay); sgd has momentum and serves tests of gradient scale."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Where the decay ends."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "WSD"
+    """Schedule after warm-up; WSD holds the peak and decays at the end."""
+    lr_decay_iters: int | None = None
+    """Iteration at which the decay ends; default train-iters."""
+    lr_warmup_iters: int = 0
+    """Linear warm-up from 0."""
+    lr_wsd_decay_iters: int | None = None
+    """WSD: length of the final decay; default a fifth of the run (paper)."""
+    lr_wsd_decay_style: Literal["linear", "minus_sqrt"] = "linear"
+    """WSD: shape of the final decay, linear (paper) or 1-sqrt."""
+    weight_decay: float = 0.1
+    """Decoupled decay; norms and biases are excluded."""
+    adam_beta1: float = 0.9
+    """First-moment decay."""
+    adam_beta2: float = 0.95
+    """Second-moment decay."""
+    adam_eps: float = 1e-8
+    """Adam epsilon."""
+    sgd_momentum: float = 0.9
+    """Momentum of optimizer sgd."""
+    clip_grad: float = 1.0
+    """Global gradient norm is clipped to this; 0 switches clipping off."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Batch sizes, length, precision, evaluation."""
+
+    micro_batch_size: int = 4
+    """Sequences a rank processes at once."""
+    global_batch_size: int | None = None
+    """Sequences per iteration over all ranks; default micro-batch-size x data-parallel size."""
+    train_iters: int = 100
+    """Optimizer steps of the whole run."""
+    seed: int = 1234
+    """Seeds weights, data order and everything else."""
+    bf16: bool = False
+    """bf16 compute with fp32 master weights and fp32 gradient accumulation; default fp32."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO: 0 replicates, 1 shards the optimizer."""
+    eval_interval: int = 100
+    """Iterations between evaluations."""
+    eval_iters: int = 10
+    """Global batches per evaluation; 0 switches evaluation off."""
+    max_skipped_steps: int = 10
+    """Stop after more than this many non-finite steps in a row."""
+    distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """auto: nccl with CUDA, else gloo."""
+    distributed_timeout_minutes: int = 10
+    """Limit of one collective."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Where checkpoints go and come from."""
+
+    save: str | None = None
+    """Directory of checkpoints, metrics.jsonl and the resolved config."""
+    load: str | None = None
+    """Directory to resume from; an empty one starts from scratch with a notice."""
+    save_interval: int | None = None
+    """Iterations between checkpoints; the last iteration is always saved when --save is given."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is reported and where."""
+
+    log_interval: int = 10
+    """Iterations between log lines."""
+    tensorboard_dir: str | None = None
+    """Write TensorBoard scalars here."""
+    wandb_project: str | None = None
+    """Report to this Weights & Biases project (WANDB_MODE=offline works)."""
+    wandb_exp_name: str | None = None
+    """Run name in Weights & Biases."""
+    peak_tflops: float | None = None
+    """Peak TFLOP/s of one rank's device for the utilisation; default: known GPUs by name, else a measured GEMM."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. Sections only group the fields; flags and YAML keys are flat."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    recursion: RecursionConfig = field(default_factory=RecursionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
