@@ -94,6 +94,9 @@ class RecursionConfig:
     """token_choice: balance depths by a loss, by a bias without gradient, or not at all."""
     router_balance_coeff: float = 0.1
     """token_choice: coefficient of the balancing loss."""
+    router_balance_scope: Literal["sequence", "microbatch"] = "sequence"
+    """token_choice: over what the balancing loss counts depths. sequence does not depend on how a batch is cut;
+    microbatch is the authors'."""
     router_bias_update_rate: float = 0.001
     """token_choice: step of the loss-free bias."""
     router_balance_warmup_iters: int = 0
@@ -113,7 +116,7 @@ class DataConfig:
     seq_length: int = 1024
     """Tokens of a training sample."""
     tokenizer_type: str | None = None
-    """Megatron-LM's name: SentencePieceTokenizer, HuggingFaceTokenizer, ...; gives vocabulary size and end-of-document id."""
+    """Megatron-LM's name (SentencePieceTokenizer, HuggingFaceTokenizer, ...); gives vocabulary size and end of document."""
     tokenizer_model: str | None = None
     """Its file or directory."""
     reset_position_ids: bool = False
