@@ -116,7 +116,7 @@ class DataConfig:
     seq_length: int = 1024
     """Tokens of a training sample."""
     tokenizer_type: str | None = None
-    """Megatron-LM's name (SentencePieceTokenizer, HuggingFaceTokenizer, ...); gives vocabulary size and end of document."""
+    """Megatron-LM's type (SentencePieceTokenizer, HuggingFaceTokenizer, ...); sets vocabulary and end of text."""
     tokenizer_model: str | None = None
     """Its file or directory."""
     reset_position_ids: bool = False
