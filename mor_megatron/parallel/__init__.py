@@ -1,0 +1,1 @@
+"""Process groups and what Megatron-core needs to run without CUDA."""

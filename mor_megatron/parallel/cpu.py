@@ -1,0 +1,55 @@
+"""Megatron-core on machines without CUDA.
+
+Megatron-core writes `device="cuda"` and `torch.cuda.current_device()` into its schedules. Where there is no CUDA, the
+modules listed here get a stand-in for their global `torch` that sends those two to the CPU; everything else, and every
+module of ours, keeps the real one. With CUDA nothing is touched.
+"""
+
+from __future__ import annotations
+
+import importlib
+import types
+
+import torch
+
+# Only modules that create tensors on a literal "cuda"; computation modules are left alone.
+_MODULES_WITH_CUDA_LITERALS = ("megatron.core.pipeline_parallel.schedules",)
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full")
+
+
+def _on_cpu(factory):
+    def create(*args, **kwargs):
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return create
+
+
+class _Delegate(types.ModuleType):
+    """A module that answers with its own attributes first and the original's otherwise."""
+
+    def __init__(self, original: types.ModuleType, **overrides):
+        super().__init__(original.__name__)
+        self.__dict__.update(overrides)
+        self.__dict__["_original"] = original
+
+    def __getattr__(self, name):
+        return getattr(self._original, name)
+
+
+def support_cpu() -> None:
+    """Let Megatron-core's schedules run on the CPU. Idempotent; does nothing when CUDA is available."""
+    if torch.cuda.is_available():
+        return
+    cuda = _Delegate(torch.cuda, current_device=lambda: torch.device("cpu"), synchronize=lambda *_: None)
+    cpu_torch = _Delegate(torch, cuda=cuda, **{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES})
+    for name in _MODULES_WITH_CUDA_LITERALS:
+        module = importlib.import_module(name)
+        if not isinstance(module.torch, _Delegate):
+            module.torch = cpu_torch
+
+
+def device() -> torch.device:
+    """The device of this process: its current CUDA device, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

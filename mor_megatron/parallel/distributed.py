@@ -1,0 +1,74 @@
+"""Start of a process: process groups, Megatron-core's parallel state, seeds."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from mor_megatron.config.schema import Config
+from mor_megatron.parallel.cpu import support_cpu
+
+
+def initialize_distributed(config: Config) -> None:
+    """Join the process group and build Megatron-core's groups (tensor and pipeline size 1).
+
+    Rank, world size and address come from the environment of torchrun or the DeepSpeed launcher; without one, this is
+    a world of one process. A group that exists already is kept, so that tests can reuse their workers.
+
+    Raises:
+        ValueError: a launcher set RANK but not the rest of its variables, or nccl was asked for without CUDA.
+    """
+    support_cpu()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    if not dist.is_initialized():
+        _set_single_process_environment()
+        dist.init_process_group(
+            backend=_backend(config), timeout=timedelta(minutes=config.training.distributed_timeout_minutes)
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(1, 1)
+    set_seed(config.training.seed)
+
+
+def set_seed(seed: int) -> None:
+    """Seed python, numpy and torch (CPU and CUDA) alike on every rank; data order has its own pure function."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        model_parallel_cuda_manual_seed(seed)
+
+
+def _backend(config: Config) -> str:
+    backend = config.training.distributed_backend
+    if backend == "auto":
+        return "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl" and not torch.cuda.is_available():
+        raise ValueError("distributed-backend=nccl needs CUDA, and this machine has none: use auto or gloo")
+    return backend
+
+
+def _set_single_process_environment() -> None:
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if not missing:
+        return
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        raise ValueError(
+            f"the launcher set {', '.join(n for n in needed if n in os.environ)} but not {', '.join(missing)}: "
+            "start with torchrun or deepspeed, or unset them for a single process"
+        )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

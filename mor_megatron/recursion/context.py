@@ -1,0 +1,63 @@
+"""What one forward pass is told about routing, and what it reports back.
+
+A `RoutingContext` lives for one micro-batch. The names of all router metrics are here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+Selection = Literal["capacity", "threshold"]
+
+AUX_LOSS = "aux_loss"
+"""expert_choice: binary cross entropy towards the selection, summed over recursions."""
+SELECTION_ACCURACY = "selection_accuracy"
+"""expert_choice: how often the causal threshold agrees with the selection, mean over recursions."""
+BALANCE_LOSS = "balance_loss"
+"""token_choice: balancing loss, 1 at uniform depths."""
+Z_LOSS = "z_loss"
+"""Router z-loss, before its coefficient."""
+MEAN_DEPTH = "mean_depth"
+"""Recursions a token passes, mean over tokens."""
+TOKENS_PER_RECURSION = "tokens_per_recursion_{}"
+"""Fraction of tokens active at a recursion."""
+DEPTH_FRACTION = "depth_fraction_{}"
+"""token_choice: fraction of tokens that leave after exactly this recursion (0-based)."""
+
+
+@dataclass
+class RoutingContext:
+    """Orders for, and report of, one forward pass.
+
+    Raises:
+        ValueError: fixed_depth below 1.
+    """
+
+    iteration: int = 1
+    """Number of the iteration being run, counted from 1; drives capacity and balancing warm-up in training."""
+    selection: Selection = "capacity"
+    """expert_choice: whole-sequence top-k (not causal), or the causal threshold (sigmoid >= 0.5)."""
+    fixed_depth: int | None = None
+    """Run every token to this many recursions, 1..Nr; None lets the router decide."""
+    router_loss_scale: float = 1.0
+    """Factor on router losses in the graph: 1 / number of micro-batches makes them a mean over the global batch."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Report: 0-d fp32 detached means over this micro-batch."""
+    trace: dict[str, Tensor] | None = None
+    """Set to {} to receive router logits, selections and depths (tests, analysis)."""
+
+    def __post_init__(self):
+        if self.fixed_depth is not None and self.fixed_depth < 1:
+            raise ValueError(f"fixed_depth={self.fixed_depth} must be between 1 and num-recursions")
+
+    def report(self, name: str, value: Tensor) -> None:
+        """Record one metric of this micro-batch."""
+        self.metrics[name] = value.detach().float()
+
+    def record(self, name: str, value: Tensor) -> None:
+        """Record a tensor for analysis if a trace was asked for."""
+        if self.trace is not None:
+            self.trace[name] = value.detach()
