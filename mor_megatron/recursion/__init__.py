@@ -1,1 +1,1 @@
-"""Mixture-of-Recursions itself: plan, routers, selection, losses and the two ways to route. Readable beside the paper."""
+"""Mixture-of-Recursions itself, readable beside the paper: plan, routers, selection, losses, two ways to route."""

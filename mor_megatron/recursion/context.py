@@ -53,6 +53,18 @@ class RoutingContext:
         if self.fixed_depth is not None and self.fixed_depth < 1:
             raise ValueError(f"fixed_depth={self.fixed_depth} must be between 1 and num-recursions")
 
+    def depth(self, num_recursions: int) -> int:
+        """Recursions to run: all, or the fixed depth.
+
+        Raises:
+            ValueError: fixed_depth exceeds num_recursions.
+        """
+        if self.fixed_depth is None:
+            return num_recursions
+        if self.fixed_depth > num_recursions:
+            raise ValueError(f"fixed_depth={self.fixed_depth} exceeds num-recursions={num_recursions}")
+        return self.fixed_depth
+
     def report(self, name: str, value: Tensor) -> None:
         """Record one metric of this micro-batch."""
         self.metrics[name] = value.detach().float()

@@ -1,0 +1,28 @@
+"""One micro-batch of one rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids and what the loss and attention need to know about them."""
+
+    tokens: Tensor
+    """[B, S] int64"""
+    labels: Tensor | None = None
+    """[B, S] int64, the token after each one; None asks the model for logits."""
+    loss_mask: Tensor | None = None
+    """[B, S] fp32, 1 where the prediction counts; None counts all."""
+    position_ids: Tensor | None = None
+    """[B, S] int64; None is 0..S-1."""
+    document_ids: Tensor | None = None
+    """[B, S] int64, running number of the document inside the sample; None attends across documents."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in vars(self).values()))

@@ -1,0 +1,226 @@
+"""Self-attention over the active tokens, and where its keys and values come from.
+
+Megatron-core's SelfAttention owns the weights (tensor parallel linears, initialisation, checkpoint names); the forward
+here is ours because a recursion may attend with compact rows, at scattered positions, to the keys of recursion 0.
+The `attention_mask` argument of Megatron's layers carries our `LayerCall`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor, nn
+
+from mor_megatron.model.functional import RotateFunction, SplitRotateFunction
+from mor_megatron.recursion.dispatch import ActiveTokens
+from mor_megatron.recursion.plan import VirtualLayer
+
+
+class RotaryTable(nn.Module):
+    """cos and sin of RoPE for every position, fp32, [max_positions, D/2]."""
+
+    def __init__(self, head_dim: int, max_positions: int, base: float):
+        super().__init__()
+        frequencies = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos, sin [.., D/2] of integer positions [..]."""
+        return self.cos[positions].to(dtype), self.sin[positions].to(dtype)
+
+
+@dataclass
+class Sequences:
+    """What attention knows about a micro-batch beside the hidden state."""
+
+    rotary: RotaryTable
+    seq_length: int
+    batch_size: int
+    dtype: torch.dtype
+    position_ids: Tensor | None = None  # [B, S]; None: 0..S-1
+    document_ids: Tensor | None = None  # [B, S]; None: one document
+    store: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Keys and values of a virtual layer that later recursions attend to, by its index."""
+
+    def pattern(self, active: ActiveTokens, keys_of_all: bool) -> AttentionPattern:
+        """How the active tokens attend: to each other, or to the stored keys of all tokens."""
+        return AttentionPattern(self, active, keys_of_all and not active.everything)
+
+    def rotation(self, active: ActiveTokens, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos, sin of the active tokens' original positions, [R, C or 1, 1, D/2]."""
+        if active.rows is not None:
+            positions = active.positions
+            if self.position_ids is not None:
+                positions = self.position_ids[active.sequences, positions]
+        elif self.position_ids is not None:
+            positions = self.position_ids.transpose(0, 1)
+        else:
+            positions = torch.arange(self.seq_length, device=device).unsqueeze(1)
+        cos, sin = self.rotary(positions, self.dtype)
+        return cos.unsqueeze(2), sin.unsqueeze(2)
+
+
+@dataclass
+class AttentionPattern:
+    """Rotation and visibility of one set of active tokens; shared by all layers of a pass."""
+
+    sequences: Sequences
+    active: ActiveTokens
+    keys_of_all: bool
+    """Keys are those of all S tokens, not of the active ones."""
+
+    @cached_property
+    def rotation(self) -> tuple[Tensor, Tensor]:
+        device = self.sequences.rotary.cos.device
+        return self.sequences.rotation(self.active, device)
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """Additive mask [B, 1, Q, K]; None where plain causal attention over the rows is the same."""
+        documents = self.sequences.document_ids
+        if not self.keys_of_all and documents is None:
+            return None
+        query_position, query_document = self._coordinates(self.active, documents)
+        key_position, key_document = query_position, query_document
+        if self.keys_of_all:
+            everything = ActiveTokens(self.sequences.seq_length, self.sequences.batch_size)
+            key_position, key_document = self._coordinates(everything, documents)
+        visible = query_position.unsqueeze(2) >= key_position.unsqueeze(1)  # [B or 1, Q, K]
+        if documents is not None:
+            visible = visible & (query_document.unsqueeze(2) == key_document.unsqueeze(1))
+        mask = torch.zeros(visible.shape, dtype=self.sequences.dtype, device=visible.device)
+        return mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
+
+    def _coordinates(self, active: ActiveTokens, documents: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Position and document of each slot, [B or 1, slots]. Padding slots of a ragged set see something harmless."""
+        last = active.seq_length - 1
+        if active.rows is None:
+            device = self.sequences.rotary.cos.device
+            return torch.arange(active.seq_length, device=device).unsqueeze(0), documents
+        position = active.positions
+        document = None if documents is None else documents[active.sequences, position]
+        if not active.ragged:
+            return position.transpose(0, 1), None if document is None else document.transpose(0, 1)
+        # Against all keys, padding queries stand at the last token; among themselves, beyond every real one.
+        fill_position = last if self.keys_of_all else last + 1
+        batch = torch.arange(active.batch_size, device=position.device)
+        slots = active.packing.slots
+        shape = (active.batch_size, active.packing.longest)
+        positions = position.new_full(shape, fill_position).view(-1).index_copy(0, slots, position.view(-1)).view(shape)
+        if document is None:
+            return positions, None
+        if self.keys_of_all:
+            filled = documents[batch, last].unsqueeze(1).expand(shape).reshape(-1)
+        else:
+            filled = documents.new_full(shape, -1).view(-1)
+        return positions, filled.index_copy(0, slots, document.view(-1)).view(shape)
+
+
+@dataclass
+class LayerCall:
+    """One use of a physical layer: how its tokens attend and whose keys and values it reads or leaves."""
+
+    pattern: AttentionPattern
+    layer: VirtualLayer
+    kv_mode: str
+
+    @property
+    def reads(self) -> bool:
+        """Attend to the keys of another virtual layer."""
+        return self.layer.kv_source != self.layer.index
+
+    @property
+    def store(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return self.pattern.sequences.store
+
+
+class MoRSelfAttention(SelfAttention):
+    """Megatron-core's SelfAttention with compact rows and shared keys (MoR paper, sec. 2.2.2; spec section 4)."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: LayerCall, **unused) -> tuple[Tensor, Tensor | None]:
+        """[k, B, H] or [T, 1, H] -> the same shape, and no bias."""
+        call = attention_mask
+        cos, sin = call.pattern.rotation
+        if call.reads and call.kv_mode == "sharing":
+            query = RotateFunction.apply(self._queries(hidden_states), cos, sin)
+            key, value = call.store[call.layer.kv_source]
+        else:
+            mixed, _ = self.linear_qkv(hidden_states)
+            mixed = mixed.view(*mixed.shape[:2], self.num_query_groups_per_partition, -1, self.key_hidden_size)
+            query, key, value = SplitRotateFunction.apply(mixed, cos.unsqueeze(3), sin.unsqueeze(3))
+            if call.reads:
+                key, value = (
+                    _replace_rows(stored, own, call.pattern.active)
+                    for stored, own in zip(call.store[call.layer.kv_source], (key, value), strict=True)
+                )
+            elif call.kv_mode != "caching" and call.layer.recursion is not None:
+                call.store[call.layer.index] = (key, value)
+        return self.linear_proj(self.core_attention(query, key, value, call.pattern))
+
+    def _queries(self, hidden_states: Tensor) -> Tensor:
+        """Query projection alone, [R, C, N, D]: the key and value rows of the fused weight are not multiplied."""
+        linear = self.linear_qkv
+        groups, width = self.num_query_groups_per_partition, self.key_hidden_size
+        weight = linear.weight.view(groups, -1, width, linear.weight.shape[-1])[:, :-2].reshape(
+            -1, hidden_states.shape[-1]
+        )
+        query = linear_with_grad_accumulation_and_async_allreduce(
+            hidden_states,
+            weight,
+            None,
+            gradient_accumulation_fusion=False,
+            allreduce_dgrad=linear.allreduce_dgrad,
+            sequence_parallel=linear.sequence_parallel,
+            tp_group=linear.tp_group,
+        )
+        return query.view(*query.shape[:2], -1, width)
+
+
+def _replace_rows(stored: Tensor, own: Tensor, active: ActiveTokens) -> Tensor:
+    """A copy of stored [S, B, G, D] with the active rows replaced; nothing is written back (spec 4, update_cache)."""
+    if active.rows is None:
+        return own
+    flat = stored.reshape(-1, *stored.shape[2:])
+    return flat.index_copy(0, active.rows.view(-1), own.reshape(-1, *own.shape[2:])).view_as(stored)
+
+
+class CoreAttention(nn.Module):
+    """softmax(q k^T / sqrt(D)) v through PyTorch's fused attention, on regular or ragged rows."""
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **unused):
+        super().__init__()
+        assert config.attention_dropout == 0.0, "MoR models have no dropout"
+        self.softmax_scale = softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern) -> Tensor:
+        """query [R, C, N, D], key and value [R', C', G, D] -> [R, C, N*D]."""
+        rows, columns = query.shape[:2]
+        active, mask = pattern.active, pattern.mask
+        if active.ragged:
+            packing = active.packing
+            query = packing.pad(query.squeeze(1)).transpose(1, 2)  # [B, N, longest, D]
+            if not pattern.keys_of_all:
+                key, value = (packing.pad(x.squeeze(1)).transpose(1, 2) for x in (key, value))
+        else:
+            query = query.permute(1, 2, 0, 3)  # [B, N, k, D]
+        if pattern.keys_of_all or not active.ragged:
+            key, value = (x.permute(1, 2, 0, 3) for x in (key, value))
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
+        if active.ragged:
+            return active.packing.unpad(out.transpose(1, 2)).reshape(rows, columns, -1)
+        return out.permute(2, 0, 1, 3).reshape(rows, columns, -1)

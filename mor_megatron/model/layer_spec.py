@@ -1,0 +1,113 @@
+"""The Transformer layer: Megatron-core's, with our norm, activation and attention in its slots."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from mor_megatron.config.schema import Config
+from mor_megatron.model.attention import CoreAttention, MoRSelfAttention
+from mor_megatron.model.functional import RMSNormFunction, SwiGLUFunction
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dim, statistics in fp32."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., H] -> [.., H]"""
+        return RMSNormFunction.apply(x, self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """silu(gate) * up of [.., 2F] = (gate, up)."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., 2F] -> [.., F]"""
+        return SwiGLUFunction.apply(x)
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """Megatron-core's configuration of one layer.
+
+    Layers are told that the pipeline has one stage: which of them run where is the recursion plan's business.
+    """
+    model = config.model
+    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+
+    def init_method(weight: Tensor) -> None:
+        nn.init.normal_(weight, mean=0.0, std=model.init_method_std)
+
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups if model.group_query_attention else model.num_attention_heads,
+        kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
+        layernorm_epsilon=model.norm_epsilon,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        # The slot of this name takes any activation module; nothing of Transformer Engine is used.
+        use_te_activation_func=True,
+        bias_activation_fusion=False,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method=init_method,
+        output_layer_init_method=init_method,  # no depth scaling (spec section 1)
+        embedding_init_method=init_method,
+        params_dtype=dtype,
+        bf16=config.training.bf16,
+        # Weights are drawn on the CPU whole and then cut, so that they do not depend on layout or device.
+        use_cpu_initialization=True,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def layer_spec() -> ModuleSpec:
+    """TransformerLayer with Megatron-core's parallel linears and our parts between them."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=MoRSelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

@@ -1,0 +1,220 @@
+"""Which tokens are active, and how their rows leave the residual stream and come back.
+
+The residual stream [S, B, H] is seen as S*B rows; token t of sequence b is row t*B + b. A set of active tokens is
+either *regular* (the same number in every sequence: rows [k, B], from top-k) or *ragged* (rows [T, 1], sequence after
+sequence, from a threshold or from token-choice depths). A token occurs at most once in a set, which lets gather and
+scatter be plain copies in both directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ActiveTokens:
+    """The tokens that a recursion processes, in causal order within each sequence.
+
+    `rows` is None when all S*B tokens are active; otherwise [k, B] (regular) or [T, 1] (ragged) int64.
+    """
+
+    seq_length: int
+    batch_size: int
+    rows: Tensor | None = None
+    ragged: bool = False
+
+    @property
+    def everything(self) -> bool:
+        """All tokens are active."""
+        return self.rows is None
+
+    @property
+    def count(self) -> int:
+        """Number of active tokens in the micro-batch."""
+        return self.seq_length * self.batch_size if self.rows is None else self.rows.numel()
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Index t of each active token, shaped like `rows`."""
+        assert self.rows is not None
+        return torch.div(self.rows, self.batch_size, rounding_mode="floor")
+
+    @cached_property
+    def sequences(self) -> Tensor:
+        """Index b of each active token, shaped like `rows`."""
+        assert self.rows is not None
+        return self.rows % self.batch_size
+
+    @cached_property
+    def packing(self) -> Packing:
+        """How ragged rows lie in a right-padded [B, longest] layout."""
+        assert self.ragged
+        return Packing.from_sequences(self.sequences.view(-1), self.batch_size)
+
+    def mask(self) -> Tensor:
+        """True at the active tokens, [S, B] bool."""
+        if self.rows is None:
+            return torch.ones(self.seq_length, self.batch_size, dtype=torch.bool)
+        mask = torch.zeros(self.seq_length * self.batch_size, dtype=torch.bool, device=self.rows.device)
+        mask[self.rows.view(-1)] = True
+        return mask.view(self.seq_length, self.batch_size)
+
+    def take(self, local: Tensor, ragged: bool = False) -> ActiveTokens:
+        """The subset at `local` rows of this set: flat indexes into its rows, [k, B] (regular) or [T, 1] (ragged)."""
+        rows = local if self.rows is None else self.rows.view(-1)[local]
+        return ActiveTokens(self.seq_length, self.batch_size, rows, ragged)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Between T packed rows (sequence after sequence) and a right-padded [B, longest] layout.
+
+    Right padding keeps plain causal attention exact: no real token looks at a later slot.
+    """
+
+    longest: int
+    lengths: Tensor  # [B]
+    slots: Tensor  # [T] int64, slot b*longest + i of each packed row
+
+    @classmethod
+    def from_sequences(cls, sequences: Tensor, batch_size: int) -> Packing:
+        """From the sequence index of each packed row, [T], non-decreasing."""
+        lengths = torch.bincount(sequences, minlength=batch_size)
+        longest = max(1, int(lengths.max()))  # the one host synchronisation of ragged attention
+        starts = lengths.cumsum(0) - lengths
+        offset = torch.arange(sequences.numel(), device=sequences.device) - starts[sequences]
+        return cls(longest, lengths, sequences * longest + offset)
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """[T, ...] -> [B, longest, ...], zeros in the padding."""
+        padded = ScatterRows.apply(packed, self.slots, self.lengths.numel() * self.longest)
+        return padded.view(self.lengths.numel(), self.longest, *packed.shape[1:])
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """[B, longest, ...] -> [T, ...]."""
+        return GatherRows.apply(padded.reshape(-1, *padded.shape[2:]), self.slots)
+
+
+class GatherRows(torch.autograd.Function):
+    """Rows [n, ...] = source[index]; each source row is taken at most once, so backward is a copy, not an addition."""
+
+    @staticmethod
+    def forward(ctx, source: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.num_rows = source.shape[0]
+        return source.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (index,) = ctx.saved_tensors
+        return _place(grad, index, ctx.num_rows), None
+
+
+class ScatterRows(torch.autograd.Function):
+    """A zero tensor of `num_rows` rows with source written at `index` (each index at most once)."""
+
+    @staticmethod
+    def forward(ctx, source: Tensor, index: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(index)
+        return _place(source, index, num_rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (index,) = ctx.saved_tensors
+        return grad.index_select(0, index), None, None
+
+
+class AddRows(torch.autograd.Function):
+    """base with gate * update added at `index` (each index at most once): the combination step of MoR.
+
+    base [n, H], update [m, H], gate [m, 1] or None (gate 1), index [m].
+    """
+
+    @staticmethod
+    def forward(ctx, base: Tensor, update: Tensor, gate: Tensor | None, index: Tensor) -> Tensor:
+        ctx.save_for_backward(update if gate is not None else None, gate, index)
+        out = base.clone()
+        chosen = base.index_select(0, index)
+        out[index] = chosen.add_(update) if gate is None else chosen.addcmul_(update, gate)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        update, gate, index = ctx.saved_tensors
+        rows = grad.index_select(0, index)
+        if gate is None:
+            return grad, rows, None, None
+        grad_gate = (rows * update).sum(-1, keepdim=True)
+        return grad, rows.mul_(gate), grad_gate, None
+
+
+def _place(source: Tensor, index: Tensor, num_rows: int) -> Tensor:
+    out = source.new_zeros(num_rows, *source.shape[1:])
+    out[index] = source
+    return out
+
+
+def gather(hidden: Tensor, active: ActiveTokens) -> Tensor:
+    """Rows of the active tokens.
+
+    Args:
+        hidden: residual stream, [S, B, H].
+        active: the tokens to take.
+    Returns:
+        [k, B, H] (regular), [T, 1, H] (ragged) or `hidden` itself (everything).
+    """
+    if active.rows is None:
+        return hidden
+    rows = GatherRows.apply(hidden.reshape(-1, hidden.shape[-1]), active.rows.reshape(-1))
+    return rows.view(*active.rows.shape, hidden.shape[-1])
+
+
+def combine(hidden: Tensor, update: Tensor, gate: Tensor | None, active: ActiveTokens) -> Tensor:
+    """h[t] + g_t * y_t at the active tokens, h[t] elsewhere (MoR paper, eq. of expert-choice; spec 2.1 step 7).
+
+    Args:
+        hidden: residual stream, [S, B, H].
+        update: output of the block, shaped like `gather(hidden, active)`.
+        gate: [k, B, 1] or [T, 1, 1]; None for additive gating.
+        active: where the rows belong.
+    """
+    width = hidden.shape[-1]
+    if active.rows is None:
+        return hidden + update if gate is None else torch.addcmul(hidden, update, gate.to(hidden.dtype))
+    gate = None if gate is None else gate.reshape(-1, 1).to(hidden.dtype)
+    out = AddRows.apply(hidden.reshape(-1, width), update.reshape(-1, width), gate, active.rows.reshape(-1))
+    return out.view_as(hidden)
+
+
+def take_rows(x: Tensor, local: Tensor | None) -> Tensor:
+    """Rows of a compact tensor [k, B, W] at flat indexes `local` [k', B] or [T, 1]; all of them for None."""
+    if local is None:
+        return x
+    return GatherRows.apply(x.reshape(-1, x.shape[-1]), local.reshape(-1)).view(*local.shape, x.shape[-1])
+
+
+def select_topk(scores: Tensor, k: int) -> Tensor:
+    """The k highest scores of each sequence, in causal order.
+
+    Args:
+        scores: router logits of the candidates, [k_prev, B], fp32 (bf16 logits tie at the cut; spec Q14).
+        k: tokens to keep per sequence, 1 <= k <= k_prev.
+    Returns:
+        Flat indexes i*B + b of the kept candidates, [k, B] int64, ascending in each column.
+    Raises:
+        ValueError: k exceeds the number of candidates.
+    """
+    if k > scores.shape[0]:
+        raise ValueError(f"cannot select k={k} of {scores.shape[0]} candidates: capacities must not increase")
+    keep = scores.topk(k, dim=0, sorted=False).indices.sort(dim=0).values
+    return keep * scores.shape[1] + torch.arange(scores.shape[1], device=scores.device)
+
+
+def select_mask(mask: Tensor) -> Tensor:
+    """Flat indexes i*B + b at which `mask` [k, B] is true, sequence after sequence, [T, 1] int64."""
+    column, row = mask.transpose(0, 1).nonzero(as_tuple=True)
+    return (row * mask.shape[1] + column).view(-1, 1)

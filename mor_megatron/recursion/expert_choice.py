@@ -1,0 +1,149 @@
+"""Expert-choice routing: each recursion picks its tokens among those the previous one kept (MoR paper, sec. 2.2.1).
+
+    for each recursion r:
+        a = router_r(h)                     # logits of the tokens still active
+        keep the k_r best (capacity), or those with sigmoid(a) >= 0.5 (threshold)
+        h[t] += g_t * block(h[kept])[t]     # the others pass unchanged
+
+Training selects by capacity. The threshold is causal and is what inference uses; the auxiliary loss teaches it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mor_megatron.config.schema import RecursionConfig
+from mor_megatron.recursion import context as names
+from mor_megatron.recursion.context import RoutingContext
+from mor_megatron.recursion.dispatch import ActiveTokens, combine, gather, select_mask, select_topk, take_rows
+from mor_megatron.recursion.losses import attach_loss, selection_loss, z_loss
+from mor_megatron.recursion.plan import RecursionPlan
+from mor_megatron.recursion.routers import Router, resolve_score, score
+
+Block = Callable[[int, Tensor, ActiveTokens], Tensor]
+"""block(recursion, rows, active) -> rows: one pass of the shared layers over the active tokens."""
+
+
+class ExpertChoice(nn.Module):
+    """Routers of all recursions, and the recursion loop.
+
+    Args:
+        config: routing settings.
+        plan: gives Nr and the capacities.
+        make_router: number of outputs -> Router.
+    """
+
+    def __init__(self, config: RecursionConfig, plan: RecursionPlan, make_router: Callable[[int], Router]):
+        super().__init__()
+        self.config = config
+        self.plan = plan
+        self.func, self.alpha = resolve_score(config.routing, config.router_func, config.router_alpha)
+        self.routers = nn.ModuleList(make_router(1) for _ in range(plan.num_recursions))
+        self.aux_routers = None
+        if config.router_objective == "aux_router":
+            self.aux_routers = nn.ModuleList(make_router(1) for _ in range(plan.num_recursions))
+            for parameter in self.aux_routers.parameters():
+                parameter.lr_mult = config.router_aux_lr_mult
+
+    def forward(self, hidden: Tensor, block: Block, context: RoutingContext) -> Tensor:
+        """[S, B, H] -> [S, B, H] through the recursions; reports metrics to `context`."""
+        active = ActiveTokens(*hidden.shape[:2])
+        totals = _Totals()
+        for r in range(context.depth(self.plan.num_recursions)):
+            x = gather(hidden, active)  # [k_prev, B, H]
+            logits = self.routers[r](x)  # [k_prev, B, 1]
+            threshold_logits = logits if self.aux_routers is None else self.aux_routers[r](x.detach())
+            local = self._select(r, logits.detach(), threshold_logits.detach(), active, context)
+            if self.training and context.selection == "capacity":
+                x = self._attach_losses(r, x, logits, threshold_logits, local, totals, context)
+            if local is not None:
+                active = active.take(local, ragged=context.selection == "threshold")
+            context.record(f"router_logits_{r}", logits)
+            context.record(f"active_{r}", active.mask())
+            totals.count(r, active)
+            if active.count == 0:  # the threshold kept nobody, so nobody goes deeper
+                continue
+            gate = take_rows(score(logits, self.func, self.alpha), local)
+            update = block(r, take_rows(x, local), active)
+            hidden = combine(hidden, update, gate if self.config.router_gating == "weighted" else None, active)
+        totals.report(context)
+        return hidden
+
+    def capacity(self, recursion: int, context: RoutingContext) -> float:
+        """Fraction to keep, falling from 1 along a cosine during the first `capacity_warmup_iters` iterations."""
+        target = self.plan.capacities[recursion]
+        warmup = self.config.capacity_warmup_iters
+        if not self.training or warmup == 0:
+            return target
+        progress = min(1.0, context.iteration / warmup)
+        return target + (1.0 - target) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    def _select(
+        self, r: int, logits: Tensor, threshold_logits: Tensor, candidates: ActiveTokens, context: RoutingContext
+    ) -> Tensor | None:
+        """Which candidates recursion r keeps, as flat local indexes; None keeps all."""
+        if context.fixed_depth is not None:
+            return None
+        if context.selection == "capacity":
+            k = max(1, int(self.capacity(r, context) * candidates.seq_length))
+            return None if k == logits.shape[0] else select_topk(logits.squeeze(-1), k)
+        # A recursion of capacity 1 keeps everyone in training, so it must keep everyone here.
+        if self.plan.capacities[r] == 1.0:
+            return None
+        return select_mask(threshold_logits.squeeze(-1) >= 0.0)  # sigmoid >= 0.5
+
+    def _attach_losses(
+        self,
+        r: int,
+        x: Tensor,
+        logits: Tensor,
+        threshold_logits: Tensor,
+        local: Tensor | None,
+        totals: _Totals,
+        context: RoutingContext,
+    ) -> Tensor:
+        """x with this recursion's router losses attached (spec 2.2)."""
+        config = self.config
+        if local is None:
+            target = torch.ones_like(threshold_logits)
+        else:
+            target = torch.zeros_like(threshold_logits)
+            target.view(-1)[local.view(-1)] = 1.0
+        aux = selection_loss(threshold_logits, target)
+        accuracy = ((threshold_logits >= 0.0) == target.bool()).float().mean()
+        totals.add(names.AUX_LOSS, aux)
+        totals.add(names.SELECTION_ACCURACY, accuracy / self.plan.num_recursions)
+        context.record(f"aux_loss_{r}", aux)
+        context.record(f"selection_accuracy_{r}", accuracy)
+        aux_scale = 1.0 if config.router_aux_loss_per_microbatch else context.router_loss_scale
+        x = attach_loss(x, aux, config.router_aux_loss_coeff * aux_scale)
+        if config.router_z_loss_coeff > 0.0:
+            z = z_loss(logits)
+            totals.add(names.Z_LOSS, z)
+            x = attach_loss(x, z, config.router_z_loss_coeff * context.router_loss_scale)
+        return x
+
+
+class _Totals:
+    """Sums over the recursions of one forward pass."""
+
+    def __init__(self):
+        self.values: dict[str, Tensor] = {}
+        self.fractions: dict[int, float] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        self.values[name] = self.values.get(name, 0.0) + value.detach()
+
+    def count(self, recursion: int, active: ActiveTokens) -> None:
+        self.fractions[recursion] = active.count / (active.seq_length * active.batch_size)
+
+    def report(self, context: RoutingContext) -> None:
+        for name, value in self.values.items():
+            context.report(name, value)
+        for r, fraction in self.fractions.items():
+            context.report(names.TOKENS_PER_RECURSION.format(r), torch.tensor(fraction))
+        context.report(names.MEAN_DEPTH, torch.tensor(sum(self.fractions.values())))

@@ -1,0 +1,61 @@
+"""Router losses, and how they join the graph.
+
+A loss is attached to the hidden state where it arises, so that nothing but hidden state has to reach the place where
+the cross entropy is computed; in a pipeline these are different ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _AttachLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(loss)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (loss,) = ctx.saved_tensors
+        return grad, torch.ones_like(loss)
+
+
+def attach_loss(hidden: Tensor, loss: Tensor, scale: float) -> Tensor:
+    """hidden, unchanged, whose backward also back-propagates scale * loss (a scalar)."""
+    if scale == 0.0 or not torch.is_grad_enabled() or not loss.requires_grad:
+        return hidden
+    return _AttachLoss.apply(hidden, scale * loss)
+
+
+def selection_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Binary cross entropy of router logits towards being selected, mean over candidates (spec 2.2).
+
+    Args:
+        logits: fp32, any shape.
+        target: 1.0 where the candidate was selected, same shape.
+    """
+    return F.binary_cross_entropy_with_logits(logits, target)
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """mean(logsumexp(logits over the last dim)^2); for a single output that is mean(logit^2) (spec 2.2, 3.4)."""
+    return torch.logsumexp(logits, dim=-1).square().mean()
+
+
+def balance_loss(probabilities: Tensor, depth: Tensor, num_recursions: int, scope: str) -> Tensor:
+    """Switch-style balancing of depths: Nr * sum_i P_i f_i, 1 when uniform (spec 3.4). Gradient through P only.
+
+    Args:
+        probabilities: router scores, alpha included, [S, B, Nr].
+        depth: 0-based depth of each token, [S, B].
+        num_recursions: Nr.
+        scope: `sequence` computes P and f per sequence and averages the product, which does not depend on how a batch
+            is cut; `microbatch` pools the micro-batch as the authors do.
+    """
+    one_hot = F.one_hot(depth, num_recursions).to(probabilities.dtype)  # [S, B, Nr]
+    over = (0,) if scope == "sequence" else (0, 1)
+    products = (probabilities.mean(over) * one_hot.mean(over)).sum(-1)
+    return num_recursions * products.mean()

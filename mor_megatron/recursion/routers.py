@@ -1,0 +1,64 @@
+"""The small learned routers: hidden state in, logits out."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Router(nn.Module):
+    """Linear (H -> out) or MLP (H -> 2H, GELU, 2H -> out) router without biases (spec 2.1 step 3).
+
+    Args:
+        kind: `linear` or `mlp`.
+        hidden_size: H.
+        num_outputs: 1 for expert-choice, Nr for token-choice.
+        temperature: the input is divided by it.
+        std: weights start from N(0, std^2).
+        dtype: parameter type.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        hidden_size: int,
+        num_outputs: int,
+        temperature: float = 1.0,
+        std: float = 0.02,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.temperature = temperature
+        sizes = [(num_outputs, hidden_size)]
+        if kind == "mlp":
+            sizes = [(2 * hidden_size, hidden_size), (num_outputs, 2 * hidden_size)]
+        self.weights = nn.ParameterList(nn.Parameter(torch.empty(*size, dtype=dtype)) for size in sizes)
+        for weight in self.weights:
+            nn.init.normal_(weight, std=std)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits [.., out] in fp32, of hidden [.., H]. No norm before it: routers read the raw residual stream."""
+        x = hidden if self.temperature == 1.0 else hidden / self.temperature
+        if len(self.weights) == 2:
+            x = F.gelu(F.linear(x, self.weights[0]))
+        # The last product in fp32: bf16 logits would tie at the top-k cut (spec Q14).
+        return F.linear(x.float(), self.weights[-1].float())
+
+
+def score(logits: Tensor, func: str, alpha: float) -> Tensor:
+    """Gate of router logits: alpha times sigmoid, tanh or softmax (last dim); `none` is the logits, without alpha."""
+    if func == "sigmoid":
+        return alpha * torch.sigmoid(logits)
+    if func == "tanh":
+        return alpha * torch.tanh(logits)
+    if func == "softmax":
+        return alpha * torch.softmax(logits, dim=-1)
+    assert func == "none", func
+    return logits
+
+
+def resolve_score(routing: str, func: str | None, alpha: float | None) -> tuple[str, float]:
+    """Defaults of score function and alpha: sigmoid 0.1 for expert-choice, softmax 1.0 for token-choice (spec 2, 3)."""
+    func = func or ("softmax" if routing == "token_choice" else "sigmoid")
+    return func, (1.0 if func == "softmax" else 0.1) if alpha is None else alpha

@@ -1,0 +1,116 @@
+"""Token-choice routing: each token picks its depth once, before the first recursion (MoR paper, sec. 2.2.1; spec 3).
+
+    p = softmax(router(x));  e_t = argmax p_t                 # depth of token t, 0-based
+    y = x;  for each recursion r:  y[t] = block(y)[t]  where e_t >= r
+    out[t] = x[t] + p_t[e_t] * y[t]
+
+Depths depend on the token's own state only, so the routing is causal and the same in training and inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mor_megatron.config.schema import RecursionConfig
+from mor_megatron.recursion import context as names
+from mor_megatron.recursion.context import RoutingContext
+from mor_megatron.recursion.dispatch import ActiveTokens, combine, select_mask, take_rows
+from mor_megatron.recursion.expert_choice import Block
+from mor_megatron.recursion.losses import attach_loss, balance_loss, z_loss
+from mor_megatron.recursion.plan import RecursionPlan
+from mor_megatron.recursion.routers import Router, resolve_score, score
+
+
+class TokenChoice(nn.Module):
+    """One router, and the recursion loop over ever fewer tokens.
+
+    Args:
+        config: routing settings.
+        plan: gives Nr.
+        make_router: number of outputs -> Router.
+    """
+
+    def __init__(self, config: RecursionConfig, plan: RecursionPlan, make_router: Callable[[int], Router]):
+        super().__init__()
+        self.config = config
+        self.plan = plan
+        self.func, self.alpha = resolve_score(config.routing, config.router_func, config.router_alpha)
+        self.router = make_router(plan.num_recursions)
+        # Loss-free balancing: added to the scores for the choice, never to the weight; kept in fp32 (spec Q17).
+        self.register_buffer("balance_bias", torch.zeros(plan.num_recursions, dtype=torch.float32))
+
+    def forward(self, hidden: Tensor, block: Block, context: RoutingContext) -> Tensor:
+        """[S, B, H] -> [S, B, H] through the recursions; reports metrics to `context`."""
+        logits = self.router(hidden)  # [S, B, Nr]
+        scores = score(logits, self.func, self.alpha)
+        depth = self._choose(scores.detach(), context)  # [S, B]
+        weight = scores.gather(-1, depth.unsqueeze(-1))  # [S, B, 1]
+        context.record("router_logits", logits)
+        context.record("depth", depth)
+        self._report_depths(depth, context)
+
+        y = hidden
+        if self.training:
+            y = self._attach_losses(y, logits, scores, depth, context)
+        active = ActiveTokens(*hidden.shape[:2])
+        for r in range(self.plan.num_recursions):
+            leaving = depth.view(-1) if active.rows is None else depth.view(-1)[active.rows.view(-1)]
+            y = block(r, y, active)
+            leaving = (leaving == r).view(y.shape[:2])
+            out = select_mask(leaving)
+            gone = active.take(out, ragged=True)
+            gate = None
+            if self.config.router_gating == "weighted":
+                gate = take_rows(weight, gone.rows)
+            hidden = combine(hidden, take_rows(y, out), gate, gone)
+            stay = select_mask(~leaving)
+            if stay.numel() == 0:
+                break
+            active = active.take(stay, ragged=True)
+            y = take_rows(y, stay)
+        return hidden
+
+    @torch.no_grad()
+    def update_bias(self, depth_fractions: Tensor) -> None:
+        """Loss-free balancing, once per iteration: b_i += u * sign(mean - fraction_i) (spec 3.4).
+
+        Args:
+            depth_fractions: fraction of the global batch's tokens at each depth, [Nr].
+        """
+        fractions = depth_fractions.to(self.balance_bias)
+        self.balance_bias += self.config.router_bias_update_rate * torch.sign(fractions.mean() - fractions)
+
+    def _choose(self, scores: Tensor, context: RoutingContext) -> Tensor:
+        num_recursions = self.plan.num_recursions
+        if context.fixed_depth is not None:
+            return torch.full_like(scores[..., 0], context.depth(num_recursions) - 1, dtype=torch.long)
+        if self.training and context.iteration <= self.config.router_balance_warmup_iters:
+            return torch.full_like(scores[..., 0], num_recursions - 1, dtype=torch.long)
+        if self.config.router_balance == "loss_free":
+            scores = scores + self.balance_bias
+        return scores.argmax(-1)
+
+    def _report_depths(self, depth: Tensor, context: RoutingContext) -> None:
+        fractions = torch.bincount(depth.view(-1), minlength=self.plan.num_recursions).float() / depth.numel()
+        reaching = fractions.flip(0).cumsum(0).flip(0)
+        for r in range(self.plan.num_recursions):
+            context.report(names.DEPTH_FRACTION.format(r), fractions[r])
+            context.report(names.TOKENS_PER_RECURSION.format(r), reaching[r])
+        context.report(names.MEAN_DEPTH, reaching.sum())
+
+    def _attach_losses(
+        self, x: Tensor, logits: Tensor, scores: Tensor, depth: Tensor, context: RoutingContext
+    ) -> Tensor:
+        config, scale = self.config, context.router_loss_scale
+        if config.router_balance == "loss":
+            balance = balance_loss(scores, depth, self.plan.num_recursions, config.router_balance_scope)
+            context.report(names.BALANCE_LOSS, balance)
+            x = attach_loss(x, balance, config.router_balance_coeff * scale)
+        if config.router_z_loss_coeff > 0.0:
+            z = z_loss(logits)
+            context.report(names.Z_LOSS, z)
+            x = attach_loss(x, z, config.router_z_loss_coeff * scale)
+        return x

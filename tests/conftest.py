@@ -1,0 +1,20 @@
+"""Shared by all tests: one process group per test process, made once."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # compiling costs more than any test runs
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def process_group():
+    """A world of one process with Megatron-core's parallel state."""
+    from mor_megatron.config.schema import Config
+    from mor_megatron.parallel.distributed import initialize_distributed
+
+    initialize_distributed(Config())
+    yield
