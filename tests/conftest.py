@@ -18,3 +18,11 @@ def process_group():
 
     initialize_distributed(Config())
     yield
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--reference-dir",
+        default=os.path.join(os.path.dirname(__file__), "reference", "data"),
+        help="directory of safetensors cases run with the authors' implementation",
+    )
