@@ -1,0 +1,204 @@
+"""Cross-field checks: what is refused and with which remedy, what is filled in, what is warned about."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pytest
+
+from mor_megatron.config.cli import read_config, to_yaml
+from mor_megatron.config.schema import Config
+from mor_megatron.config.validate import validate
+
+EXPERT = "--num-layers 8 --num-recursions 3 --routing expert_choice"
+TOKEN = "--num-layers 8 --num-recursions 3 --routing token_choice"
+
+
+def run(flags: str, data_parallel_size: int = 1) -> Config:
+    return validate(read_config(flags.split()), data_parallel_size)
+
+
+# flags -> what the message must contain: the field with its value, then the remedy.
+REFUSED = {
+    "zero layers": ("--num-layers 0", "num-layers=0", "use 1 or more"),
+    "negative decay": ("--weight-decay -0.1", "weight-decay=-0.1", "use 0 or more"),
+    "zero lr": ("--lr 0", "lr=0.0", "use a value above 0"),
+    "lr not a number": ("--lr nan", "lr=nan", "use a value above 0"),
+    "infinite lr": ("--lr inf", "lr=inf", "use a value above 0"),
+    "beta": ("--adam-beta2 1", "adam-beta2=1.0", "from 0 to below 1"),
+    "zero save interval": ("--save x --save-interval 0", "save-interval=0", "use 1 or more"),
+    "heads": (
+        "--num-attention-heads 3",
+        "hidden-size=256 .*num-attention-heads=3",
+        "use 255 or 258, or .*--kv-channels",
+    ),
+    "odd head": ("--kv-channels 5", "kv-channels=5", "use 4 or 6"),
+    "groups missing": ("--group-query-attention", "group-query-attention=True", "give --num-query-groups"),
+    "groups": (
+        "--group-query-attention --num-query-groups 3",
+        "num-query-groups=3 .*num-attention-heads=4",
+        "use 1, 2 or 4",
+    ),
+    "positions": ("--seq-length 4096", "seq-length=4096 .*max-position-embeddings=2048", "shorten .* or raise"),
+    "depth": (
+        "--num-layers 9 --num-recursions 3",
+        "num-layers=9 .*num-recursions=3",
+        "use 8 or 11, or --depth-rounding down or up",
+    ),
+    "too shallow": ("--num-layers 3 --num-recursions 3", "num-layers=3", "use at least 5"),
+    "routing without recursion": (
+        "--routing expert_choice",
+        "routing=expert_choice .*num-recursions",
+        "give --num-rec",
+    ),
+    "routing over sequence": (
+        f"{EXPERT} --sharing-strategy middle_sequence",
+        "sharing-strategy=middle_sequence",
+        "use cycle or middle_cycle",
+    ),
+    "sharing without recursion": ("--kv-mode sharing", "kv-mode=sharing .*num-recursions=1", "use kv-mode=caching or"),
+    "softmax for experts": (f"{EXPERT} --router-func softmax", "router-func=softmax", "use sigmoid or tanh or none"),
+    "tanh for tokens": (f"{TOKEN} --router-func tanh", "router-func=tanh", "use softmax or sigmoid"),
+    "no function for tokens": (f"{TOKEN} --router-func none", "router-func=none", "use softmax or sigmoid"),
+    "second router for tokens": (
+        f"{TOKEN} --router-objective aux_router",
+        "router-objective=aux_router .*token_choice",
+        "use router-objective=aux_loss",
+    ),
+    "capacity count": (f"{EXPERT} --capacity 1 0.5", "capacity=1 0.5", "give 3, such as 1 0.667 0.333"),
+    "capacity range": (f"{EXPERT} --capacity 1 0.5 0", "capacity=1 0.5 0", "such as 1 0.667 0.333"),
+    "capacity not a number": (f"{EXPERT} --capacity 1 nan 0.5", "capacity=1 nan 0.5", "such as 1 0.667 0.333"),
+    "capacity first": (f"{EXPERT} --capacity 0.9 0.6 0.3", "capacity=0.9 0.6 0.3", "use 1 0.667 0.333"),
+    "capacity increasing": (f"{EXPERT} --capacity 1 0.3 0.6", "capacity=1 0.3 0.6", "use 1 0.667 0.333"),
+    "alpha": (f"{EXPERT} --router-alpha 0", "router-alpha=0.0", "above 0"),
+    "split words": ("--split all", "split='all'", "such as 969,30,1"),
+    "split of nothing": ("--split 0,0,0", "split='0,0,0'", "such as 969,30,1"),
+    "split in four": ("--split 1,1,1,1", "split='1,1,1,1'", "such as 969,30,1"),
+    "tokenizer type": ("--tokenizer-model a.model", "tokenizer-model=a.model", "give --tokenizer-type"),
+    "min lr": ("--lr 0.1 --min-lr 0.2", "min-lr=0.2 .*lr=0.1", "lower min-lr or raise lr"),
+    "long warm-up": ("--lr-warmup-iters 101", "lr-warmup-iters=101 .*lr-decay-iters=100", "warm up for less"),
+    "long decay": (
+        "--lr-warmup-iters 50 --lr-wsd-decay-iters 51",
+        "lr-wsd-decay-iters=51 .*lr-warmup-iters=50",
+        "use at most 50",
+    ),
+    "zero stage": ("--zero-stage 2", "zero-stage=2", "use 0 .*or 1"),
+    "global batch": (
+        "--micro-batch-size 4 --global-batch-size 10",
+        "global-batch-size=10 .*micro-batch-size=4",
+        "use 8 or 12",
+    ),
+}
+
+
+@pytest.mark.parametrize(("flags", "fault", "remedy"), REFUSED.values(), ids=REFUSED)
+def test_refused_with_field_value_and_remedy(flags, fault, remedy):
+    with pytest.raises(ValueError, match=f"{fault}.*{remedy}") as error:
+        run(flags)
+    assert "\n" not in str(error.value)
+
+
+def test_global_batch_depends_on_data_parallel_size():
+    assert run("--micro-batch-size 4", 3).training.global_batch_size == 12
+    assert run("--micro-batch-size 4 --global-batch-size 24", 3).training.global_batch_size == 24
+    with pytest.raises(ValueError, match="3 data-parallel ranks: use 12 or 24"):
+        run("--micro-batch-size 4 --global-batch-size 16", 3)
+
+
+def test_derived_defaults():
+    config = run(EXPERT)
+    assert config.model.kv_channels == 64
+    assert config.recursion.capacity == (1.0, 2 / 3, 1 / 3)
+    assert (config.recursion.router_func, config.recursion.router_alpha) == ("sigmoid", 0.1)
+    assert run(f"{EXPERT} --router-alpha 0.3").recursion.router_alpha == 0.3
+    token = run(TOKEN).recursion
+    assert (token.router_func, token.router_alpha, token.capacity) == ("softmax", 1.0, None)
+    assert run(f"{TOKEN} --router-func sigmoid").recursion.router_alpha == 0.1
+
+
+@pytest.mark.parametrize(
+    ("iterations", "decay"), [(9438, 1888), (8883, 1777), (12619, 2524), (14161, 2832), (14216, 2843), (14672, 2934)]
+)
+def test_decay_defaults_to_the_papers_fifth(iterations, decay):
+    optimizer = run(f"--train-iters {iterations}").optimizer
+    assert (optimizer.lr_decay_iters, optimizer.lr_wsd_decay_iters) == (iterations, decay)
+
+
+def test_default_decay_gives_way_to_a_long_warm_up():
+    assert run("--train-iters 100 --lr-warmup-iters 90").optimizer.lr_wsd_decay_iters == 10
+
+
+@pytest.mark.parametrize(("rounding", "depth"), [("down", 8), ("up", 11)])
+def test_depth_rounding_becomes_the_depth_and_is_told(rounding, depth, caplog):
+    config = run(f"--num-layers 9 --num-recursions 3 --depth-rounding {rounding}")
+    assert config.model.num_layers == depth
+    assert f"num-layers=9 becomes {depth}" in caplog.text
+
+
+# flags -> the setting that is warned about
+IGNORED = {
+    "groups": ("--num-query-groups 2", "num-query-groups=2 is ignored.*--group-query-attention"),
+    "strategy": ("--sharing-strategy cycle", "sharing-strategy=cycle is ignored"),
+    "rounding": ("--depth-rounding up", "depth-rounding=up is ignored"),
+    "router of a recursive model": ("--num-recursions 2 --router-type mlp", "router-type=mlp is ignored"),
+    "z-loss of a vanilla model": ("--router-z-loss-coeff 1", "router-z-loss-coeff=1.0 is ignored"),
+    "capacity of a recursive model": ("--num-recursions 2 --capacity 1 0.5", "capacity=.* is ignored.*expert_choice"),
+    "capacity of token choice": (f"{TOKEN} --capacity 1 0.5 0.5", "capacity=.* is ignored.*expert_choice"),
+    "aux loss of token choice": (f"{TOKEN} --router-aux-loss-coeff 1", "router-aux-loss-coeff=1.0 is ignored"),
+    "alpha without function": (f"{EXPERT} --router-func none --router-alpha 0.5", "router-alpha=0.5 is ignored"),
+    "lr of an absent router": (f"{EXPERT} --router-aux-lr-mult 5", "router-aux-lr-mult=5.0 is ignored.*aux_router"),
+    "balance of expert choice": (f"{EXPERT} --router-balance loss_free", "router-balance=loss_free is ignored"),
+    "coefficient without loss": (
+        f"{TOKEN} --router-balance loss_free --router-balance-coeff 1",
+        "router-balance-coeff=1.0 is ignored",
+    ),
+    "rate without bias": (f"{TOKEN} --router-bias-update-rate 1", "router-bias-update-rate=1.0 is ignored.*loss_free"),
+    "floor of a constant": ("--lr-decay-style constant --min-lr 1e-4", "min-lr=0.0001 is ignored"),
+    "WSD of cosine": ("--lr-decay-style cosine --lr-wsd-decay-iters 5", "lr-wsd-decay-iters=5 is ignored.*WSD"),
+    "beta of SGD": ("--optimizer sgd --adam-beta1 0.5", "adam-beta1=0.5 is ignored"),
+    "momentum of Adam": ("--sgd-momentum 0.5", "sgd-momentum=0.5 is ignored"),
+    "interval without directory": ("--save-interval 5", "save-interval=5 is ignored.*--save"),
+    "name without project": ("--wandb-exp-name a", "wandb-exp-name=a is ignored.*--wandb-project"),
+    "untrained threshold": (f"{EXPERT} --router-aux-loss-coeff 0", "leaves the causal threshold untrained"),
+    "untrained depths": (f"{TOKEN} --router-gating additive --router-balance none", "without a gradient"),
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), IGNORED.values(), ids=IGNORED)
+def test_ignored_settings_are_warned_about(flags, message, caplog):
+    run(flags)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert re.search(message, caplog.text)
+
+
+QUIET = {
+    "vanilla": "",
+    "recursive": "--num-recursions 2 --sharing-strategy sequence",
+    "recursive sharing": "--num-recursions 2 --kv-mode sharing",
+    "expert": EXPERT,
+    "expert, no function": f"{EXPERT} --router-func none",
+    "expert, second router": f"{EXPERT} --router-objective aux_router --router-aux-lr-mult 5 --router-aux-loss-coeff 0",
+    "token": TOKEN,
+    "token, loss-free": f"{TOKEN} --router-balance loss_free --router-bias-update-rate 0.01",
+    "cosine": "--lr-decay-style cosine --min-lr 1e-4",
+    "constant": "--lr-decay-style constant",
+    "sgd": "--optimizer sgd --sgd-momentum 0.5",
+    "saving": "--save runs/a --save-interval 5",
+}
+
+
+@pytest.mark.parametrize("flags", QUIET.values(), ids=QUIET)
+def test_sound_settings_are_accepted_quietly_and_validating_again_changes_nothing(flags, caplog, tmp_path):
+    config = run(flags, data_parallel_size=2)
+    assert validate(config, 2) == config
+    path = tmp_path / "resolved.yaml"
+    path.write_text(to_yaml(config))
+    assert validate(read_config(["--config", str(path)]), 2) == config
+    assert caplog.text == ""
+
+
+def test_only_the_first_rank_warns(caplog, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    run("--save-interval 5")
+    assert caplog.text == ""
