@@ -1,0 +1,48 @@
+"""Parameter groups and the torch optimizer that DeepSpeed wraps."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mor_megatron.config.schema import OptimizerConfig
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Trainable parameters split by decay and learning-rate multiplier.
+
+    Norm weights and biases, which are the one-dimensional parameters, are not decayed. A parameter with an attribute
+    `lr_mult` (the auxiliary router) joins a group of that rate. Each group carries `lr_mult` for `set_learning_rate`.
+
+    Returns:
+        Groups in a fixed order (decayed before not decayed, then by multiplier), parameters in the model's order, so
+        that a checkpoint's optimizer state fits the same model again.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            key = (parameter.ndim <= 1, float(getattr(parameter, "lr_mult", 1.0)))
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": 0.0 if undecayed else weight_decay, "lr_mult": lr_mult}
+        for (undecayed, lr_mult), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW (fused, one kernel a step, on CPU and CUDA alike) or SGD with momentum, at rate 0.
+
+    `set_learning_rate` gives every step its rate; DeepSpeed may take one before the first, on gradients of zero.
+    """
+    groups = parameter_groups(model, config.weight_decay)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=config.sgd_momentum)
+    return torch.optim.AdamW(
+        groups, lr=0.0, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps, fused=True
+    )
+
+
+def set_learning_rate(param_groups: list[dict], lr: float) -> None:
+    """Give each group `lr` times its multiplier for the next step."""
+    for group in param_groups:
+        group["lr"] = lr * group["lr_mult"]
