@@ -104,7 +104,7 @@ def to_yaml(config: Config) -> str:
     for section in fields(config):
         part = getattr(config, section.name)
         values = {flag_name(entry.name): getattr(part, entry.name) for entry in fields(part)}
-        text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=sys.maxsize, allow_unicode=True)
+        text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=sys.maxsize)
         blocks.append(f"# {section.name}\n{text}")
     return "\n".join(blocks)
 
