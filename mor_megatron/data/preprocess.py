@@ -1,0 +1,205 @@
+"""Turn documents into indexed corpora with many processes.
+
+The input is cut into parts, in order. Each worker takes the next part, tokenizes it and writes its token ids to a file
+of its own (`encoding.py`); this process appends finished parts to the corpus in input order while the workers go on.
+What ends up in the corpus therefore does not depend on the number of workers, and the final names appear only when all
+is written.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mor_megatron.data.encoding import SHOWN, Done, Job, Settings, encode, start_worker
+from mor_megatron.data.indexed import CorpusWriter, cannot_write, optimal_dtype, working_folder
+from mor_megatron.data.sources import Broken, Slice, describe, plan, read, slice_target
+from mor_megatron.data.tokenizers import Tokenizer
+
+# Records looked at before the work starts: if not one of them is usable, the settings are wrong, not the data.
+_PROBE = 100
+
+
+@dataclass
+class Report:
+    """What a run did. `broken` describes the first few of `broken_count` records; `empty` texts gave no token."""
+
+    prefixes: list[str]
+    documents: int = 0
+    tokens: int = 0
+    nbytes: int = 0
+    empty: int = 0
+    broken_count: int = 0
+    broken: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def preprocess(
+    inputs: list[str],
+    output_prefix: str,
+    tokenizer: Tokenizer,
+    keys: tuple[str, ...] = ("text",),
+    append_eod: bool = False,
+    workers: int = 1,
+    strict: bool = False,
+    paragraphs: bool = False,
+    progress: bool = True,
+) -> Report:
+    """Write PREFIX_KEY_document.bin and .idx for each key.
+
+    Args:
+        inputs: files and dataset directories in any format of `sources.py`.
+        output_prefix: PREFIX; its directory is made if needed. Existing corpora are replaced at the very end.
+        tokenizer: gives the ids, and with them the dtype (`optimal_dtype`).
+        keys: fields of a record that hold text.
+        append_eod: end every document with the tokenizer's end-of-document token.
+        workers: processes.
+        strict: stop at the first broken record instead of skipping it.
+        paragraphs: cut plain text files at blank lines.
+        progress: draw a bar with MB/s and tokens/s on stderr.
+    Raises:
+        ValueError: a setting or an input is wrong, no document was found, writing failed, or a worker died. Nothing
+            is left behind then.
+    """
+    started = time.monotonic()
+    if workers < 1:
+        raise ValueError(f"workers={workers}: at least 1 is needed.")
+    if append_eod:
+        _ = tokenizer.eod  # raises now, not in a worker
+    slices = plan(inputs, keys, workers, paragraphs)
+    _probe(slices)
+    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
+    dtype = optimal_dtype(tokenizer.vocab_size)
+    counters = context.Value("q", 0), context.Value("q", 0), context.Event()
+    settings = Settings(tokenizer, dtype, keys, append_eod, strict, *counters)
+    report = Report([f"{output_prefix}_{key}_document" for key in keys])
+    broken: list[Broken] = []
+    with working_folder(output_prefix) as folder:
+        jobs = [Job(i, part, folder) for i, part in enumerate(_parts(slices, workers))]
+        writers = [CorpusWriter(folder, f"corpus{i}", dtype) for i in range(len(keys))]
+        try:
+            with _Bar(jobs, settings, progress) as bar:
+                for job, done in _run(jobs, settings, context, workers, bar):
+                    for key, (writer, lengths) in enumerate(zip(writers, done.lengths, strict=True)):
+                        writer.append(job.shard(key), lengths)
+                        os.unlink(job.shard(key))
+                    report.documents += len(done.lengths[0])
+                    report.tokens += sum(int(lengths.sum(dtype="int64")) for lengths in done.lengths)
+                    report.nbytes += done.nbytes
+                    report.empty += done.empty
+                    report.broken_count += done.broken_count
+                    broken += done.broken[: SHOWN - len(broken)]
+            report.broken = describe(broken)
+            if report.tokens == 0:
+                raise ValueError(
+                    f"input={' '.join(inputs)} gave no document ({report.empty} empty, {report.broken_count} broken)."
+                )
+            for writer, prefix in zip(writers, report.prefixes, strict=True):
+                writer.publish(prefix)
+        except OSError as error:
+            raise cannot_write(output_prefix, error) from error
+        except BrokenProcessPool as error:
+            raise ValueError(
+                f"workers={workers}: a worker process was killed, most often because memory ran out. Use fewer "
+                "--workers. No output was left behind."
+            ) from error
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _probe(slices: list[Slice]) -> None:
+    first = list(itertools.islice(itertools.chain.from_iterable(map(read, slices)), _PROBE))
+    if first and all(isinstance(item, Broken) for item in first):
+        raise ValueError(
+            f"none of the first {len(first)} records can be used: {describe(first[:1])[0]}. Check --json-keys and the "
+            "format."
+        )
+
+
+def _parts(slices: list[Slice], workers: int) -> Iterator[tuple[Slice, ...]]:
+    """Neighbouring slices together until they are worth a file of their own."""
+    target = slice_target(sum(part.size for part in slices), workers)
+    together: list[Slice] = []
+    for part in slices:
+        together.append(part)
+        if sum(p.size for p in together) >= target:
+            yield tuple(together)
+            together = []
+    if together:
+        yield tuple(together)
+
+
+def _run(jobs: list[Job], settings: Settings, context, workers: int, bar: _Bar) -> Iterator[tuple[Job, Done]]:
+    """Results in the order of the jobs. Stops the workers when the caller fails or is interrupted."""
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(settings,))
+    try:
+        futures: list[Future[Done]] = [pool.submit(encode, job) for job in jobs]
+        for job, future in zip(jobs, futures, strict=True):
+            while not wait([future], timeout=0.25).done:
+                bar.refresh()
+            done = future.result()
+            bar.correct(done.nbytes - job.size)
+            yield job, done
+    finally:
+        settings.stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+class _Bar:
+    """Progress on stderr, from the workers' counters."""
+
+    def __init__(self, jobs: list[Job], settings: Settings, show: bool):
+        total = sum(job.size for job in jobs)
+        self._settings = settings
+        self._started = time.monotonic()
+        often = 0.5 if sys.stderr.isatty() else 15.0  # a log file keeps every line
+        self._bar = tqdm(total=total, unit="B", unit_scale=True, disable=not show, desc="preprocess", mininterval=often)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.refresh()
+        self._bar.close()
+
+    def refresh(self) -> None:
+        speed = self._settings.tokens.value / (time.monotonic() - self._started)
+        self._bar.set_postfix_str(f"{speed / 1e3:,.0f} ktokens/s", refresh=False)
+        self._bar.update(self._settings.nbytes.value - self._bar.n)
+
+    def correct(self, difference: int) -> None:
+        """Sizes of compressed and columnar inputs are estimates until they are read."""
+        self._bar.total += difference
+        self.refresh()
+
+
+def default_workers() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def summary(report: Report) -> str:
+    """The report as a few lines for people."""
+    mib, seconds = report.nbytes / 1e6, max(report.seconds, 1e-9)
+    lines = [
+        f"{' '.join(Path(p).name for p in report.prefixes)}: {report.documents:,} documents, {report.tokens:,} tokens; "
+        f"{mib:,.1f} MB in {seconds:,.1f} s ({mib / seconds:,.2f} MB/s, {report.tokens / seconds:,.0f} tokens/s)"
+    ]
+    if report.empty:
+        lines.append(f"skipped {report.empty:,} empty texts")
+    if report.broken_count:
+        lines.append(f"skipped {report.broken_count:,} broken records:")
+        lines += [f"  {line}" for line in report.broken]
+        if report.broken_count > len(report.broken):
+            lines.append(f"  and {report.broken_count - len(report.broken):,} more")
+    return "\n".join(lines)

@@ -1,0 +1,229 @@
+"""One small interface over the tokenizer libraries, under Megatron-LM's type names.
+
+Megatron-core has tokenizers of its own. They encode one text at a time and drop special tokens when they decode; a
+preprocessor wants the libraries' batch calls and text that comes back as it went in, so these wrappers call
+sentencepiece, tokenizers and transformers directly. The end-of-document id is the same as Megatron-core's: the
+sentencepiece model's eos, the Hugging Face tokenizer's eos.
+
+Encoding never adds special tokens (no BOS in front of each document); `--append-eod` is what separates documents.
+Every wrapper uses one thread: the preprocessor gets its parallelism from processes.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+# Read by the Rust library at its first batch call. Without it every worker process would start a thread per core.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Names that published tokenizers give their end of document, looked up where the library does not say which it is.
+EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<EOD>", "<|eod|>")
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back.
+
+    Attributes:
+        vocab_size: number of ids, added tokens included; every id is in [0, vocab_size).
+        eod: id of the end-of-document token. Raises ValueError when the tokenizer has none.
+    """
+
+    vocab_size: int
+
+    @property
+    def eod(self) -> int: ...
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of one text, without special tokens."""
+
+    def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of several texts; the same as `tokenize` on each, only faster."""
+
+    def detokenize(self, ids: list[int]) -> str:
+        """The text of ids; special tokens of Hugging Face tokenizers appear by name."""
+
+
+class _Base:
+    vocab_size: int
+    _eod: int | None
+    _origin: str
+
+    @property
+    def eod(self) -> int:
+        if self._eod is None:
+            raise ValueError(
+                f"tokenizer-model={self._origin} has no end-of-document token: use a tokenizer with an eos token "
+                "(tools/train_tokenizer.py makes one), or leave out --append-eod, --eod-mask-loss and --reset-*."
+            )
+        return self._eod
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.tokenize_batch([text])[0]
+
+
+class SentencePieceTokenizer(_Base):
+    """A sentencepiece .model file; end of document is its eos piece, else the first of EOD_NAMES it knows."""
+
+    def __init__(self, model: str):
+        import sentencepiece
+
+        self._origin = model
+        try:
+            self._sp = sentencepiece.SentencePieceProcessor(model_file=model)
+        except RuntimeError as error:
+            raise ValueError(
+                f"tokenizer-model={model} is not a sentencepiece model ({error}): give a .model file, or another "
+                "--tokenizer-type."
+            ) from error
+        self.vocab_size = self._sp.get_piece_size()
+        named = (self._sp.piece_to_id(name) for name in EOD_NAMES)
+        known = [i for i in named if i != self._sp.unk_id()]
+        eos = self._sp.eos_id()
+        self._eod = eos if eos >= 0 else (known[0] if known else None)
+
+    def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
+        return self._sp.encode(texts, num_threads=1)
+
+    def detokenize(self, ids: list[int]) -> str:
+        return self._sp.decode([int(i) for i in ids])
+
+
+class FastTokenizer(_Base):
+    """A `tokenizers` (Rust) tokenizer; `eod` is given, or found among EOD_NAMES."""
+
+    def __init__(self, backend, origin: str, eod: int | None = None):
+        self._origin = origin
+        self._backend = backend
+        # A tokenizer.json may carry truncation or padding of its first user; both would change the corpus.
+        backend.no_truncation()
+        backend.no_padding()
+        self.vocab_size = _id_count(backend.get_vocab(with_added_tokens=True))
+        named = (backend.token_to_id(name) for name in EOD_NAMES)
+        self._eod = eod if eod is not None else next((i for i in named if i is not None), None)
+
+    def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
+        return [e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def detokenize(self, ids: list[int]) -> str:
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+class SlowTokenizer(_Base):
+    """A transformers tokenizer that has no Rust backend."""
+
+    def __init__(self, tokenizer, origin: str):
+        self._origin = origin
+        self._tokenizer = tokenizer
+        self.vocab_size = _id_count(tokenizer.get_vocab())
+        self._eod = tokenizer.eos_token_id
+
+    def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
+        return self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def detokenize(self, ids: list[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], clean_up_tokenization_spaces=False)
+
+
+class NullTokenizer(_Base):
+    """Text that already is ids: decimal numbers separated by white space (Megatron-LM's NullTokenizer).
+
+    `tokenizer_model` is the number N of ordinary ids; end of document is id N, so vocab_size is N + 1.
+    """
+
+    def __init__(self, size: str):
+        self._origin = size
+        if not size.isdecimal() or int(size) < 1:
+            raise ValueError(f"tokenizer-model={size!r}: NullTokenizer wants the number of ids, for example 1024.")
+        self._eod = int(size)
+        self.vocab_size = self._eod + 1
+
+    def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
+        return [[int(word) for word in text.split()] for text in texts]
+
+    def detokenize(self, ids: list[int]) -> str:
+        return " ".join(str(int(i)) for i in ids)
+
+
+def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None) -> Tokenizer:
+    """The tokenizer of `--tokenizer-type` and `--tokenizer-model`.
+
+    Args:
+        tokenizer_type: SentencePieceTokenizer, HuggingFaceTokenizer, GPT2BPETokenizer or NullTokenizer.
+        tokenizer_model: a .model file; a tokenizer directory or tokenizer.json; a directory with vocab.json and
+            merges.txt (or encoder.json and vocab.bpe); the number of ids. Nothing is ever downloaded.
+    Raises:
+        ValueError: unknown type, or a model that is missing or of another kind.
+    """
+    if tokenizer_type not in _BUILDERS:
+        raise ValueError(f"tokenizer-type={tokenizer_type} is unknown: use one of {', '.join(_BUILDERS)}.")
+    if not tokenizer_model:
+        raise ValueError(f"tokenizer-type={tokenizer_type} needs --tokenizer-model.")
+    if tokenizer_type != "NullTokenizer" and not Path(tokenizer_model).exists():
+        raise ValueError(
+            f"tokenizer-model={tokenizer_model} does not exist: give a local file or directory (nothing is downloaded)."
+        )
+    return _BUILDERS[tokenizer_type](tokenizer_model)
+
+
+def _huggingface(model: str) -> Tokenizer:
+    path = Path(model)
+    if path.is_file():
+        # The directory around a tokenizer.json knows which token is eos; the file alone does not.
+        if path.name == "tokenizer.json" and (path.parent / "tokenizer_config.json").exists():
+            return _huggingface(str(path.parent))
+        return _tokenizer_json(path)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if (path / "tokenizer.json").exists():  # alone, or beside the config.json of a model transformers cannot know
+            return _tokenizer_json(path / "tokenizer.json")
+        raise ValueError(
+            f"tokenizer-model={model} is not a Hugging Face tokenizer directory ({error}): it needs tokenizer.json, or "
+            "what AutoTokenizer reads."
+        ) from error
+    if tokenizer.is_fast:
+        return FastTokenizer(tokenizer.backend_tokenizer, model, tokenizer.eos_token_id)
+    return SlowTokenizer(tokenizer, model)
+
+
+def _tokenizer_json(path: Path) -> Tokenizer:
+    import tokenizers
+
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust library raises bare Exception
+        raise ValueError(f"tokenizer-model={path} is not a tokenizer.json ({error}).") from error
+    return FastTokenizer(backend, str(path))
+
+
+def _gpt2(model: str) -> Tokenizer:
+    import tokenizers
+
+    folder = Path(model)
+    for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+        if (folder / vocab).exists() and (folder / merges).exists():
+            backend = tokenizers.ByteLevelBPETokenizer(str(folder / vocab), str(folder / merges))._tokenizer
+            if backend.token_to_id("<|endoftext|>") is not None:
+                backend.add_special_tokens(["<|endoftext|>"])
+            return FastTokenizer(backend, model)
+    raise ValueError(
+        f"tokenizer-model={model}: GPT2BPETokenizer wants a directory with vocab.json and merges.txt "
+        "(or encoder.json and vocab.bpe)."
+    )
+
+
+def _id_count(vocab: dict[str, int]) -> int:
+    # A vocabulary may have holes; the embedding must reach the largest id.
+    return max(vocab.values()) + 1
+
+
+_BUILDERS = {
+    "SentencePieceTokenizer": SentencePieceTokenizer,
+    "HuggingFaceTokenizer": _huggingface,
+    "GPT2BPETokenizer": _gpt2,
+    "NullTokenizer": NullTokenizer,
+}

@@ -1,0 +1,28 @@
+"""Concatenate indexed corpora of the same dtype. See docs/data.md."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from mor_megatron.data.indexed import merge, prefixes_in
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--input", nargs="+", required=True, help="prefixes, or directories of .bin/.idx pairs")
+    parser.add_argument("--output-prefix", required=True, help="PREFIX of the output")
+    args = parser.parse_args()
+    try:
+        prefixes = [p for name in args.input for p in (prefixes_in(name) if Path(name).is_dir() else [name])]
+        index = merge(prefixes, args.output_prefix)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.output_prefix}: {index.documents:,} documents, {index.tokens:,} tokens from {len(prefixes)} corpora")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""Train a lossless tokenizer with one end-of-document token. See docs/data.md."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from mor_megatron.data.sources import SUPPORTED
+from mor_megatron.data.tokenizer_training import MODEL_TYPES, train_tokenizer
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help=SUPPORTED)
+    parser.add_argument("--vocab-size", type=int, required=True, help="number of token ids")
+    parser.add_argument(
+        "--model-type",
+        choices=MODEL_TYPES,
+        default="bpe",
+        help="bpe, unigram: sentencepiece, PREFIX.model; hf-bpe: Hugging Face byte-level BPE, directory PREFIX",
+    )
+    parser.add_argument("--output-prefix", required=True, help="PREFIX of the output")
+    parser.add_argument("--json-key", default="text", help="field that holds the text")
+    args = parser.parse_args()
+    try:
+        model = train_tokenizer(args.input, args.vocab_size, args.model_type, args.output_prefix, args.json_key)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    kind = "HuggingFaceTokenizer" if args.model_type == "hf-bpe" else "SentencePieceTokenizer"
+    print(f"use it with --tokenizer-type {kind} --tokenizer-model {model}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
