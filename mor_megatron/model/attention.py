@@ -21,6 +21,10 @@ from mor_megatron.recursion.dispatch import ActiveTokens
 from mor_megatron.recursion.plan import VirtualLayer
 
 
+QUERY_BLOCK = 128
+"""Compact queries attended at once in masked attention; smaller skips more keys, larger costs fewer calls."""
+
+
 class RotaryTable(nn.Module):
     """cos and sin of RoPE for every position, fp32, [max_positions, D/2]."""
 
@@ -97,6 +101,22 @@ class AttentionPattern:
             visible = visible & (query_document.unsqueeze(2) == key_document.unsqueeze(1))
         mask = torch.zeros(visible.shape, dtype=self.sequences.dtype, device=visible.device)
         return mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
+
+    @cached_property
+    def query_blocks(self) -> list[tuple[int, int, int]]:
+        """(first query, end, keys seen) by which masked attention skips keys after a block's last position.
+
+        With one block of a few hundred compact queries against all keys, half the products would be masked away.
+        """
+        rows, keys = self.mask.shape[-2:]
+        if not self.keys_of_all or rows < 2 * QUERY_BLOCK:
+            return [(0, rows, keys)]
+        starts = list(range(0, rows, QUERY_BLOCK))
+        position, _ = self._coordinates(self.active, None)
+        last = position.amax(0).cummax(0).values  # [Q], over the micro-batch
+        ends = [min(start + QUERY_BLOCK, rows) for start in starts]
+        seen = last[torch.tensor(ends, device=last.device) - 1].add(1).tolist()
+        return list(zip(starts, ends, seen, strict=True))
 
     def _coordinates(self, active: ActiveTokens, documents: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Position and document of each slot, [B or 1, slots]. Padding slots of a ragged set see something harmless."""
@@ -212,7 +232,20 @@ class CoreAttention(nn.Module):
             query = query.permute(1, 2, 0, 3)  # [B, N, k, D]
         if pattern.keys_of_all or not active.ragged:
             key, value = (x.permute(1, 2, 0, 3) for x in (key, value))
-        out = F.scaled_dot_product_attention(
+        if mask is None:
+            out = self._attend(query, key, value, None)
+        else:
+            blocks = [
+                self._attend(query[:, :, a:b], key[:, :, :seen], value[:, :, :seen], mask[:, :, a:b, :seen])
+                for a, b, seen in pattern.query_blocks
+            ]
+            out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+        if active.ragged:
+            return active.packing.unpad(out.transpose(1, 2)).reshape(rows, columns, -1)
+        return out.permute(2, 0, 1, 3).reshape(rows, columns, -1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(
             query,
             key,
             value,
@@ -221,6 +254,3 @@ class CoreAttention(nn.Module):
             scale=self.softmax_scale,
             enable_gqa=key.shape[1] != query.shape[1],
         )
-        if active.ragged:
-            return active.packing.unpad(out.transpose(1, 2)).reshape(rows, columns, -1)
-        return out.permute(2, 0, 1, 3).reshape(rows, columns, -1)
