@@ -1,0 +1,78 @@
+"""The four sharing strategies, depth rounding and KV sources (paper table 1, spec 1.1 and 1.2)."""
+
+from __future__ import annotations
+
+import pytest
+
+from mor_megatron.recursion.plan import build_plan, default_capacities, effective_depth, main
+
+
+def physical(plan):
+    return [layer.physical for layer in plan.layers]
+
+
+def recursions(plan):
+    return [layer.recursion for layer in plan.layers]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layers", "expected"),
+    [
+        ("cycle", 6, [0, 1, 0, 1, 0, 1]),
+        ("sequence", 6, [0, 0, 0, 1, 1, 1]),
+        ("middle_cycle", 8, [0, 1, 2, 1, 2, 1, 2, 3]),
+        ("middle_sequence", 8, [0, 1, 1, 1, 2, 2, 2, 3]),
+    ],
+)
+def test_sharing(strategy, layers, expected):
+    plan = build_plan(layers, 3, strategy)
+    assert physical(plan) == expected
+    assert plan.num_physical_layers == max(expected) + 1
+    assert plan.block_size == 2
+    assert [len(plan.pass_layers(r)) for r in range(3)] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("strategy", ["cycle", "sequence", "middle_cycle", "middle_sequence"])
+def test_one_recursion_shares_nothing(strategy):
+    plan = build_plan(7, 1, strategy)
+    assert physical(plan) == list(range(7))
+
+
+def test_kv_sources():
+    assert all(layer.kv_source == layer.index for layer in build_plan(8, 3).layers)
+    shared = build_plan(8, 3, kv_mode="sharing")
+    assert [layer.kv_source for layer in shared.layers] == [0, 1, 2, 1, 2, 1, 2, 7]
+    assert [layer.kv_source for layer in build_plan(6, 3, "sequence", "sharing").layers] == [0, 0, 0, 3, 3, 3]
+
+
+def test_capacity_of_layers():
+    plan = build_plan(8, 3, capacities=default_capacities(3))
+    assert [plan.capacity(layer) for layer in plan.layers] == [1, 1, 1, 2 / 3, 2 / 3, 1 / 3, 1 / 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("layers", "num_recursions", "down", "up"), [(30, 3, 29, 32), (32, 4, 30, 34), (24, 3, 23, 26), (24, 4, 22, 26)]
+)
+def test_depth_rounding(layers, num_recursions, down, up):
+    with pytest.raises(ValueError, match=f"use {down} or {up}"):
+        effective_depth(layers, num_recursions, "middle_cycle")
+    assert effective_depth(layers, num_recursions, "middle_cycle", "down") == down
+    assert effective_depth(layers, num_recursions, "middle_cycle", "up") == up
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_too_few_layers(layers):
+    with pytest.raises(ValueError, match="at least 5"):
+        effective_depth(layers, 3, "middle_cycle", "down")
+
+
+def test_one_capacity_per_recursion():
+    with pytest.raises(ValueError, match="capacity"):
+        build_plan(8, 3, capacities=(1.0, 0.5))
+
+
+def test_table(capsys):
+    main(["--num-layers", "8", "--num-recursions", "3", "--kv-mode", "sharing"])
+    out = capsys.readouterr().out
+    assert "8 virtual layers on 4 unique ones (block of 2)" in out
+    assert "virtual 2" in out.splitlines()[-2]
