@@ -12,7 +12,7 @@ import math
 from mor_megatron.config.schema import OptimizerConfig
 
 
-def learning_rate(optimizer: OptimizerConfig, completed: int, train_iters: int) -> float:
+def learning_rate(optimizer: OptimizerConfig, completed: int) -> float:
     """Learning rate of the iteration that follows `completed` finished ones.
 
     Warm-up is linear from 0. Then constant; or linear or cosine from `lr` to `min_lr` at `lr_decay_iters`; or WSD,
@@ -20,9 +20,8 @@ def learning_rate(optimizer: OptimizerConfig, completed: int, train_iters: int) 
     linear to 0 over the last fifth).
 
     Args:
-        optimizer: the schedule's settings.
+        optimizer: the schedule's settings, validated: `lr_decay_iters` and `lr_wsd_decay_iters` are set.
         completed: finished iterations, >= 0.
-        train_iters: iterations of the run, the default of `lr_decay_iters`.
     """
     assert completed >= 0
     peak, warmup = optimizer.lr, optimizer.lr_warmup_iters
@@ -30,11 +29,11 @@ def learning_rate(optimizer: OptimizerConfig, completed: int, train_iters: int) 
         return peak * completed / warmup
     if optimizer.lr_decay_style == "constant":
         return peak
-    end = optimizer.lr_decay_iters if optimizer.lr_decay_iters is not None else train_iters
+    end = optimizer.lr_decay_iters
     if completed >= end:
         return optimizer.min_lr
     if optimizer.lr_decay_style == "WSD":
-        length = optimizer.lr_wsd_decay_iters if optimizer.lr_wsd_decay_iters is not None else end // 5
+        length = optimizer.lr_wsd_decay_iters
         start = end - length
         if completed <= start:
             return peak

@@ -10,7 +10,7 @@ tokens divided by their number, counted before the first forward; router losses 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
+from torch import Tensor, nn
 
 from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
@@ -69,7 +69,8 @@ def train_step(
     forward = _Forward(iteration, gradient_scale=parallel_state.get_data_parallel_world_size() / tokens, count=count)
 
     if driver == "schedule":
-        _run_schedule(engine, micro_batches, forward)
+        # The bare module: DeepSpeed's forward would add hooks for a backward that it does not run.
+        run_schedule(engine.module, micro_batches, forward.context, forward.loss)
     else:
         for batch in micro_batches:
             engine.backward(forward.loss(engine(batch, forward.context()), batch))
@@ -146,25 +147,36 @@ def _global_token_count(micro_batches: list[Batch]) -> float:
     return max(1.0, sum(row[0] for row in gather_over_data_parallel(local.view(1))))
 
 
-def _run_schedule(engine: Engine, micro_batches: list[Batch], forward: _Forward) -> None:
-    def forward_step(iterator: Iterator[Batch], model):
+def run_schedule(
+    model: nn.Module,
+    micro_batches: list[Batch],
+    make_context: Callable[[], RoutingContext],
+    loss: Callable[[Tensor, Batch], Tensor],
+    forward_only: bool = False,
+) -> None:
+    """Run micro-batches through Megatron-core's schedule for the pipeline at hand.
+
+    Args:
+        make_context: gives each micro-batch its orders.
+        loss: per-token losses [B, S] and their batch -> the scalar to call backward on, used as it is.
+    """
+
+    def forward_step(iterator: Iterator[Batch], model: nn.Module):
         batch = next(iterator)
-        losses = model(batch, forward.context())
 
         def loss_function(losses: Tensor):
-            # Loss, a token count that the schedule would divide by if told to, and what it collects.
-            return forward.loss(losses, batch), torch.zeros((), dtype=torch.int), {}
+            # Also a token count, which the schedule adds up for who wants it, and what it collects.
+            return loss(losses, batch), torch.zeros((), dtype=torch.int), {}
 
-        return losses, loss_function
+        return model(batch, make_context()), loss_function
 
     rows, columns = micro_batches[0].tokens.shape
     get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(micro_batches),
-        # The bare module: DeepSpeed's forward would add hooks for a backward that it does not run.
-        model=engine.module,
+        model=model,
         num_microbatches=len(micro_batches),
         seq_length=columns,
         micro_batch_size=rows,
-        forward_only=False,
+        forward_only=forward_only,
     )

@@ -1,0 +1,66 @@
+"""Validation loss in the two named ways of selecting tokens.
+
+`topk` is the authors' whole-sequence selection, which sees later tokens; `threshold` is causal, and what generation
+uses. Only expert-choice routing tells them apart; for any other model one pass gives both numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from mor_megatron.config.schema import Config
+from mor_megatron.data.batch import Batch
+from mor_megatron.parallel.cpu import device
+from mor_megatron.recursion.context import RoutingContext, Selection
+from mor_megatron.training.train_step import (
+    count_tokens,
+    gather_over_data_parallel,
+    masked_sum,
+    num_microbatches,
+    run_schedule,
+)
+
+VALIDATION_LOSSES: dict[str, Selection] = {
+    "validation_loss_topk": "capacity",
+    "validation_loss_threshold": "threshold",
+}
+"""Metric name -> how tokens are selected."""
+
+
+def evaluate(model: nn.Module, batches: Iterator[Batch], config: Config, iteration: int) -> dict[str, float]:
+    """Mean cross entropy (nats a token) over `eval_iters` global batches; collective over data-parallel ranks.
+
+    Args:
+        model: the bare model; left in training mode.
+        batches: this rank's validation micro-batches, from the first on: every evaluation sees the same ones.
+        iteration: iterations completed.
+    Returns:
+        The keys of `VALIDATION_LOSSES`.
+    """
+    selections = set(VALIDATION_LOSSES.values()) if config.recursion.routing == "expert_choice" else {"capacity"}
+    loss_sums = {s: torch.zeros((), dtype=torch.float64, device=device()) for s in sorted(selections)}
+    tokens = torch.zeros((), dtype=torch.float64, device=device())
+    model.eval()
+    with torch.no_grad():
+        for _ in range(config.training.eval_iters):
+            micro_batches = [next(batches).to(device()) for _ in range(num_microbatches(config))]
+            tokens += sum(count_tokens(batch) for batch in micro_batches)
+            for selection, loss_sum in loss_sums.items():
+                _add_losses(model, micro_batches, RoutingContext(iteration, selection), loss_sum)
+    model.train()
+    rows = gather_over_data_parallel(torch.stack([tokens, *loss_sums.values()]))
+    total_tokens, *totals = (sum(column) for column in zip(*rows, strict=True))
+    means = {s: total / max(1.0, total_tokens) for s, total in zip(loss_sums, totals, strict=True)}
+    return {name: means.get(selection, means["capacity"]) for name, selection in VALIDATION_LOSSES.items()}
+
+
+def _add_losses(model: nn.Module, micro_batches: list[Batch], context: RoutingContext, loss_sum: torch.Tensor) -> None:
+    def add(losses: torch.Tensor, batch: Batch) -> torch.Tensor:
+        total = masked_sum(losses, batch)
+        loss_sum.add_(total)
+        return total
+
+    run_schedule(model, micro_batches, lambda: context, add, forward_only=True)

@@ -1,0 +1,220 @@
+"""What is reported about a run, under which names, and to where: stdout, metrics.jsonl, TensorBoard, W&B.
+
+Every iteration makes one record; metrics.jsonl, TensorBoard and W&B get each, the log line the means since the last
+line. Router metrics keep the names they have in `recursion.context`; validation losses those of `evaluate`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Protocol
+
+from mor_megatron.config.schema import Config
+from mor_megatron.recursion.accounting import executed_flops_per_token
+from mor_megatron.recursion.context import TOKENS_PER_RECURSION
+from mor_megatron.training.checkpoint import Progress
+from mor_megatron.training.train_step import StepReport
+
+Record = dict[str, float | int | None]
+
+FORWARDS_PER_STEP = 3
+"""A backward pass multiplies twice what a forward pass does."""
+
+
+def training_record(
+    config: Config,
+    vocab_size: int,
+    progress: Progress,
+    report: StepReport,
+    *,
+    lr: float,
+    seconds: float,
+    ranks: int,
+    peak_tflops: float,
+) -> Record:
+    """The record of one iteration.
+
+    Args:
+        progress: after the iteration.
+        report: what it did.
+        lr: learning rate of its step.
+        seconds: its wall-clock time.
+        ranks: processes that shared the work.
+        peak_tflops: of one of them.
+    Returns:
+        Name -> value; None where it is not finite, for JSON has no word for that.
+    """
+    tokens = config.training.global_batch_size * config.data.seq_length
+    tflops = FORWARDS_PER_STEP * _flops_per_token(config, vocab_size, report) * tokens / seconds / ranks / 1e12
+    record = {
+        "iteration": progress.iteration,
+        "consumed_samples": progress.consumed_samples,
+        "consumed_tokens": progress.consumed_samples * config.data.seq_length,
+        "lm_loss": report.lm_loss,
+        "grad_norm": report.grad_norm,
+        "learning_rate": lr,
+        "global_batch_size": config.training.global_batch_size,
+        "skipped_iterations": progress.skipped_iterations,
+        "nan_iterations": progress.nan_iterations,
+        "iteration_time_ms": 1e3 * seconds,
+        "tokens_per_second": tokens / seconds,
+        "tflops_per_gpu": tflops,
+        "utilisation": tflops / peak_tflops,
+        **report.routing,
+    }
+    return {name: value if math.isfinite(value) else None for name, value in record.items()}
+
+
+def log_line(records: list[Record], train_iters: int, now: datetime) -> str:
+    """Megatron-LM's log line, its fields in its order, then the router's and ours.
+
+    Times, losses and router metrics are means over `records`, the iterations since the last line; the rest is the last
+    one's.
+    """
+    last = records[-1]
+    seconds = _mean(records, "iteration_time_ms") / 1e3
+    tokens_per_second = last["tokens_per_second"] * last["iteration_time_ms"] / 1e3 / seconds
+    fields = [
+        f"iteration {last['iteration']:8d}/{train_iters:8d}",
+        f"consumed samples: {last['consumed_samples']:12d}",
+        f"elapsed time per iteration (ms): {1e3 * seconds:.1f}",
+        f"throughput per GPU (TFLOP/s/GPU): {_mean(records, 'tflops_per_gpu'):.3f}",
+        f"learning rate: {last['learning_rate']:.6E}",
+        f"global batch size: {last['global_batch_size']:5d}",
+        f"lm loss: {_mean(records, 'lm_loss'):.6E}",
+        "loss scale: 1.0",
+        f"grad norm: {_mean(records[-1:], 'grad_norm'):.3f}",
+        f"number of skipped iterations: {last['skipped_iterations']:3d}",
+        f"number of nan iterations: {last['nan_iterations']:3d}",
+    ]
+    for name in list(last)[list(last).index("utilisation") + 1 :]:
+        fields.append(f"{name.replace('_', ' ')}: {_mean(records, name):.4f}")
+    fields.append(f"tokens per second: {tokens_per_second:.0f}")
+    fields.append(f"utilisation: {100 * _mean(records, 'utilisation'):.1f}%")
+    return f" [{now:%Y-%m-%d %H:%M:%S}] " + " | ".join(fields) + " |"
+
+
+def validation_line(record: Record) -> str:
+    """Losses of one evaluation and their perplexities, in the manner of Megatron-LM."""
+    losses = {name: value for name, value in record.items() if name.startswith("validation_loss")}
+    fields = [f" validation loss at iteration {record['iteration']}"]
+    for name, loss in losses.items():
+        loss = math.nan if loss is None else loss
+        label = name.removeprefix("validation_loss_")
+        fields += [f"lm loss {label}: {loss:.6E}", f"lm loss PPL {label}: {math.exp(min(20.0, loss)):.6E}"]
+    return " | ".join(fields) + " |"
+
+
+class Writer(Protocol):
+    """Somewhere that keeps records."""
+
+    def write(self, record: Record) -> None:
+        """Keep one record; it has an `iteration`."""
+
+    def close(self) -> None:
+        """Finish."""
+
+
+class JsonLines:
+    """metrics.jsonl: one JSON object a line, appended to.
+
+    Args:
+        path: the file.
+        iteration: iterations that the run has completed. Lines after it, which an earlier attempt wrote beyond the
+            checkpoint that this one starts from, are dropped, and so is a line cut off by a kill.
+    """
+
+    def __init__(self, path: Path, iteration: int):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if _belongs(line, iteration)]
+            if len(kept) < len(lines):
+                print(f"{path}: dropping {len(lines) - len(kept)} lines after iteration {iteration}", flush=True)
+                partial = path.with_name(path.name + ".partial")
+                partial.write_text("".join(kept))
+                partial.replace(path)
+        self.file = path.open("a")
+
+    def write(self, record: Record) -> None:
+        """Append and flush: a killed run keeps what it has reported."""
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+class TensorBoard:
+    """Scalars of a record under their own names, at its iteration."""
+
+    def __init__(self, directory: str):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(directory)
+
+    def write(self, record: Record) -> None:
+        """Every number but the iteration itself."""
+        for name, value in record.items():
+            if name != "iteration" and value is not None:
+                self.writer.add_scalar(name, value, record["iteration"])
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A W&B run with the resolved settings; `WANDB_MODE=offline` needs no network."""
+
+    def __init__(self, config: Config):
+        import wandb
+
+        logging = config.logging
+        self.run = wandb.init(project=logging.wandb_project, name=logging.wandb_exp_name, config=asdict(config))
+
+    def write(self, record: Record) -> None:
+        """All numbers of a record as one step."""
+        self.run.log({name: value for name, value in record.items() if value is not None}, step=record["iteration"])
+
+    def close(self) -> None:
+        """Finish the run."""
+        self.run.finish()
+
+
+def open_writers(config: Config, iteration: int) -> list[Writer]:
+    """The writers that the settings ask for; only rank 0 should call it."""
+    writers: list[Writer] = []
+    if config.checkpoint.save is not None:
+        writers.append(JsonLines(Path(config.checkpoint.save) / "metrics.jsonl", iteration))
+    if config.logging.tensorboard_dir is not None:
+        writers.append(TensorBoard(config.logging.tensorboard_dir))
+    if config.logging.wandb_project is not None:
+        writers.append(WeightsAndBiases(config))
+    return writers
+
+
+def _flops_per_token(config: Config, vocab_size: int, report: StepReport) -> float:
+    fractions = None
+    if TOKENS_PER_RECURSION.format(0) in report.routing:
+        count = config.recursion.num_recursions
+        fractions = [report.routing[TOKENS_PER_RECURSION.format(r)] for r in range(count)]
+    return executed_flops_per_token(config, fractions, vocab_size)
+
+
+def _mean(records: Iterable[Record], name: str) -> float:
+    values = [record[name] for record in records if record.get(name) is not None]
+    return sum(values) / len(values) if values else math.nan
+
+
+def _belongs(line: str, iteration: int) -> bool:
+    try:
+        return json.loads(line)["iteration"] <= iteration
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return False

@@ -1,0 +1,40 @@
+"""Pretrain a Mixture-of-Recursions language model.
+
+python pretrain_mor.py --config examples/configs/tiny.yaml --data-path PREFIX ...
+torchrun --nproc-per-node 2 pretrain_mor.py ...
+deepspeed --num_gpus 2 pretrain_mor.py ...
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+from mor_megatron.config.cli import parse_config
+
+
+def main() -> int:
+    """0: trained; 1: training broke down; 2: the settings, data or checkpoint do not fit."""
+    config = parse_config()
+    # Megatron-core tells every rank of every run that optional GPU packages are missing.
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|full scope is deprecated).*")
+    # After the flags: --help and a wrong flag need not wait for torch.
+    import torch.distributed as dist
+
+    from mor_megatron.training.loop import NonFiniteError, pretrain
+
+    try:
+        pretrain(config)
+    except (ValueError, NonFiniteError) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1 if isinstance(error, NonFiniteError) else 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
