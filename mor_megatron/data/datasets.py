@@ -1,0 +1,277 @@
+"""Training, validation and test samples of a run, and the order in which its ranks see them.
+
+`build_datasets` gives three sequences of samples; `build_batches` deals one of them out to the data-parallel ranks.
+Sample i is a function of corpus, split and seed (see `gpt_dataset.py`), and iteration t reads samples
+[t * global batch, (t + 1) * global batch) on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mor_megatron.config.schema import Config, DataConfig
+from mor_megatron.data.batch import Batch
+from mor_megatron.data.gpt_dataset import EpochDataset, EpochDatasetConfig
+from mor_megatron.data.indexed import Index, read_index, read_tokens
+from mor_megatron.data.tokenizers import Tokenizer
+
+_SPLITS = ("training", "validation", "test")
+# Tokens at the head of a corpus that are compared with the vocabulary: enough to catch another tokenizer's data.
+_PROBE = 1 << 20
+_NEEDS_EOD = (
+    "reset-position-ids, reset-attention-mask and eod-mask-loss need an end-of-document token: give --tokenizer-type "
+    "and --tokenizer-model."
+)
+
+
+def build_datasets(
+    config: Config, tokenizer: Tokenizer | None, num_samples: tuple[int, int, int]
+) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
+    """Training, validation and test datasets from `--data-path` and `--split`. Collective over all ranks.
+
+    Rank 0 builds the sample indexes and caches them, the others load them; works without a process group, too.
+
+    Args:
+        config: reads the data section and training.seed.
+        tokenizer: its vocabulary is compared with the data; None compares with model.vocab_size, if set.
+        num_samples: sequences that the run needs of each split; 0 builds none (None in its place).
+    Returns:
+        Megatron-core datasets; item i holds `tokens` and `labels`, [S] int64. At least num_samples long; a split that
+        has fewer is repeated, each time in another order.
+    Raises:
+        ValueError: no data, a bad blend or split, a damaged corpus (names file and offset), tokens outside the
+            vocabulary, data without ends of documents where they are needed, a split without documents, or a cache directory that cannot be written.
+    """
+    data = config.data
+    paths, weights = parse_blend(data.data_path)
+    proportions = _parse_split(data.split)
+    vocab_size = tokenizer.vocab_size if tokenizer is not None else config.model.vocab_size
+    indexes = [read_index(path) for path in paths]
+    for path, index in zip(paths, indexes, strict=True):
+        _check_vocabulary(path, index, vocab_size)
+        if data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss:
+            _check_ends(path, index, tokenizer)
+        _check_split(path, index, data.split, proportions, num_samples)
+        _check_writable(Path(data.data_cache_path or Path(path).parent / "index-cache"))
+    if len(paths) > 1 and weights is None:
+        weights = [float(index.tokens) for index in indexes]
+
+    # Not at the top: it would be imported before gpt_dataset.py can silence what Megatron-core says at import.
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+
+    # It regrets that blends are not cached; they are cheap to build, and a cache of theirs wants a process group.
+    logging.getLogger("megatron.core.datasets.blended_dataset").setLevel(logging.ERROR)
+    settings = EpochDatasetConfig(
+        random_seed=config.training.seed,
+        sequence_length=data.seq_length,
+        blend=(paths, weights if len(paths) > 1 else None),
+        split=",".join(map(str, proportions)),
+        tokenizer=_NoTokenizer(),
+        # Masks and positions follow from the tokens, in build_batches; an [S, S] mask is never made.
+        create_attention_mask=False,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        index_cache=data.data_cache_path,
+    )
+    settings.split_matrix = [
+        part if wanted else None for part, wanted in zip(settings.split_matrix, num_samples, strict=True)
+    ]
+    builder = BlendedMegatronDatasetBuilder(EpochDataset, list(num_samples), lambda: True, settings)
+    return tuple(builder.build())
+
+
+def build_batches(
+    dataset: Dataset,
+    consumed_samples: int,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    global_batch_size: int,
+    data: DataConfig | None = None,
+    eod: int | None = None,
+) -> Iterator[Batch]:
+    """This rank's micro-batches from `consumed_samples` on, until the dataset ends.
+
+    Micro-batch m of an iteration covers micro_batch_size * data_parallel_size neighbouring samples of the global batch,
+    and rank r takes the r-th run of micro_batch_size of them (Megatron-LM's order). Over the ranks and micro-batches of
+    one iteration that is the global batch exactly, whatever its cut. Starting anywhere costs the same, and torch's
+    global random state is left alone.
+
+    Args:
+        dataset: from `build_datasets`.
+        consumed_samples: samples that all ranks together have seen.
+        micro_batch_size: B, samples of one micro-batch.
+        data_parallel_rank: r.
+        data_parallel_size: ranks that share a global batch.
+        global_batch_size: samples of one iteration.
+        data: reads reset_position_ids, reset_attention_mask, eod_mask_loss, num_workers; default: none of them.
+        eod: end-of-document id; needed when one of those three is set.
+    Returns:
+        Iterator of `Batch`, tensors [B, S] on the CPU.
+    Raises:
+        ValueError: sizes that do not divide, or an eod that is needed and missing.
+    """
+    data = data or DataConfig()
+    stride = micro_batch_size * data_parallel_size
+    if global_batch_size % stride:
+        raise ValueError(
+            f"global-batch-size={global_batch_size} is no multiple of micro-batch-size x data-parallel size = "
+            f"{micro_batch_size} x {data_parallel_size}: use {max(1, round(global_batch_size / stride)) * stride}."
+        )
+    if eod is None and (data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss):
+        raise ValueError(_NEEDS_EOD)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=_MicroBatches(len(dataset), consumed_samples, micro_batch_size, data_parallel_rank, stride),
+        collate_fn=partial(make_batch, data=data, eod=eod),
+        num_workers=data.num_workers,
+        # The loader draws a seed for its workers. From the global generator, that would change the model's dropout.
+        generator=torch.Generator(),
+    )
+    return iter(loader)
+
+
+class _MicroBatches:
+    """Sample ids of one rank's micro-batches, in order."""
+
+    def __init__(self, total: int, consumed: int, size: int, rank: int, stride: int):
+        assert 0 <= rank * size < stride
+        self._first, self._last, self._stride = consumed, total - stride, stride
+        self._begin, self._size = rank * size, size
+
+    def __iter__(self) -> Iterator[range]:
+        for first in range(self._first, self._last + 1, self._stride):
+            yield range(first + self._begin, first + self._begin + self._size)
+
+
+def make_batch(samples: Sequence[dict], data: DataConfig, eod: int | None) -> Batch:
+    """Stack samples and derive from their end-of-document tokens what the settings ask for.
+
+    Args:
+        samples: B items with `tokens` and `labels`, [S] int64.
+        data: reads reset_position_ids, reset_attention_mask, eod_mask_loss.
+        eod: end-of-document id, or None if none of those is set.
+    """
+    tokens = torch.stack([sample["tokens"] for sample in samples])
+    labels = torch.stack([sample["labels"] for sample in samples])
+    ends = tokens == eod if eod is not None else torch.zeros_like(tokens, dtype=torch.bool)
+    return Batch(
+        tokens=tokens,
+        labels=labels,
+        loss_mask=1.0 - ends.float() if data.eod_mask_loss else torch.ones(tokens.shape),
+        position_ids=_positions(ends) if data.reset_position_ids else None,
+        document_ids=_documents(ends) if data.reset_attention_mask else None,
+    )
+
+
+def _documents(ends: torch.Tensor) -> torch.Tensor:
+    """Running number of each token's document, [B, S] int64; an end of document belongs to the document it ends."""
+    return ends.cumsum(1) - ends.long()
+
+
+def _positions(ends: torch.Tensor) -> torch.Tensor:
+    """Distance of each token from the first of its document, [B, S] int64."""
+    index = torch.arange(ends.shape[1]).expand(ends.shape)
+    begins = torch.zeros_like(index)
+    begins[:, 1:] = torch.where(ends[:, :-1], index[:, 1:], 0)
+    return index - begins.cummax(1).values
+
+
+def parse_blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None]:
+    """`p`, `p1 p2 ...` or `w1 p1 w2 p2 ...` as paths and weights (None: in proportion to tokens).
+
+    Raises:
+        ValueError: nothing given, weights for some paths only, or a weight that is not positive.
+    """
+    if not data_path:
+        raise ValueError("data-path is empty: give the prefix of a corpus, or weight prefix weight prefix ...")
+    numeric = [_number(item) is not None for item in data_path]
+    if not any(numeric):
+        return list(data_path), None
+    if len(data_path) % 2 or not all(numeric[::2]) or any(numeric[1::2]):
+        raise ValueError(f"data-path={' '.join(data_path)} must be weight prefix weight prefix ..., or prefixes only.")
+    weights = [float(item) for item in data_path[::2]]
+    if not all(0 < weight < float("inf") for weight in weights):
+        raise ValueError(f"data-path={' '.join(data_path)}: every weight must be positive; leave out a corpus instead.")
+    return list(data_path[1::2]), weights
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _parse_split(split: str) -> tuple[float, float, float]:
+    parts = split.split(",")
+    values = [_number(part) for part in parts]
+    if len(values) > 3 or any(v is None or not 0 <= v < float("inf") for v in values) or not sum(values) > 0:
+        raise ValueError(f"split={split} must be up to three proportions such as 969,30,1.")
+    return tuple(values + [0.0] * (3 - len(values)))
+
+
+def _check_split(
+    path: str, index: Index, split: str, proportions: tuple[float, ...], num_samples: tuple[int, int, int]
+) -> None:
+    """Megatron-core repeats a split until it has enough tokens, and never ends with a split that has none."""
+    edges = np.concatenate(([0], np.cumsum(proportions))) / sum(proportions)
+    count = len(index.lengths)
+    for name, wanted, begin, end in zip(_SPLITS, num_samples, edges, edges[1:], strict=False):
+        part = index.lengths[round(begin * count) : round(end * count)]
+        if wanted and not part.sum(dtype=np.int64):
+            raise ValueError(
+                f"split={split} leaves no tokens for {name} in {path}, which has {count} documents: change --split, "
+                f"use more data{', or set --eval-iters 0' if name != 'training' else ''}."
+            )
+
+
+def _check_vocabulary(path: str, index: Index, vocab_size: int | None) -> None:
+    head = read_tokens(path, index)[:_PROBE]
+    bad = np.flatnonzero((head < 0) | (head >= vocab_size)) if vocab_size is not None else []
+    if len(bad):
+        raise ValueError(
+            f"{path}.bin holds token {head[bad[0]]} at byte {int(bad[0]) * head.itemsize}, outside the vocabulary of "
+            f"{vocab_size}: it was made with another tokenizer. Preprocess it again, or change --tokenizer-model."
+        )
+
+
+def _check_ends(path: str, index: Index, tokenizer: Tokenizer | None) -> None:
+    """Without ends of documents in the data, the settings that look for them would do nothing."""
+    if tokenizer is None:
+        raise ValueError(_NEEDS_EOD)
+    last = int(index.lengths[: index.bounds[1]].sum(dtype=np.int64)) - 1
+    token = int(read_tokens(path, index)[last])
+    if token != tokenizer.eod:
+        raise ValueError(
+            f"{path}: the first document ends with token {token}, not with the end-of-document token {tokenizer.eod}. "
+            "reset-position-ids, reset-attention-mask and eod-mask-loss need data made with --append-eod."
+        )
+
+
+def _check_writable(folder: Path) -> None:
+    """On every rank, because rank 0 failing alone would leave the others waiting for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ValueError(f"data-cache-path: {folder} cannot be written. Set --data-cache-path to a place that can.")
+
+
+class _NoTokenizer:
+    """Stands where Megatron-core wants a tokenizer, whose ids it would use for masks that are made here instead."""
+
+    vocab_size = None
+    eod = -2  # matches no token, and not -1, which Megatron-core takes for padding
+    unique_identifiers: dict[str, str] = {}  # noqa: RUF012

@@ -1,0 +1,104 @@
+"""Megatron-core's GPTDataset with a sample order that does not depend on how long the run is.
+
+Megatron-core shuffles all epochs of a run together, so the samples a run sees first change when `--train-iters` does,
+and a run that is prolonged sees other data than it would have seen. Here every epoch has a shuffle of its own, drawn
+from (seed, epoch): sample i is a function of the corpus, the seed and i alone. Reading samples is Megatron-core's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+with warnings.catch_warnings():  # Megatron-core announces at import which CUDA packages are missing; no matter here
+    warnings.simplefilter("ignore")
+    from megatron.core.datasets import helpers
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+_PARTS = ("documents", "samples", "shuffle")
+
+
+@dataclass
+class EpochDatasetConfig(GPTDatasetConfig):
+    """GPTDatasetConfig and the directory of the sample indexes; None is `index-cache` beside the corpus."""
+
+    # Not Megatron-core's path_to_cache: with that, a blend cannot be built without a process group.
+    index_cache: str | None = None
+
+
+class EpochDataset(GPTDataset):
+    """Samples of sequence_length + 1 neighbouring tokens from shuffled, concatenated documents, epoch after epoch."""
+
+    def __len__(self) -> int:
+        return len(self.shuffle_index)
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Indexes of all epochs, from the cache or into it.
+
+        Returns:
+            Documents in the order they are concatenated, [documents x epochs]; the begin of every sample as (position
+            in that order, token offset), [samples + epochs, 2], each epoch closed by its end; the row of that table
+            where sample i begins, [samples].
+        """
+        folder = Path(self.config.index_cache or Path(self.dataset_path).parent / "index-cache") / self._cache_name()
+        if not folder.is_dir():
+            # Only the first rank gets here: the others wait for it in the builder. A node that does not share the
+            # directory builds the same index again.
+            _save(folder, dict(zip(_PARTS, self._build_epochs(), strict=True)))
+        return tuple(np.load(folder / f"{part}.npy", mmap_mode="r") for part in _PARTS)
+
+    def _build_epochs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        documents, samples, shuffle = [], [], []
+        tokens = self._get_num_tokens_per_epoch()
+        # A split with fewer tokens than one sample is repeated until it fills one; that is then an epoch.
+        repeats = math.ceil((self.config.sequence_length + 1) / tokens)
+        lengths = np.array(self.dataset.sequence_lengths)
+        first_document = first_row = 0
+        for epoch in range(self._epochs()):
+            random = np.random.RandomState([self.config.random_seed, epoch])
+            order = np.concatenate([random.permutation(self.indices) for _ in range(repeats)]).astype(np.int32)
+            rows = helpers.build_sample_idx(lengths, order, self.config.sequence_length, repeats, tokens, True, True)
+            documents.append(order)
+            samples.append(rows.astype(np.int64) + np.array([first_document, 0]))
+            shuffle.append(random.permutation(len(rows) - 1) + first_row)
+            first_document += len(order)
+            first_row += len(rows)
+        return np.concatenate(documents), np.concatenate(samples), np.concatenate(shuffle)
+
+    def _epochs(self) -> int:
+        tokens = self._get_num_tokens_per_epoch()
+        per_epoch = max(1, (tokens - 1) // self.config.sequence_length)
+        return math.ceil(max(1, self.num_samples or 1) / per_epoch)
+
+    def _cache_name(self) -> str:
+        """A name that changes with all that the index depends on, the state of the corpus's files included."""
+        files = [os.stat(f"{self.dataset_path}{suffix}") for suffix in (".bin", ".idx")]
+        dependencies = (
+            os.path.abspath(self.dataset_path),
+            [(file.st_size, file.st_mtime_ns) for file in files],
+            (int(self.indices[0]), int(self.indices[-1])),
+            (self.config.sequence_length, self.config.random_seed, self._epochs()),
+        )
+        return f"{self.index_split.name}-{hashlib.sha256(repr(dependencies).encode()).hexdigest()[:16]}"
+
+
+def _save(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write all arrays, then give their directory its name: a reader sees every array or none."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as partial:
+        inside = Path(partial) / "index"
+        inside.mkdir()
+        for name, array in arrays.items():
+            np.save(inside / f"{name}.npy", array)
+        try:
+            inside.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster, with the same content
+                raise
