@@ -48,7 +48,8 @@ def build_datasets(
         has fewer is repeated, each time in another order.
     Raises:
         ValueError: no data, a bad blend or split, a damaged corpus (names file and offset), tokens outside the
-            vocabulary, data without ends of documents where they are needed, a split without documents, or a cache directory that cannot be written.
+            vocabulary, no ends of documents where they are needed, a split without documents, or a cache directory
+            that cannot be written.
     """
     data = config.data
     paths, weights = parse_blend(data.data_path)
