@@ -1,0 +1,118 @@
+"""The small model, corpus and comparisons that the tests of whole runs share."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mor_megatron.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RecursionConfig,
+    TrainingConfig,
+)
+
+VOCABULARY = 64
+MODES = [(bf16, zero) for bf16 in (False, True) for zero in (0, 1)]
+"""(bf16, ZeRO stage): each goes through another DeepSpeed optimizer."""
+TIMES = ("iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "utilisation")
+
+
+def mode_name(mode: tuple[bool, int]) -> str:
+    return f"{'bf16' if mode[0] else 'fp32'}-zero{mode[1]}"
+
+
+def write_corpus(prefix: Path) -> str:
+    """Documents of arithmetic progressions modulo the vocabulary: learnable within a few iterations."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    generator = np.random.default_rng(0)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for _ in range(80):
+        length, start, step = generator.integers((20, 0, 1), (90, VOCABULARY, 4))
+        document = (start + step * np.arange(length)) % VOCABULARY
+        builder.add_document(torch.from_numpy(document), [int(length)])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def small_config(corpus: str, *, mode: tuple[bool, int] = (False, 1), **changes) -> Config:
+    """An expert-choice model of two shared layers, three recursions; `changes` are fields by name."""
+    bf16, zero_stage = mode
+    config = Config(
+        model=ModelConfig(
+            num_layers=8, hidden_size=32, ffn_hidden_size=48, num_attention_heads=2, vocab_size=VOCABULARY
+        ),
+        recursion=RecursionConfig(num_recursions=3, routing="expert_choice"),
+        data=DataConfig(data_path=(corpus,), split="80,20,0", seq_length=24),
+        optimizer=OptimizerConfig(lr=1e-2, lr_warmup_iters=2, lr_decay_iters=20, lr_wsd_decay_iters=8, clip_grad=0.5),
+        training=TrainingConfig(
+            micro_batch_size=2,
+            global_batch_size=8,
+            train_iters=20,
+            bf16=bf16,
+            zero_stage=zero_stage,
+            eval_interval=10,
+            eval_iters=2,
+        ),
+        checkpoint=CheckpointConfig(),
+        logging=LoggingConfig(log_interval=5, peak_tflops=1.0),
+    )
+    sections = {name: {} for name in vars(config)}
+    for field, value in changes.items():
+        (section,) = [name for name, part in vars(config).items() if hasattr(part, field)]
+        sections[section][field] = value
+    return replace(config, **{name: replace(getattr(config, name), **values) for name, values in sections.items()})
+
+
+def read_metrics(directory: str | Path) -> list[dict]:
+    """metrics.jsonl without what differs from run to run: the times."""
+    lines = (Path(directory) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def read_weights(directory: str | Path, iteration: int) -> dict[str, torch.Tensor]:
+    """The model's weights and buffers in a checkpoint."""
+    path = Path(directory) / f"iter_{iteration:07d}" / "mp_rank_00_model_states.pt"
+    return torch.load(path, weights_only=False)["module"]
+
+
+def optimizer_state(directory: str | Path, iteration: int) -> list[torch.Tensor]:
+    """Every tensor of every rank's optimizer state in a checkpoint, in a fixed order."""
+    tensors: list[torch.Tensor] = []
+
+    def collect(value) -> None:
+        if torch.is_tensor(value):
+            tensors.append(value)
+        elif isinstance(value, dict):
+            for item in value.values():
+                collect(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                collect(item)
+
+    folder = Path(directory) / f"iter_{iteration:07d}"
+    for path in sorted(folder.glob("*optim_states.pt")):
+        collect(torch.load(path, weights_only=False)["optimizer_state_dict"])
+    collect(torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)["optimizer"])
+    return tensors
+
+
+def assert_same_checkpoint(one: str | Path, other: str | Path, iteration: int) -> None:
+    """Weights, buffers and optimizer state of two runs are equal bit for bit."""
+    left, right = read_weights(one, iteration), read_weights(other, iteration)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), f"{name} differs"
+    states = optimizer_state(one, iteration), optimizer_state(other, iteration)
+    assert len(states[0]) == len(states[1]) > 2
+    for index, (a, b) in enumerate(zip(*states, strict=True)):
+        assert torch.equal(a, b), f"optimizer tensor {index} differs"

@@ -1,0 +1,126 @@
+"""Stopping and resuming changes nothing, bit for bit; and what a checkpoint refuses."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import MODES, assert_same_checkpoint, mode_name, read_metrics, read_weights, small_config
+
+from mor_megatron.training.loop import pretrain
+
+
+@pytest.mark.parametrize("mode", MODES, ids=mode_name)
+def test_ten_and_ten_is_twenty(process_group, corpus, tmp_path, mode):
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    pretrain(small_config(corpus, mode=mode, save=whole, save_interval=5))
+    pretrain(small_config(corpus, mode=mode, save=parts, load=parts, train_iters=10))
+    torch.manual_seed(0)  # a resumed run must bring its own random state
+    pretrain(small_config(corpus, mode=mode, save=parts, load=parts))
+    assert read_metrics(parts) == read_metrics(whole)
+    for iteration in (10, 20):
+        assert_same_checkpoint(whole, parts, iteration)
+
+    metrics = [line for line in read_metrics(whole) if "lm_loss" in line]
+    assert [line["iteration"] for line in metrics] == list(range(1, 21))
+    assert metrics[-1]["consumed_samples"] == 160
+    assert metrics[-1]["consumed_tokens"] == 160 * 24
+    assert metrics[-1]["lm_loss"] < metrics[0]["lm_loss"] - 0.5, "it should learn something"
+    ten, twenty = (read_weights(whole, iteration) for iteration in (10, 20))
+    assert any(not torch.equal(ten[name], twenty[name]) for name in ten)
+
+
+def test_same_seed_same_run_and_another_seed_another(process_group, corpus, tmp_path):
+    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
+        pretrain(small_config(corpus, save=str(tmp_path / name), train_iters=6, seed=seed))
+    assert read_metrics(tmp_path / "one") == read_metrics(tmp_path / "again")
+    assert_same_checkpoint(tmp_path / "one", tmp_path / "again", 6)
+    assert read_metrics(tmp_path / "one") != read_metrics(tmp_path / "other")
+
+
+def test_going_back_to_an_older_checkpoint_repeats_no_line(process_group, corpus, tmp_path, capsys):
+    save = str(tmp_path)
+    pretrain(small_config(corpus, save=save, train_iters=9, save_interval=3))
+    before = read_metrics(save)
+    (tmp_path / "latest").write_text("iter_0000003\n")
+    pretrain(small_config(corpus, save=save, load=save, train_iters=9))
+    assert read_metrics(save) == before
+    assert "resuming from" in capsys.readouterr().out
+
+
+def test_loss_free_bias_survives(process_group, corpus, tmp_path):
+    """Token-choice with the loss-free bias: a buffer that no optimizer holds."""
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    routing = {"routing": "token_choice", "router_balance": "loss_free", "train_iters": 8, "eval_iters": 0}
+    pretrain(small_config(corpus, save=whole, **routing))
+    pretrain(small_config(corpus, save=parts, **{**routing, "train_iters": 4}))
+    pretrain(small_config(corpus, save=parts, load=parts, **routing))
+    assert read_metrics(parts) == read_metrics(whole)
+    assert_same_checkpoint(whole, parts, 8)
+    bias = read_weights(whole, 8)["router.balance_bias"]
+    assert bias.dtype == torch.float32
+    assert bias.abs().max() > 0
+
+
+def test_an_empty_directory_starts_from_scratch_with_a_notice(process_group, corpus, tmp_path, capsys):
+    save = str(tmp_path / "new")
+    pretrain(small_config(corpus, save=save, load=save, train_iters=2))
+    out = capsys.readouterr().out
+    assert f"no checkpoint in {save}: starting from scratch" in out
+    assert "iteration        2/       2" in out
+
+
+def test_validation_losses_of_both_modes(process_group, corpus, tmp_path):
+    for name, routing in (("expert", "expert_choice"), ("token", "token_choice"), ("recursive", "none")):
+        pretrain(small_config(corpus, save=str(tmp_path / name), train_iters=12, routing=routing))
+        lines = [line for line in read_metrics(tmp_path / name) if "validation_loss_topk" in line]
+        assert [line["iteration"] for line in lines] == [10, 12]
+        topk, threshold = (lines[-1][f"validation_loss_{kind}"] for kind in ("topk", "threshold"))
+        assert 0 < topk < math.log(64) + 0.5
+        assert (topk == threshold) == (name != "expert")
+
+
+def test_evaluation_can_be_switched_off(process_group, corpus, tmp_path):
+    pretrain(small_config(corpus, save=str(tmp_path), train_iters=2, eval_iters=0, split="1,0,0"))
+    assert all("validation_loss_topk" not in line for line in read_metrics(tmp_path))
+
+
+REFUSALS = [
+    ({"hidden_size": 64}, r"hidden-size=64 does not fit .*hidden-size=32: give the model the same settings"),
+    ({"num_recursions": 2}, r"num-recursions=2 does not fit .*num-recursions=3"),
+    ({"routing": "none"}, r"routing=none does not fit .*routing=expert_choice"),
+    ({"zero_stage": 0}, r"zero-stage=0 does not fit .*zero-stage=1: resume in the layout"),
+    ({"optimizer": "sgd"}, r"optimizer=sgd does not fit .*optimizer=adam"),
+]
+
+
+@pytest.fixture(scope="module")
+def saved(process_group, corpus, tmp_path_factory):
+    save = str(tmp_path_factory.mktemp("saved"))
+    pretrain(small_config(corpus, save=save, train_iters=1))
+    return save
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSALS, ids=lambda value: str(value)[:30])
+def test_another_model_or_layout_is_refused(saved, corpus, change, message):
+    with pytest.raises(ValueError, match=message):
+        pretrain(small_config(corpus, load=saved, **change))
+
+
+def test_incomplete_checkpoints_are_refused(saved, corpus, tmp_path):
+    (tmp_path / "latest").write_text("iter_0000007\n")
+    with pytest.raises(ValueError, match=r"iter_0000007/metadata\.json cannot be read .*name another checkpoint"):
+        pretrain(small_config(corpus, load=str(tmp_path)))
+    (Path(saved) / "iter_0000001" / "rng_00000.pt").rename(Path(saved) / "hidden")
+    with pytest.raises(ValueError, match=r"lacks rng_00000\.pt: name another checkpoint"):
+        pretrain(small_config(corpus, load=saved))
+    (Path(saved) / "hidden").rename(Path(saved) / "iter_0000001" / "rng_00000.pt")
+
+
+def test_metadata_says_what_was_saved(saved):
+    metadata = json.loads((Path(saved) / "iter_0000001" / "metadata.json").read_text())
+    assert metadata["progress"]["iteration"] == 1
+    assert metadata["model"]["vocab-size"] == 64
+    assert metadata["layout"]["data-parallel ranks"] == 1
+    assert not any("_extra_state" in name for name in read_weights(saved, 1))

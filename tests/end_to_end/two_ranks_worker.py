@@ -1,0 +1,99 @@
+"""Run by torchrun from `test_two_ranks.py`: everything that two data-parallel ranks do, once, results as files.
+
+Usage: two_ranks_worker.py CORPUS OUTPUT_DIRECTORY
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from small_runs import MODES, VOCABULARY, mode_name, small_config
+
+from mor_megatron.config.validate import validate
+from mor_megatron.model import build_model
+from mor_megatron.parallel.distributed import initialize_distributed
+from mor_megatron.training.checkpoint import Progress
+from mor_megatron.training.engine import build_engine
+from mor_megatron.training.loop import NonFiniteError, build_data, pretrain, train
+from mor_megatron.training.train_step import train_step
+
+
+def resume(corpus: str, output: Path, mode) -> None:
+    whole, parts = (str(output / f"{mode_name(mode)}-{name}") for name in ("whole", "parts"))
+    pretrain(small_config(corpus, mode=mode, save=whole, save_interval=10))
+    pretrain(small_config(corpus, mode=mode, save=parts, load=parts, train_iters=10))
+    pretrain(small_config(corpus, mode=mode, save=parts, load=parts))
+
+
+def fault(corpus: str, mode, factors: tuple[float, float]) -> list[dict]:
+    """Rank r's gradient of one weight becomes factors[r] in the second of three iterations."""
+    config = validate(small_config(corpus, mode=mode, eval_iters=0), 2)
+    batches = build_data(config, None).training(0)
+    engine = build_engine(build_model(config, VOCABULARY), config)
+    engine.module.train()
+    train_step(engine, batches, config, 1, 0.01)
+    before = [parameter.detach().clone() for parameter in engine.module.parameters()]
+    factor = factors[dist.get_rank()]
+    weight = engine.module.layers[1].mlp.linear_fc1.weight
+    hook = weight.register_hook(lambda gradient: torch.full_like(gradient, factor)) if factor else None
+    report = train_step(engine, batches, config, 2, 0.01)
+    if hook is not None:
+        hook.remove()
+    unchanged = all(torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True))
+    after = train_step(engine, batches, config, 3, 0.01)
+    checksum = sum(parameter.detach().double().sum() for parameter in engine.module.parameters())
+    result = {
+        "applied": report.applied,
+        "faulty_ranks": list(report.faulty_ranks),
+        "unchanged": unchanged,
+        "then_applied": after.applied,
+        "checksum": checksum.item(),
+    }
+    results = [None, None]
+    dist.all_gather_object(results, result)
+    return results
+
+
+def give_up(corpus: str) -> str:
+    """Rank 1 is broken in every iteration: what the error says."""
+    config = validate(small_config(corpus, eval_iters=0, max_skipped_steps=2), 2)
+    engine = build_engine(build_model(config, VOCABULARY), config)
+    if dist.get_rank() == 1:
+        engine.module.register_forward_hook(lambda module, args, losses: losses * math.nan)
+    try:
+        train(engine, config, Progress(), build_data(config, None), VOCABULARY)
+    except NonFiniteError as error:
+        return str(error)
+    return "no error"
+
+
+def main(corpus: str, output: Path) -> None:
+    initialize_distributed(small_config(corpus))
+    for mode in MODES:
+        resume(corpus, output, mode)
+    for zero in (0, 1):
+        save = str(output / f"sgd-zero{zero}")
+        pretrain(small_config(corpus, mode=(False, zero), save=save, optimizer="sgd", train_iters=8))
+    results = {
+        # Two micro-batches of this still fit into fp32, four do not.
+        "faults": {
+            mode_name(mode): {
+                "nan on rank 1": fault(corpus, mode, (0.0, math.nan)),
+                "overflow of the sum": fault(corpus, mode, (1.2e38, 1.2e38)),
+            }
+            for mode in MODES
+        },
+        "give up": give_up(corpus),
+    }
+    if dist.get_rank() == 0:
+        (output / "results.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
