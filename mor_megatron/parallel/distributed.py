@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import socket
 from datetime import timedelta
 
 import numpy as np
@@ -29,10 +28,13 @@ def initialize_distributed(config: Config) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if not dist.is_initialized():
-        _set_single_process_environment()
-        dist.init_process_group(
-            backend=_backend(config), timeout=timedelta(minutes=config.training.distributed_timeout_minutes)
-        )
+        timeout = timedelta(minutes=config.training.distributed_timeout_minutes)
+        if _launched():
+            dist.init_process_group(_backend(config), timeout=timeout)
+        else:
+            # A store in memory: no port is taken, and child processes do not find a process group to join.
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+            dist.init_process_group(_backend(config), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(1, 1)
     set_seed(config.training.seed)
@@ -58,17 +60,15 @@ def _backend(config: Config) -> str:
     return backend
 
 
-def _set_single_process_environment() -> None:
+def _launched() -> bool:
+    """Whether a launcher described a process group in the environment."""
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in os.environ]
     if not missing:
-        return
+        return True
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         raise ValueError(
             f"the launcher set {', '.join(n for n in needed if n in os.environ)} but not {', '.join(missing)}: "
             "start with torchrun or deepspeed, or unset them for a single process"
         )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return False
