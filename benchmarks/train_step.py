@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -181,11 +180,17 @@ def _ratio(these: list[float], those: list[float]) -> float:
 
 def measure_memory(name: str, args: argparse.Namespace, dtype: str) -> None:
     """In a fresh process: print peak resident memory of two steps above that of the imports, in bytes."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _resident_peak()
     step = make_step(name, args, dtype)
     for _ in range(2):
         step()
-    print(f"PEAK {1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)}")
+    print(f"PEAK {_resident_peak() - before}")
+
+
+def _resident_peak() -> int:
+    """VmHWM in bytes; getrusage's figure would include what the parent held when it started this process."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def peak_memory(name: str, dtype: str) -> int:
