@@ -1,0 +1,31 @@
+"""Tied weights stay one storage, and one entry of the optimizer, after DeepSpeed has wrapped the model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from models import VOCAB, small_config
+
+from mor_megatron.config.validate import validate
+from mor_megatron.model import build_model
+from mor_megatron.recursion.accounting import count_parameters
+from mor_megatron.training.engine import build_engine
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+
+@pytest.mark.parametrize("name", ["vanilla", "recursive", "expert_sharing", "token_cycle"])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_wrapped_storages(name, bf16, zero_stage):
+    config = small_config(name, make_vocab_size_divisible_by=1)
+    config = validate(replace(config, training=replace(config.training, bf16=bf16, zero_stage=zero_stage)))
+    engine = build_engine(build_model(config, VOCAB), config)
+    expected = count_parameters(config).unique
+    # ZeRO moves parameters into flat buffers, so storages are told apart by where a parameter starts.
+    places = {p.data_ptr(): p.numel() for p in engine.module.parameters()}
+    assert sum(places.values()) == expected
+    optimized = sum(p.numel() for group in engine.optimizer.param_groups for p in group["params"])
+    padding = sum(getattr(engine.optimizer, "group_paddings", None) or getattr(engine.optimizer, "groups_padding", [0]))
+    assert optimized - padding == expected
