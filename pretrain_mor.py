@@ -17,8 +17,8 @@ from mor_megatron.config.cli import parse_config
 def main() -> int:
     """0: trained; 1: training broke down; 2: the settings, data or checkpoint do not fit."""
     config = parse_config()
-    # Megatron-core tells every rank of every run that optional GPU packages are missing.
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|full scope is deprecated).*")
+    # Megatron-core and DeepSpeed tell every rank of every run that GPU packages are missing and calls are old.
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|full scope|all_gather_into_tensor).*")
     # After the flags: --help and a wrong flag need not wait for torch.
     import torch.distributed as dist
 

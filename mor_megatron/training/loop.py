@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -69,11 +70,26 @@ def pretrain(config: Config) -> None:
 
 
 def train(engine: Engine, config: Config, progress: Progress, batches: Batches, vocab_size: int) -> None:
-    """The iterations from `progress` to `train_iters`."""
-    training, checkpoint = config.training, config.checkpoint
+    """The iterations from `progress` to `train_iters`; raises as `pretrain` does."""
     peak, peak_source = device_peak(config)
     _say(f"utilisation is measured against {peak:.3f} TFLOP/s a rank ({peak_source})")
-    writers = open_writers(config, progress.iteration) if dist.get_rank() == 0 else []
+    with contextlib.ExitStack() as stack:
+        writers = open_writers(config, progress.iteration) if dist.get_rank() == 0 else []
+        for writer in writers:
+            stack.callback(writer.close)
+        _iterate(engine, config, progress, batches, vocab_size, peak, writers)
+
+
+def _iterate(
+    engine: Engine,
+    config: Config,
+    progress: Progress,
+    batches: Batches,
+    vocab_size: int,
+    peak: float,
+    writers: list[Writer],
+) -> None:
+    training, checkpoint = config.training, config.checkpoint
     train_batches = batches.training(progress.consumed_samples)
     window: list[Record] = []
     engine.module.train()
@@ -102,15 +118,12 @@ def train(engine: Engine, config: Config, progress: Progress, batches: Batches, 
             window = []
         if batches.validation is not None and (last or progress.iteration % training.eval_interval == 0):
             losses = evaluate(engine.module, batches.validation(), config, progress.iteration)
-            consumed = {name: getattr(progress, name) for name in ("iteration", "consumed_samples")}
-            record = consumed | losses
+            record = {"iteration": progress.iteration, "consumed_samples": progress.consumed_samples} | losses
             _write(writers, record)
             _say(validation_line(record))
         interval = checkpoint.save_interval
         if checkpoint.save is not None and (last or (interval is not None and progress.iteration % interval == 0)):
             _say(f"saved {save_checkpoint(engine, config, progress, vocab_size)}")
-    for writer in writers:
-        writer.close()
 
 
 def advance(progress: Progress, report: StepReport, config: Config) -> None:

@@ -177,7 +177,12 @@ class WeightsAndBiases:
         import wandb
 
         logging = config.logging
-        self.run = wandb.init(project=logging.wandb_project, name=logging.wandb_exp_name, config=asdict(config))
+        self.run = wandb.init(
+            project=logging.wandb_project,
+            name=logging.wandb_exp_name,
+            config=asdict(config),
+            dir=config.checkpoint.save,  # None: the current directory
+        )
 
     def write(self, record: Record) -> None:
         """All numbers of a record as one step."""

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +24,8 @@ from mor_megatron.config.schema import (
     TrainingConfig,
 )
 
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 VOCABULARY = 64
 MODES = [(bf16, zero) for bf16 in (False, True) for zero in (0, 1)]
 """(bf16, ZeRO stage): each goes through another DeepSpeed optimizer."""
@@ -104,6 +110,21 @@ def optimizer_state(directory: str | Path, iteration: int) -> list[torch.Tensor]
         collect(torch.load(path, weights_only=False)["optimizer_state_dict"])
     collect(torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)["optimizer"])
     return tensors
+
+
+def run_program(command: list[str], timeout: float) -> subprocess.CompletedProcess:
+    """Run a program with the repository importable and one thread a rank; on a timeout its children go with it."""
+    # Launchers find python through PATH, activated environment or not.
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1", "PATH": path}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def assert_same_checkpoint(one: str | Path, other: str | Path, iteration: int) -> None:

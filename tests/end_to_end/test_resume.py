@@ -52,15 +52,15 @@ def test_going_back_to_an_older_checkpoint_repeats_no_line(process_group, corpus
 def test_loss_free_bias_survives(process_group, corpus, tmp_path):
     """Token-choice with the loss-free bias: a buffer that no optimizer holds."""
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
-    routing = {"routing": "token_choice", "router_balance": "loss_free", "train_iters": 8, "eval_iters": 0}
+    routing = {"routing": "token_choice", "router_balance": "loss_free", "train_iters": 9, "eval_iters": 0}
     pretrain(small_config(corpus, save=whole, **routing))
     pretrain(small_config(corpus, save=parts, **{**routing, "train_iters": 4}))
     pretrain(small_config(corpus, save=parts, load=parts, **routing))
     assert read_metrics(parts) == read_metrics(whole)
-    assert_same_checkpoint(whole, parts, 8)
-    bias = read_weights(whole, 8)["router.balance_bias"]
+    assert_same_checkpoint(whole, parts, 9)
+    bias = read_weights(whole, 9)["router.balance_bias"]
     assert bias.dtype == torch.float32
-    assert bias.abs().max() > 0
+    assert bias.abs().max() > 0  # an odd number of equal steps up and down cannot cancel
 
 
 def test_an_empty_directory_starts_from_scratch_with_a_notice(process_group, corpus, tmp_path, capsys):

@@ -4,32 +4,30 @@ One torchrun does all the work (`two_ranks_worker.py`); the tests read what it w
 """
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from small_runs import MODES, assert_same_checkpoint, mode_name, read_metrics, read_weights, small_config
+from small_runs import (
+    HERE,
+    MODES,
+    assert_same_checkpoint,
+    mode_name,
+    read_metrics,
+    read_weights,
+    run_program,
+    small_config,
+)
 
 from mor_megatron.training.loop import pretrain
 
-HERE = Path(__file__).parent
 LAYOUT_TOL = 2e-6  # two ranks add the same fp32 gradients in another order; eight SGD steps
 
 
 @pytest.fixture(scope="module")
 def two_ranks(corpus, tmp_path_factory):
     output = tmp_path_factory.mktemp("two_ranks")
-    root = HERE.parent.parent
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = subprocess.run(
-        [*launcher, str(HERE / "two_ranks_worker.py"), corpus, str(output)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(root), str(HERE))), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+    process = run_program([*launcher, str(HERE / "two_ranks_worker.py"), corpus, str(output)], timeout=500)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
     return output
 

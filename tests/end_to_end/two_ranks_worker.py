@@ -30,17 +30,22 @@ def resume(corpus: str, output: Path, mode) -> None:
     pretrain(small_config(corpus, mode=mode, save=parts, load=parts))
 
 
-def fault(corpus: str, mode, factors: tuple[float, float]) -> list[dict]:
-    """Rank r's gradient of one weight becomes factors[r] in the second of three iterations."""
+def fault(corpus: str, mode, values: tuple[float, float]) -> list[dict]:
+    """One element of rank r's gradient becomes values[r] (0: stays) in the second of three iterations."""
     config = validate(small_config(corpus, mode=mode, eval_iters=0), 2)
     batches = build_data(config, None).training(0)
     engine = build_engine(build_model(config, VOCABULARY), config)
     engine.module.train()
     train_step(engine, batches, config, 1, 0.01)
     before = [parameter.detach().clone() for parameter in engine.module.parameters()]
-    factor = factors[dist.get_rank()]
-    weight = engine.module.layers[1].mlp.linear_fc1.weight
-    hook = weight.register_hook(lambda gradient: torch.full_like(gradient, factor)) if factor else None
+    value = values[dist.get_rank()]
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        gradient[0, 0] = value
+        return gradient
+
+    hook = engine.module.layers[1].mlp.linear_fc1.weight.register_hook(spoil) if value else None
     report = train_step(engine, batches, config, 2, 0.01)
     if hook is not None:
         hook.remove()

@@ -14,7 +14,7 @@ from mor_megatron.data.batch import Batch
 from mor_megatron.model import build_model
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.training.checkpoint import Progress
-from mor_megatron.training.engine import accumulated_gradients, apply_step, build_engine, discard_gradients
+from mor_megatron.training.engine import accumulated_gradients, apply_step, build_engine, discard_gradients, global_norm
 from mor_megatron.training.loop import NonFiniteError, advance
 from mor_megatron.training.train_step import train_step
 
@@ -229,6 +229,15 @@ def test_an_applied_step_ends_a_row_of_skipped_ones():
     progress = Progress(iteration=4, skipped_iterations=2, skipped_in_a_row=2)
     advance(progress, train_step(engine, cut(global_batch(), 2), config, 5, 0.01), config)
     assert (progress.skipped_iterations, progress.skipped_in_a_row, progress.consumed_samples) == (2, 0, 4)
+
+
+def test_global_norm_is_exact_to_a_billionth():
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(*shape, generator=generator) for shape in ((300, 1024), (5,), (2049,), (7, 11, 13))]
+    exact = math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors))
+    assert global_norm(tensors) == pytest.approx(exact, rel=1e-8)
+    tensors[3][0, 0, 0] = math.nan
+    assert math.isnan(global_norm(tensors))
 
 
 @pytest.mark.parametrize("mode", MODES, ids=mode_name)
