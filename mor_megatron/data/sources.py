@@ -23,8 +23,8 @@ SUPPORTED = (
 )
 
 # Slices are small enough to balance workers and to show progress, large enough that opening one costs nothing.
-_SMALLEST_SLICE, _LARGEST_SLICE = 1 << 20, 256 << 20
-_SLICES_PER_WORKER = 8
+_SMALLEST_SLICE, _LARGEST_SLICE = 1 << 18, 256 << 20
+_SLICES_PER_WORKER = 16
 # Only an estimate for progress and slice sizes: how much text a compressed byte holds.
 _TYPICAL_COMPRESSION = 3
 
