@@ -10,7 +10,7 @@ import torch
 from models import RECURSIONS, SEQ, VOCAB, random_ids, small_config, small_model, training_batch
 
 from mor_megatron.data.batch import Batch
-from mor_megatron.model import build_model
+from mor_megatron.model import attention, build_model
 from mor_megatron.recursion import context as names
 from mor_megatron.recursion.accounting import count_parameters
 from mor_megatron.recursion.context import RoutingContext
@@ -259,3 +259,33 @@ def test_bf16_trains(name):
     losses[0].backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), rel=0.02)  # 8 bits of mantissa
+
+
+@pytest.mark.parametrize("name", ["expert_sharing", "expert_sharing_update", "token_sharing"])
+@pytest.mark.parametrize("documents", [False, True])
+def test_query_blocks_only_skip_masked_keys(name, documents, monkeypatch):
+    ids = random_ids()
+    document_ids = torch.arange(SEQ).div(10, rounding_mode="floor").expand_as(ids) if documents else None
+
+    def run(block):
+        monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+        model = small_model(name)
+        losses = model(Batch(ids, labels=ids.roll(-1, dims=1), document_ids=document_ids), RoutingContext())
+        losses.sum().backward()
+        return losses.detach(), [p.grad for p in model.parameters()]
+
+    (whole, whole_gradients), (blocks, block_gradients) = run(SEQ), run(3)
+    torch.testing.assert_close(blocks, whole, rtol=0, atol=FP32_TOL)
+    for ours, expected in zip(block_gradients, whole_gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_free_bias_moves_the_choice_and_not_the_weight():
+    model, ids = small_model("token_loss_free").eval(), random_ids()
+    model.router.balance_bias.copy_(torch.tensor([0.0, 10.0, 0.0]))
+    biased = RoutingContext(trace={})
+    with torch.no_grad():
+        logits = model(Batch(ids), biased)
+    assert (biased.trace["depth"] == 1).all()
+    model.router.balance_bias.mul_(2.0)
+    assert torch.equal(_logits(model, ids), logits)
