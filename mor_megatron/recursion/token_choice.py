@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mor_megatron.config.schema import RecursionConfig
 from mor_megatron.recursion import context as names
 from mor_megatron.recursion.context import RoutingContext
-from mor_megatron.recursion.dispatch import ActiveTokens, combine, select_mask, take_rows
+from mor_megatron.recursion.dispatch import ActiveTokens, ScatterRows, combine, select_mask, take_rows
 from mor_megatron.recursion.expert_choice import Block
 from mor_megatron.recursion.losses import attach_loss, balance_loss, z_loss
 from mor_megatron.recursion.plan import RecursionPlan
@@ -55,23 +55,21 @@ class TokenChoice(nn.Module):
         y = hidden
         if self.training:
             y = self._attach_losses(y, logits, scores, depth, context)
-        active = ActiveTokens(*hidden.shape[:2])
+        active = everything = ActiveTokens(*hidden.shape[:2])
+        left, left_rows = [], []
         for r in range(self.plan.num_recursions):
-            leaving = depth.view(-1) if active.rows is None else depth.view(-1)[active.rows.view(-1)]
             y = block(r, y, active)
-            leaving = (leaving == r).view(y.shape[:2])
-            out = select_mask(leaving)
-            gone = active.take(out, ragged=True)
-            gate = None
-            if self.config.router_gating == "weighted":
-                gate = take_rows(weight, gone.rows)
-            hidden = combine(hidden, take_rows(y, out), gate, gone)
-            stay = select_mask(~leaving)
+            remaining = depth if active.rows is None else depth.view(-1)[active.rows]
+            out, stay = select_mask(remaining == r), select_mask(remaining > r)
+            left.append(take_rows(y, out).squeeze(1))
+            left_rows.append(active.take(out).rows.view(-1))
             if stay.numel() == 0:
                 break
-            active = active.take(stay, ragged=True)
             y = take_rows(y, stay)
-        return hidden
+            active = active.take(stay, ragged=True)
+        # Every token left exactly once.
+        y = ScatterRows.apply(torch.cat(left), torch.cat(left_rows), depth.numel()).view_as(hidden)
+        return combine(hidden, y, weight if self.config.router_gating == "weighted" else None, everything)
 
     @torch.no_grad()
     def update_bias(self, depth_fractions: Tensor) -> None:
