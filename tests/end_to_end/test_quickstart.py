@@ -1,0 +1,54 @@
+"""`make quickstart` in small: the same steps on the text inside Python, a few iterations."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = (sys.executable, "examples/quickstart.py")
+
+
+def test_quickstart_ends_with_a_table_of_what_the_runs_reported(tmp_path):
+    flags = "--train-iters 6 --lr-warmup-iters 1 --eval-interval 3 --eval-iters 1 --hidden-size 32"
+    done = subprocess.run(
+        [*QUICKSTART, "--output", tmp_path, "--sources", "cpython", "--flags", *flags.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = dict(re.findall(r"^(.*?)  +(\S+ +\S+)$", done.stdout.partition("== Compare")[2], re.MULTILINE))
+    table = {name: values.split() for name, values in rows.items()}
+    assert table[""] == ["MoR", "vanilla"]
+
+    for column, name in enumerate(("mor", "vanilla")):
+        records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses = [record["lm_loss"] for record in records if "lm_loss" in record]
+        assert len(losses) == 6
+        assert losses[-1] < losses[0]
+        for key in ("topk", "threshold"):
+            (label,) = (label for label in table if key in label.replace("top-k", "topk"))
+            assert table[label][column] == f"{records[-1][f'validation_loss_{key}']:.3f}"
+    unique, flops = table["unique parameters"], table["executed training FLOPs (1e12)"]
+    # 4 unique layers against 8, and capacities of 1, 2/3, 1/3 over the shared ones.
+    assert int(unique[0].replace(",", "")) < int(unique[1].replace(",", ""))
+    assert 0.5 < float(flops[0]) / float(flops[1]) < 1
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failing_step_ends_the_quickstart_with_its_status(tmp_path):
+    done = subprocess.run(
+        [*QUICKSTART, "--output", tmp_path, "--sources", "nowhere"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "== Train a tokenizer" not in done.stdout
+    assert "nowhere" in done.stderr
