@@ -26,6 +26,7 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from mor_megatron.config.schema import Config
@@ -136,7 +137,8 @@ def apply_step(engine: Engine, lr: float, clip_grad: float) -> tuple[float, bool
     if _sharded_gradients(engine):
         engine.step()
         return float(engine.get_global_grad_norm()), engine.was_step_applied()
-    engine.buffered_allreduce_fallback()
+    if parallel_state.get_data_parallel_world_size() > 1:  # alone, DeepSpeed would copy every gradient twice
+        engine.buffered_allreduce_fallback()
     gradients = accumulated_gradients(engine)
     norm = global_norm(gradients)
     if not math.isfinite(norm):
