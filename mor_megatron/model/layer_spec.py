@@ -77,6 +77,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         embedding_init_method=init_method,
         params_dtype=dtype,
         bf16=config.training.bf16,
+        # The schedule must not divide by micro-batches: the loss comes divided by the global number of tokens.
+        calculate_per_token_loss=True,
         # Weights are drawn on the CPU whole and then cut, so that they do not depend on layout or device.
         use_cpu_initialization=True,
         masked_softmax_fusion=False,

@@ -65,8 +65,6 @@ def build_engine(model: nn.Module, config: Config) -> Engine:
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         # It made the optimizer's state by a step on zero gradients: without effect at rate 0, but Adam counted it.
         engine.basic_optimizer.state.clear()
-    # The schedule's loss function returns a loss that is already divided by the global number of tokens.
-    model.config.calculate_per_token_loss = True
     if not _sharded_gradients(engine):
         engine.enable_backward_allreduce = False  # apply_step reduces, to see the norm before it is clipped
     if training.bf16:
