@@ -19,6 +19,7 @@ import os
 import platform
 import pydoc_data.topics
 import random
+import resource
 import statistics
 import sysconfig
 import tempfile
@@ -95,6 +96,12 @@ def bare(call: Callable[[list[str]], object], texts: list[str], processes: int) 
     return time.perf_counter() - started
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process and its finished children; unlike the clock, hardly touched by what else runs."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
 def measure(folder: Path, texts: list[str], rounds: int) -> list[dict]:
     source = folder / "text.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -116,9 +123,12 @@ def measure(folder: Path, texts: list[str], rounds: int) -> list[dict]:
             "2 workers": lambda ours=ours: ours(2),
         }
         seconds: dict[str, list[float]] = {case: [] for case in cases}
+        cpu: dict[str, list[float]] = {case: [] for case in cases}
         for _ in range(rounds):
             for case, run in cases.items():
+                before = cpu_seconds()
                 seconds[case].append(run())
+                cpu[case].append(cpu_seconds() - before)
         tokens = sum(map(len, tokenizer.tokenize_batch(texts)))
         for case in cases:
             median = statistics.median(seconds[case])
@@ -131,6 +141,7 @@ def measure(folder: Path, texts: list[str], rounds: int) -> list[dict]:
                     "case": case,
                     "seconds": seconds[case],
                     "median_seconds": median,
+                    "median_cpu_seconds": statistics.median(cpu[case]),
                     "megabytes_per_second": megabytes / median,
                     "tokens_per_second": tokens / median,
                     "speed_to_bare": to_bare,
@@ -167,11 +178,14 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     print(f"{args.megabytes:g} MB of text, {args.rounds} interleaved rounds; medians, ratios within rounds")
     titles = ("MB/s", "Mtok/s", "/bare", "/1 worker")
-    print(f"{'tokenizer':22}{'case':12}{'seconds':>9}{'min..max':>14}" + "{:>8}{:>8}{:>8}{:>11}".format(*titles))
+    print(
+        f"{'tokenizer':22}{'case':12}{'seconds':>9}{'min..max':>14}{'CPU s':>8}"
+        + "{:>8}{:>8}{:>8}{:>11}".format(*titles)
+    )
     for row in rows:
         spread = f"{min(row['seconds']):.2f}..{max(row['seconds']):.2f}"
         print(
-            f"{row['tokenizer']:22}{row['case']:12}{row['median_seconds']:9.2f}{spread:>14}"
+            f"{row['tokenizer']:22}{row['case']:12}{row['median_seconds']:9.2f}{spread:>14}{row['median_cpu_seconds']:8.2f}"
             f"{row['megabytes_per_second']:8.2f}{row['tokens_per_second'] / 1e6:8.2f}"
             f"{row['speed_to_bare']:8.2f}{row['speed_to_1_worker']:11.2f}"
         )
