@@ -17,7 +17,6 @@ def process_group():
     from mor_megatron.parallel.distributed import initialize_distributed
 
     initialize_distributed(Config())
-    yield
 
 
 def pytest_addoption(parser):

@@ -183,6 +183,8 @@ class TrainingConfig:
     """Iterations between evaluations."""
     eval_iters: int = 10
     """Global batches per evaluation; 0 switches evaluation off."""
+    eval_fixed_depths: bool = False
+    """Evaluate also with every token sent to each fixed depth 1..Nr (test-time scaling)."""
     max_skipped_steps: int = 10
     """Stop after more than this many non-finite steps in a row."""
     distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"

@@ -258,6 +258,7 @@ _READERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("lr_wsd_decay_iters lr_wsd_decay_style", lambda c: c.optimizer.lr_decay_style == "WSD", "--lr-decay-style WSD"),
     ("adam_beta1 adam_beta2 adam_eps", lambda c: c.optimizer.optimizer == "adam", "--optimizer adam"),
     ("sgd_momentum", lambda c: c.optimizer.optimizer == "sgd", "--optimizer sgd"),
+    ("eval_fixed_depths", lambda c: c.training.eval_iters > 0, "--eval-iters above 0"),
     ("save_interval", lambda c: c.checkpoint.save is not None, "--save"),
     ("wandb_exp_name", lambda c: c.logging.wandb_project is not None, "--wandb-project"),
 )
@@ -278,11 +279,10 @@ def _warn_of_ignored(config: Config) -> None:
                 shown = f"{name.replace('_', '-')}={changed[name]}"
                 _say(f"{shown} is ignored: it is read only with {condition}")
     recursion = config.recursion
-    trained_by_bce = recursion.router_aux_loss_coeff > 0 or recursion.router_objective == "aux_router"
-    if recursion.routing == "expert_choice" and not trained_by_bce:
+    if recursion.routing == "expert_choice" and recursion.router_aux_loss_coeff == 0:
         _say(
             "router-aux-loss-coeff=0 leaves the causal threshold untrained, so that threshold evaluation and "
-            "generation select at random: use a value above 0, or --router-objective aux_router"
+            "generation select at random: use a value above 0"
         )
     balanced = recursion.router_balance == "loss" and recursion.router_balance_coeff > 0
     if recursion.routing == "token_choice" and recursion.router_gating == "additive" and not balanced:

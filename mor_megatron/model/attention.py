@@ -20,7 +20,6 @@ from mor_megatron.model.functional import RotateFunction, SplitRotateFunction
 from mor_megatron.recursion.dispatch import ActiveTokens
 from mor_megatron.recursion.plan import VirtualLayer
 
-
 QUERY_BLOCK = 128
 """Compact queries attended at once in masked attention; smaller skips more keys, larger costs fewer calls."""
 

@@ -56,7 +56,7 @@ class ActiveTokens:
         return Packing.from_sequences(self.sequences.view(-1), self.batch_size)
 
     def mask(self) -> Tensor:
-        """True at the active tokens, [S, B] bool."""
+        """True at the active tokens, [S, B] bool (on the CPU when all are active)."""
         if self.rows is None:
             return torch.ones(self.seq_length, self.batch_size, dtype=torch.bool)
         mask = torch.zeros(self.seq_length * self.batch_size, dtype=torch.bool, device=self.rows.device)

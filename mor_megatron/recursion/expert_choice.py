@@ -70,7 +70,7 @@ class ExpertChoice(nn.Module):
             gate = take_rows(score(logits, self.func, self.alpha), local)
             update = block(r, take_rows(x, local), active)
             hidden = combine(hidden, update, gate if self.config.router_gating == "weighted" else None, active)
-        totals.report(context)
+        totals.report(context, hidden.device)
         return hidden
 
     def capacity(self, recursion: int, context: RoutingContext) -> float:
@@ -141,9 +141,9 @@ class _Totals:
     def count(self, recursion: int, active: ActiveTokens) -> None:
         self.fractions[recursion] = active.count / (active.seq_length * active.batch_size)
 
-    def report(self, context: RoutingContext) -> None:
+    def report(self, context: RoutingContext, device: torch.device) -> None:
         for name, value in self.values.items():
             context.report(name, value)
         for r, fraction in self.fractions.items():
-            context.report(names.TOKENS_PER_RECURSION.format(r), torch.tensor(fraction))
-        context.report(names.MEAN_DEPTH, torch.tensor(sum(self.fractions.values())))
+            context.report(names.TOKENS_PER_RECURSION.format(r), torch.tensor(fraction, device=device))
+        context.report(names.MEAN_DEPTH, torch.tensor(sum(self.fractions.values()), device=device))

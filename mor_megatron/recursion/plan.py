@@ -63,12 +63,12 @@ class RecursionPlan:
     @property
     def first(self) -> tuple[VirtualLayer, ...]:
         """The unique layer before the shared part: one for middle_*, none otherwise."""
-        return self.layers[:1] if self.strategy.startswith("middle") else ()
+        return tuple(layer for layer in self.layers[:1] if layer.recursion is None)
 
     @property
     def last(self) -> tuple[VirtualLayer, ...]:
         """The unique layer after the shared part: one for middle_*, none otherwise."""
-        return self.layers[-1:] if self.strategy.startswith("middle") else ()
+        return tuple(layer for layer in self.layers[-1:] if layer.recursion is None)
 
     def pass_layers(self, recursion: int) -> tuple[VirtualLayer, ...]:
         """Virtual layers of one recursion, in the order of execution."""
@@ -96,9 +96,9 @@ class RecursionPlan:
         return "\n".join([head, *lines])
 
 
-def num_unique_ends(strategy: SharingStrategy) -> int:
-    """Layers outside the shared part: 2 for middle_cycle and middle_sequence, else 0."""
-    return 2 if strategy.startswith("middle") else 0
+def num_unique_ends(strategy: SharingStrategy, num_recursions: int) -> int:
+    """Layers outside the shared part: 2 for middle_cycle and middle_sequence, else 0. With Nr=1 nothing is shared."""
+    return 2 if strategy.startswith("middle") and num_recursions > 1 else 0
 
 
 def effective_depth(num_layers: int, num_recursions: int, strategy: SharingStrategy, rounding: str = "error") -> int:
@@ -114,7 +114,7 @@ def effective_depth(num_layers: int, num_recursions: int, strategy: SharingStrat
     Raises:
         ValueError: Nr does not divide the shared part and rounding is `error`, or too few layers are left.
     """
-    ends = num_unique_ends(strategy)
+    ends = num_unique_ends(strategy, num_recursions)
     if num_recursions < 1:
         raise ValueError(f"num-recursions={num_recursions} must be at least 1")
     if num_layers < ends + num_recursions:
@@ -158,7 +158,7 @@ def build_plan(
         ValueError: depth and Nr do not fit, or there is not one capacity per recursion.
     """
     effective_depth(num_layers, num_recursions, strategy)
-    ends = num_unique_ends(strategy)
+    ends = num_unique_ends(strategy, num_recursions)
     lead = ends // 2
     shared_depth = num_layers - ends
     block = shared_depth // num_recursions

@@ -28,6 +28,8 @@ VALIDATION_LOSSES: dict[str, Selection] = {
     "validation_loss_threshold": "threshold",
 }
 """Metric name -> how tokens are selected."""
+FIXED_DEPTH_LOSS = "validation_loss_depth_{}"
+"""Metric of every token at one depth, counted from 1 (`--eval-fixed-depths`); causal."""
 
 
 def evaluate(model: nn.Module, batches: Iterator[Batch], config: Config, iteration: int) -> dict[str, float]:
@@ -38,23 +40,34 @@ def evaluate(model: nn.Module, batches: Iterator[Batch], config: Config, iterati
         batches: this rank's validation micro-batches, from the first on: every evaluation sees the same ones.
         iteration: iterations completed.
     Returns:
-        The keys of `VALIDATION_LOSSES`.
+        The keys of `VALIDATION_LOSSES`, and of `FIXED_DEPTH_LOSS` if asked for.
     """
-    selections = set(VALIDATION_LOSSES.values()) if config.recursion.routing == "expert_choice" else {"capacity"}
-    loss_sums = {s: torch.zeros((), dtype=torch.float64, device=device()) for s in sorted(selections)}
+    orders = _orders(config)
+    loss_sums = {name: torch.zeros((), dtype=torch.float64, device=device()) for name in orders}
     tokens = torch.zeros((), dtype=torch.float64, device=device())
     model.eval()
     with torch.no_grad():
         for _ in range(config.training.eval_iters):
             micro_batches = [next(batches).to(device()) for _ in range(num_microbatches(config))]
             tokens += sum(count_tokens(batch) for batch in micro_batches)
-            for selection, loss_sum in loss_sums.items():
-                _add_losses(model, micro_batches, RoutingContext(iteration, selection), loss_sum)
+            for name, loss_sum in loss_sums.items():
+                _add_losses(model, micro_batches, RoutingContext(iteration, **orders[name]), loss_sum)
     model.train()
     rows = gather_over_data_parallel(torch.stack([tokens, *loss_sums.values()]))
     total_tokens, *totals = (sum(column) for column in zip(*rows, strict=True))
-    means = {s: total / max(1.0, total_tokens) for s, total in zip(loss_sums, totals, strict=True)}
-    return {name: means.get(selection, means["capacity"]) for name, selection in VALIDATION_LOSSES.items()}
+    means = {name: total / max(1.0, total_tokens) for name, total in zip(loss_sums, totals, strict=True)}
+    topk = means["validation_loss_topk"]
+    return {name: means.get(name, topk) for name in VALIDATION_LOSSES} | means
+
+
+def _orders(config: Config) -> dict[str, dict]:
+    """Metric name -> what its `RoutingContext` is told; without expert-choice one selection serves both names."""
+    names = list(VALIDATION_LOSSES) if config.recursion.routing == "expert_choice" else ["validation_loss_topk"]
+    orders: dict[str, dict] = {name: {"selection": VALIDATION_LOSSES[name]} for name in names}
+    if config.training.eval_fixed_depths:
+        depths = range(1, config.recursion.num_recursions + 1)
+        orders |= {FIXED_DEPTH_LOSS.format(depth): {"fixed_depth": depth} for depth in depths}
+    return orders
 
 
 def _add_losses(model: nn.Module, micro_batches: list[Batch], context: RoutingContext, loss_sum: torch.Tensor) -> None:

@@ -126,7 +126,7 @@ class JsonLines:
     Args:
         path: the file.
         iteration: iterations that the run has completed. Lines after it, which an earlier attempt wrote beyond the
-            checkpoint that this one starts from, are dropped, and so is a line cut off by a kill.
+            checkpoint that this one starts from, move to metrics.dropped.jsonl, and so does a line cut off by a kill.
     """
 
     def __init__(self, path: Path, iteration: int):
@@ -135,7 +135,11 @@ class JsonLines:
             lines = path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if _belongs(line, iteration)]
             if len(kept) < len(lines):
-                print(f"{path}: dropping {len(lines) - len(kept)} lines after iteration {iteration}", flush=True)
+                dropped = path.with_name("metrics.dropped.jsonl")
+                count = len(lines) - len(kept)
+                print(f"{path}: {count} lines after iteration {iteration} move to {dropped.name}", flush=True)
+                with dropped.open("a") as file:
+                    file.writelines(line.rstrip("\n") + "\n" for line in lines if not _belongs(line, iteration))
                 partial = path.with_name(path.name + ".partial")
                 partial.write_text("".join(kept))
                 partial.replace(path)

@@ -81,6 +81,16 @@ def test_validation_losses_of_both_modes(process_group, corpus, tmp_path):
         assert (topk == threshold) == (name != "expert")
 
 
+def test_validation_losses_at_fixed_depths(process_group, corpus, tmp_path):
+    for routing in ("expert_choice", "token_choice", "none"):
+        save = tmp_path / routing
+        pretrain(small_config(corpus, save=str(save), train_iters=12, routing=routing, eval_fixed_depths=True))
+        last = [line for line in read_metrics(save) if "validation_loss_topk" in line][-1]
+        depths = [last[f"validation_loss_depth_{depth}"] for depth in (1, 2, 3)]
+        assert len(set(depths)) == 3
+        assert (depths[-1] == last["validation_loss_topk"]) == (routing == "none")
+
+
 def test_evaluation_can_be_switched_off(process_group, corpus, tmp_path):
     pretrain(small_config(corpus, save=str(tmp_path), train_iters=2, eval_iters=0, split="1,0,0"))
     assert all("validation_loss_topk" not in line for line in read_metrics(tmp_path))

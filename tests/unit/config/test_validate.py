@@ -178,7 +178,7 @@ QUIET = {
     "recursive sharing": "--num-recursions 2 --kv-mode sharing",
     "expert": EXPERT,
     "expert, no function": f"{EXPERT} --router-func none",
-    "expert, second router": f"{EXPERT} --router-objective aux_router --router-aux-lr-mult 5 --router-aux-loss-coeff 0",
+    "expert, second router": f"{EXPERT} --router-objective aux_router --router-aux-lr-mult 5",
     "token": TOKEN,
     "token, loss-free": f"{TOKEN} --router-balance loss_free --router-bias-update-rate 0.01",
     "cosine": "--lr-decay-style cosine --min-lr 1e-4",

@@ -34,8 +34,10 @@ def test_sharing(strategy, layers, expected):
 
 @pytest.mark.parametrize("strategy", ["cycle", "sequence", "middle_cycle", "middle_sequence"])
 def test_one_recursion_shares_nothing(strategy):
-    plan = build_plan(7, 1, strategy)
-    assert physical(plan) == list(range(7))
+    for depth in (1, 2, 7):
+        plan = build_plan(depth, 1, strategy)
+        assert physical(plan) == list(range(depth))
+        assert recursions(plan) == [0] * depth
 
 
 def test_kv_sources():

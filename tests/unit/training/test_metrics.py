@@ -91,7 +91,9 @@ def test_jsonl_is_continued_after_the_checkpoint_it_starts_from(tmp_path, capsys
     second.close()
     got = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["iteration"], line["attempt"]) for line in got] == [(1, 1), (2, 1), (3, 1), (4, 2)]
-    assert "dropping 3 lines after iteration 3" in capsys.readouterr().out
+    assert "3 lines after iteration 3 move to metrics.dropped.jsonl" in capsys.readouterr().out
+    dropped = path.with_name("metrics.dropped.jsonl").read_text().splitlines()
+    assert [line[:15] for line in dropped] == [f'{{"iteration": {i}' for i in (4, 5, 6)]
 
 
 def test_tensorboard_holds_the_record(tmp_path):
