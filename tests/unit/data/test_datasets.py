@@ -276,7 +276,7 @@ def test_two_ranks_share_the_index(blended: bool, numbers: list[str], tmp_path: 
     paths = ("0.5", numbers[0], "0.5", numbers[1]) if blended else (numbers[0],)
     config = settings(*paths, split="80,20,0", cache=tmp_path / "cache")
     processes = [
-        multiprocessing.get_context("fork").Process(target=build_on_rank, args=(rank, config, tmp_path))
+        multiprocessing.get_context("spawn").Process(target=build_on_rank, args=(rank, config, tmp_path))
         for rank in range(2)
     ]
     for process in processes:
