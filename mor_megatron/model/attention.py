@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_a
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
-from mor_megatron.model.functional import RotateFunction, SplitRotateFunction
+from mor_megatron.model.functional import PrefixesFunction, RotateFunction, SplitRotateFunction
 from mor_megatron.recursion.dispatch import ActiveTokens
 from mor_megatron.recursion.plan import VirtualLayer
 
@@ -226,17 +226,17 @@ class CoreAttention(nn.Module):
             packing = active.packing
             query = packing.pad(query.squeeze(1)).transpose(1, 2)  # [B, N, longest, D]
             if not pattern.keys_of_all:
-                key, value = (packing.pad(x.squeeze(1)).transpose(1, 2) for x in (key, value))
+                key, value = (packing.pad(x.squeeze(1)).transpose(0, 1) for x in (key, value))  # [longest, B, G, D]
         else:
             query = query.permute(1, 2, 0, 3)  # [B, N, k, D]
-        if pattern.keys_of_all or not active.ragged:
-            key, value = (x.permute(1, 2, 0, 3) for x in (key, value))
         if mask is None:
             out = self._attend(query, key, value, None)
         else:
+            starts, ends, seen = zip(*pattern.query_blocks, strict=True)
+            keys, values = (PrefixesFunction.apply(x, *seen) for x in (key, value))
             blocks = [
-                self._attend(query[:, :, a:b], key[:, :, :seen], value[:, :, :seen], mask[:, :, a:b, :seen])
-                for a, b, seen in pattern.query_blocks
+                self._attend(query[:, :, a:b], k, v, mask[:, :, a:b, : len(k)])
+                for a, b, k, v in zip(starts, ends, keys, values, strict=True)
             ]
             out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
         if active.ragged:
@@ -244,12 +244,13 @@ class CoreAttention(nn.Module):
         return out.permute(2, 0, 1, 3).reshape(rows, columns, -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """query [B, N, Q, D], key and value [K, B, G, D], mask [B, 1, Q, K] -> [B, N, Q, D]."""
         return F.scaled_dot_product_attention(
             query,
-            key,
-            value,
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
             attn_mask=mask,
             is_causal=mask is None,
             scale=self.softmax_scale,
-            enable_gqa=key.shape[1] != query.shape[1],
+            enable_gqa=key.shape[2] != query.shape[1],
         )

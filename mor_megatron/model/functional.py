@@ -1,4 +1,4 @@
-"""The element-wise parts of a layer with hand-written backwards: RMSNorm, SwiGLU, split-and-rotate of q, k, v.
+"""The element-wise parts of a layer with hand-written backwards: RMSNorm, SwiGLU, rotation of q and k.
 
 Autograd's composites of these spend as much memory traffic as the matrix products on a CPU and keep intermediates;
 written out, each keeps its input only and makes the fewest passes. Formulas: spec section 1 (LLaMA layer).
@@ -100,6 +100,22 @@ class RotateFunction(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         cos, sin = ctx.saved_tensors
         return _rotate(grad, cos, -sin, torch.empty_like(grad, memory_format=torch.contiguous_format)), None, None
+
+
+class PrefixesFunction(torch.autograd.Function):
+    """x[:n] for several n. Backward adds all gradients into one buffer, where slicing would fill one for each."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *lengths: int) -> tuple[Tensor, ...]:
+        ctx.shape = x.shape
+        return tuple(x[:length] for length in lengths)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        total = grads[0].new_zeros(ctx.shape)
+        for grad in grads:
+            total[: len(grad)].add_(grad)
+        return total, *(None for _ in grads)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
