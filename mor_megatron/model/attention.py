@@ -161,7 +161,7 @@ class LayerCall:
 
 
 class MoRSelfAttention(SelfAttention):
-    """Megatron-core's SelfAttention with compact rows and shared keys (MoR paper, sec. 2.2.2; spec section 4)."""
+    """Megatron-core's SelfAttention with compact rows and shared keys (MoR paper, sec. 2.2.2; docs/mor.md, sec. 5)."""
 
     def forward(self, hidden_states: Tensor, attention_mask: LayerCall, **unused) -> tuple[Tensor, Tensor | None]:
         """[k, B, H] or [T, 1, H] -> the same shape, and no bias."""
@@ -203,7 +203,7 @@ class MoRSelfAttention(SelfAttention):
 
 
 def _replace_rows(stored: Tensor, own: Tensor, active: ActiveTokens) -> Tensor:
-    """A copy of stored [S, B, G, D] with the active rows replaced; nothing is written back (spec 4, update_cache)."""
+    """A copy of stored [S, B, G, D] with the active rows replaced; nothing is written back (docs/mor.md, sec. 5)."""
     if active.rows is None:
         return own
     flat = stored.reshape(-1, *stored.shape[2:])

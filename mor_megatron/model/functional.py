@@ -1,7 +1,7 @@
 """The element-wise parts of a layer with hand-written backwards: RMSNorm, SwiGLU, rotation of q and k.
 
 Autograd's composites of these spend as much memory traffic as the matrix products on a CPU and keep intermediates;
-written out, each keeps its input only and makes the fewest passes. Formulas: spec section 1 (LLaMA layer).
+written out, each keeps its input only and makes the fewest passes. Formulas: docs/mor.md, sec. 1.
 """
 
 from __future__ import annotations

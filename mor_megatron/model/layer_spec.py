@@ -73,7 +73,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method=init_method,
-        output_layer_init_method=init_method,  # no depth scaling (spec section 1)
+        output_layer_init_method=init_method,  # no depth scaling (docs/mor.md, sec. 1)
         embedding_init_method=init_method,
         params_dtype=dtype,
         bf16=config.training.bf16,

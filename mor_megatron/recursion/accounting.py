@@ -2,7 +2,7 @@
 
 Two counts of FLOPs, never to be mixed:
 - the *paper's*: forward, linear layers and attention only, GQA ignored, capacities as planned. It reproduces the
-  published step counts (spec 6.3) and sets isoFLOP budgets.
+  published step counts (docs/mor.md, sec. 7) and sets isoFLOP budgets.
 - *executed*: what a step multiplies: GQA, router and head included, causal pairs once, tokens as they were really
   routed. It is what utilisation is measured with. A training step costs three forwards.
 A multiply-add is two operations.
@@ -88,7 +88,7 @@ def planned_fractions(config: Config) -> tuple[float, ...]:
 
 
 def paper_flops_per_token(config: Config) -> float:
-    """Forward FLOPs a token by the authors' accounting (spec 6.3): sum over layers of c*lin + c^2*att."""
+    """Forward FLOPs a token by the authors' accounting (docs/mor.md, sec. 7): sum over layers of c*lin + c^2*att."""
     plan, hidden = plan_from_config(config), config.model.hidden_size
     fractions = planned_fractions(config)
     projection, ffn = 2 * hidden * hidden, 2 * 3 * hidden * config.model.ffn_hidden_size

@@ -174,7 +174,7 @@ def gather(hidden: Tensor, active: ActiveTokens) -> Tensor:
 
 
 def combine(hidden: Tensor, update: Tensor, gate: Tensor | None, active: ActiveTokens) -> Tensor:
-    """h[t] + g_t * y_t at the active tokens, h[t] elsewhere (MoR paper, eq. of expert-choice; spec 2.1 step 7).
+    """h[t] + g_t * y_t at the active tokens, h[t] elsewhere (MoR paper, eq. of expert-choice; docs/mor.md, sec. 3.1).
 
     Args:
         hidden: residual stream, [S, B, H].
@@ -201,7 +201,7 @@ def select_topk(scores: Tensor, k: int) -> Tensor:
     """The k highest scores of each sequence, in causal order.
 
     Args:
-        scores: router logits of the candidates, [k_prev, B], fp32 (bf16 logits tie at the cut; spec Q14).
+        scores: router logits of the candidates, [k_prev, B], fp32 (bf16 logits tie at the cut; docs/mor.md, sec. 3.1).
         k: tokens to keep per sequence, 1 <= k <= k_prev.
     Returns:
         Flat indexes i*B + b of the kept candidates, [k, B] int64, ascending in each column.

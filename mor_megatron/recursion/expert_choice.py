@@ -22,7 +22,7 @@ from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.dispatch import ActiveTokens, combine, gather, select_mask, select_topk, take_rows
 from mor_megatron.recursion.losses import attach_loss, selection_loss, z_loss
 from mor_megatron.recursion.plan import RecursionPlan
-from mor_megatron.recursion.routers import Router, resolve_score, score
+from mor_megatron.recursion.routers import Router, score
 
 Block = Callable[[int, Tensor, ActiveTokens], Tensor]
 """block(recursion, rows, active) -> rows: one pass of the shared layers over the active tokens."""
@@ -41,7 +41,6 @@ class ExpertChoice(nn.Module):
         super().__init__()
         self.config = config
         self.plan = plan
-        self.func, self.alpha = resolve_score(config.routing, config.router_func, config.router_alpha)
         self.routers = nn.ModuleList(make_router(1) for _ in range(plan.num_recursions))
         self.aux_routers = None
         if config.router_objective == "aux_router":
@@ -67,7 +66,7 @@ class ExpertChoice(nn.Module):
             totals.count(r, active)
             if active.count == 0:  # the threshold kept nobody, so nobody goes deeper
                 continue
-            gate = take_rows(score(logits, self.func, self.alpha), local)
+            gate = take_rows(score(logits, self.config.router_func, self.config.router_alpha), local)
             update = block(r, take_rows(x, local), active)
             hidden = combine(hidden, update, gate if self.config.router_gating == "weighted" else None, active)
         totals.report(context, hidden.device)
@@ -106,7 +105,7 @@ class ExpertChoice(nn.Module):
         totals: _Totals,
         context: RoutingContext,
     ) -> Tensor:
-        """x with this recursion's router losses attached (spec 2.2)."""
+        """x with this recursion's router losses attached (docs/mor.md, sec. 3.2)."""
         config = self.config
         if local is None:
             target = torch.ones_like(threshold_logits)

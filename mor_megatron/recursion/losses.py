@@ -31,7 +31,7 @@ def attach_loss(hidden: Tensor, loss: Tensor, scale: float) -> Tensor:
 
 
 def selection_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Binary cross entropy of router logits towards being selected, mean over candidates (spec 2.2).
+    """Binary cross entropy of router logits towards being selected, mean over candidates (docs/mor.md, sec. 3.2).
 
     Args:
         logits: fp32, any shape.
@@ -41,12 +41,12 @@ def selection_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def z_loss(logits: Tensor) -> Tensor:
-    """mean(logsumexp(logits over the last dim)^2); for a single output that is mean(logit^2) (spec 2.2, 3.4)."""
+    """mean(logsumexp(logits over the last dim)^2), mean(logit^2) for a single output (docs/mor.md, sec. 3.2, 4)."""
     return torch.logsumexp(logits, dim=-1).square().mean()
 
 
 def balance_loss(probabilities: Tensor, depth: Tensor, num_recursions: int, scope: str) -> Tensor:
-    """Switch-style balancing of depths: Nr * sum_i P_i f_i, 1 when uniform (spec 3.4). Gradient through P only.
+    """Balancing of depths, Nr * sum_i P_i f_i, 1 when uniform; gradient through P only (docs/mor.md, sec. 4).
 
     Args:
         probabilities: router scores, alpha included, [S, B, Nr].

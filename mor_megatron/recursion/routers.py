@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Router(nn.Module):
-    """Linear (H -> out) or MLP (H -> 2H, GELU, 2H -> out) router without biases (spec 2.1 step 3).
+    """Linear (H -> out) or MLP (H -> 2H, GELU, 2H -> out) router without biases (docs/mor.md, sec. 3.1).
 
     Args:
         kind: `linear` or `mlp`.
@@ -42,7 +42,7 @@ class Router(nn.Module):
         x = hidden if self.temperature == 1.0 else hidden / self.temperature
         if len(self.weights) == 2:
             x = F.gelu(F.linear(x, self.weights[0]))
-        # The last product in fp32: bf16 logits would tie at the top-k cut (spec Q14).
+        # The last product in fp32: bf16 logits would tie at the top-k cut (docs/mor.md, sec. 3.1).
         return F.linear(x.float(), self.weights[-1].float())
 
 
@@ -54,11 +54,5 @@ def score(logits: Tensor, func: str, alpha: float) -> Tensor:
         return alpha * torch.tanh(logits)
     if func == "softmax":
         return alpha * torch.softmax(logits, dim=-1)
-    assert func == "none", func
+    assert func == "none", f"router_func={func}: validate the configuration first"
     return logits
-
-
-def resolve_score(routing: str, func: str | None, alpha: float | None) -> tuple[str, float]:
-    """Defaults of score function and alpha: sigmoid 0.1 for expert-choice, softmax 1.0 for token-choice (spec 2, 3)."""
-    func = func or ("softmax" if routing == "token_choice" else "sigmoid")
-    return func, (1.0 if func == "softmax" else 0.1) if alpha is None else alpha

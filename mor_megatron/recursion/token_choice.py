@@ -1,4 +1,4 @@
-"""Token-choice routing: each token picks its depth once, before the first recursion (MoR paper, sec. 2.2.1; spec 3).
+"""Token-choice routing: each token picks its depth once, before the first recursion (docs/mor.md, sec. 4).
 
     p = softmax(router(x));  e_t = argmax p_t                 # depth of token t, 0-based
     y = x;  for each recursion r:  y[t] = block(y)[t]  where e_t >= r
@@ -21,7 +21,7 @@ from mor_megatron.recursion.dispatch import ActiveTokens, ScatterRows, combine, 
 from mor_megatron.recursion.expert_choice import Block
 from mor_megatron.recursion.losses import attach_loss, balance_loss, z_loss
 from mor_megatron.recursion.plan import RecursionPlan
-from mor_megatron.recursion.routers import Router, resolve_score, score
+from mor_megatron.recursion.routers import Router, score
 
 
 class TokenChoice(nn.Module):
@@ -37,15 +37,14 @@ class TokenChoice(nn.Module):
         super().__init__()
         self.config = config
         self.plan = plan
-        self.func, self.alpha = resolve_score(config.routing, config.router_func, config.router_alpha)
         self.router = make_router(plan.num_recursions)
-        # Loss-free balancing: added to the scores for the choice, never to the weight; kept in fp32 (spec Q17).
+        # Loss-free balancing: added to the scores for the choice, never to the weight (docs/mor.md, sec. 4)
         self.register_buffer("balance_bias", torch.zeros(plan.num_recursions, dtype=torch.float32))
 
     def forward(self, hidden: Tensor, block: Block, context: RoutingContext) -> Tensor:
         """[S, B, H] -> [S, B, H] through the recursions; reports metrics to `context`."""
         logits = self.router(hidden)  # [S, B, Nr]
-        scores = score(logits, self.func, self.alpha)
+        scores = score(logits, self.config.router_func, self.config.router_alpha)
         depth = self._choose(scores.detach(), context)  # [S, B]
         weight = scores.gather(-1, depth.unsqueeze(-1))  # [S, B, 1]
         context.record("router_logits", logits)
@@ -73,7 +72,7 @@ class TokenChoice(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, depth_fractions: Tensor) -> None:
-        """Loss-free balancing, once per iteration: b_i += u * sign(mean - fraction_i) (spec 3.4).
+        """Loss-free balancing, once per iteration: b_i += u * sign(mean - fraction_i) (docs/mor.md, sec. 4).
 
         Args:
             depth_fractions: fraction of the global batch's tokens at each depth, [Nr].

@@ -118,6 +118,7 @@ def _routing(config: RecursionConfig, mor: dict, path: Path) -> RecursionConfig:
         _allowed("mor.expert.sampling", expert["sampling"], ("aux_loss", "aux_router"), path)
         _allowed("mor.expert.gating", expert["gating"], ("weighted", "additive"), path)
         _allowed("mor.expert.router_func", expert["router_func"], ("sigmoid", "tanh", None), path)
+        _allowed("mor.expert.cap_warmup_step is a number", isinstance(expert["cap_warmup_step"], int), (True,), path)
         capacity = mor["capacity"]
         if isinstance(capacity, str):
             capacity = tuple(float(c) for c in capacity.split(","))
@@ -138,6 +139,7 @@ def _routing(config: RecursionConfig, mor: dict, path: Path) -> RecursionConfig:
     _allowed("mor.token.router_func", token["router_func"], ("softmax", "sigmoid"), path)
     _allowed("mor.token.balancing", token["balancing"], ("loss", "loss_free"), path)
     _allowed("mor.token.gating", token["gating"], ("weighted", "additive"), path)
+    _allowed("mor.token.bal_warmup_step is a number", isinstance(token["bal_warmup_step"], int), (True,), path)
     return replace(
         config,
         routing="token_choice",

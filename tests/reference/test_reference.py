@@ -96,7 +96,7 @@ def test_training_router(case):
         _close(context.trace[f"aux_loss_{r}"], case[f"train.rec{r}.sampling_loss"], LOSS_TOL, f"sampling_loss {r}")
         accuracy = context.trace[f"selection_accuracy_{r}"]
         if recursion.router_func == "none":
-            # The authors compare the logit, not its sigmoid, with 0.5 here (spec Q22): redo it their way.
+            # The authors compare the logit, not its sigmoid, with 0.5 here (docs/mor.md, sec. 3.2): redo it their way.
             target = context.trace[f"active_{r}"].t()
             candidates = torch.ones_like(target) if r == 0 else context.trace[f"active_{r - 1}"].t()
             chosen = target[candidates].view(logits.shape[0], -1)

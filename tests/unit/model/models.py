@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from mor_megatron.config.schema import Config, DataConfig, ModelConfig, RecursionConfig
+from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
 from mor_megatron.model import MoRModel, build_model
 
@@ -37,7 +38,7 @@ def small_config(name: str, **model) -> Config:
         init_method_std=0.1, vocab_size=VOCAB,
     )  # fmt: skip
     recursion = RecursionConfig(**RECURSIONS[name])
-    return Config(model=replace(shape, **model), recursion=recursion, data=DataConfig(seq_length=SEQ))
+    return validate(Config(model=replace(shape, **model), recursion=recursion, data=DataConfig(seq_length=SEQ)))
 
 
 def small_model(name: str, **model) -> MoRModel:

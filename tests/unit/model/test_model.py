@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -152,7 +153,7 @@ def test_losses_do_not_depend_on_the_cut(name):
 def test_authors_scaling_grows_with_the_number_of_micro_batches():
     def router_gradient(scale, **recursion):
         config = small_config("expert")
-        config = type(config)(config.model, type(config.recursion)(**RECURSIONS["expert"], **recursion), config.data)
+        config = replace(config, recursion=replace(config.recursion, **recursion))
         model = build_model(config, VOCAB)
         (0.0 * model(training_batch(random_ids()), RoutingContext(router_loss_scale=scale)).sum()).backward()
         return model.router.routers[1].weights[0].grad
@@ -183,9 +184,7 @@ def test_vocabulary_padding_changes_nothing(name):
 
 def test_capacity_warmup_counts_iterations():
     config = small_config("expert")
-    config = type(config)(
-        config.model, type(config.recursion)(**RECURSIONS["expert"], capacity_warmup_iters=10), config.data
-    )
+    config = replace(config, recursion=replace(config.recursion, capacity_warmup_iters=10))
     model = build_model(config, VOCAB)
     for iteration in (1, 5, 10, 11):
         progress = min(1.0, iteration / 10)
@@ -203,8 +202,8 @@ def test_capacity_warmup_counts_iterations():
 
 def test_balance_warmup_sends_everyone_to_full_depth():
     config = small_config("token_loss_free")
-    recursion = type(config.recursion)(**RECURSIONS["token_loss_free"], router_balance_warmup_iters=2)
-    model = build_model(type(config)(config.model, recursion, config.data), VOCAB)
+    config = replace(config, recursion=replace(config.recursion, router_balance_warmup_iters=2))
+    model = build_model(config, VOCAB)
     for iteration, depth in ((1, 3.0), (2, 3.0), (3, None)):
         context = RoutingContext(iteration=iteration)
         model(training_batch(random_ids()), context)
@@ -251,8 +250,6 @@ def test_threshold_may_keep_nobody(name):
 @pytest.mark.parametrize("name", RECURSIONS)
 def test_bf16_trains(name):
     config = small_config(name)
-    from dataclasses import replace
-
     model = build_model(replace(config, training=replace(config.training, bf16=True)), VOCAB)
     reference = small_model(name)
     losses = [m(training_batch(random_ids()), RoutingContext()).mean() for m in (model, reference)]

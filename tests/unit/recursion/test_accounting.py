@@ -1,4 +1,4 @@
-"""The published step counts follow from the plan (spec 6.3)."""
+"""The published step counts follow from the plan (docs/mor.md, sec. 7)."""
 
 from __future__ import annotations
 

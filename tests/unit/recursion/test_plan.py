@@ -1,4 +1,4 @@
-"""The four sharing strategies, depth rounding and KV sources (paper table 1, spec 1.1 and 1.2)."""
+"""The four sharing strategies, depth rounding and KV sources (paper table 1, docs/mor.md, sec. 2)."""
 
 from __future__ import annotations
 

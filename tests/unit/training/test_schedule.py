@@ -15,7 +15,7 @@ def rates(iterations: int, **settings) -> list[float]:
 
 
 def test_paper_recipe():
-    """MoR-360M vanilla (spec 5): warm-up 57, decay 1888 of 9438 iterations, linear to 0."""
+    """MoR-360M vanilla (docs/mor.md, sec. 6): warm-up 57, decay 1888 of 9438 iterations, linear to 0."""
     got = rates(9438, lr=3e-3, lr_warmup_iters=57)
     assert got[0] == 0.0
     assert got[1] == pytest.approx(3e-3 / 57)
