@@ -91,6 +91,17 @@ def test_validation_losses_at_fixed_depths(process_group, corpus, tmp_path):
         assert (depths[-1] == last["validation_loss_topk"]) == (routing == "none")
 
 
+def test_reports_to_wandb_offline_and_tensorboard(process_group, corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    reports = {"wandb_project": "test", "tensorboard_dir": str(tmp_path / "tb")}
+    pretrain(small_config(corpus, save=str(tmp_path), train_iters=3, **reports))
+    (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    written = run.read_bytes()
+    for name in (b"lm_loss", b"grad_norm", b"mean_depth", b"validation_loss_threshold"):
+        assert name in written
+    assert list((tmp_path / "tb").glob("events*"))
+
+
 def test_evaluation_can_be_switched_off(process_group, corpus, tmp_path):
     pretrain(small_config(corpus, save=str(tmp_path), train_iters=2, eval_iters=0, split="1,0,0"))
     assert all("validation_loss_topk" not in line for line in read_metrics(tmp_path))
