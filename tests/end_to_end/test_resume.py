@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from small_runs import MODES, assert_same_checkpoint, mode_name, read_metrics, read_weights, small_config
 
 from mor_megatron.training.loop import pretrain
@@ -95,6 +96,7 @@ def test_reports_to_wandb_offline_and_tensorboard(process_group, corpus, tmp_pat
     monkeypatch.setenv("WANDB_MODE", "offline")
     reports = {"wandb_project": "test", "tensorboard_dir": str(tmp_path / "tb")}
     pretrain(small_config(corpus, save=str(tmp_path), train_iters=3, **reports))
+    wandb.teardown()  # waits for W&B's own process, which may write the file after the run's finish() has returned
     (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     written = run.read_bytes()
     for name in (b"lm_loss", b"grad_norm", b"mean_depth", b"validation_loss_threshold"):
