@@ -194,6 +194,23 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and its state are divided among ranks; what remains of the world is data parallel."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share every layer (heads, feed-forward width, vocabulary)."""
+    sequence_parallel: bool = False
+    """Divide the residual stream by sequence among tensor-parallel ranks."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the depth. With cycle sharing they form the ring: a recursion is one turn round it."""
+    pipeline_layers: tuple[int, ...] | None = None
+    """Layers of the shared block on each pipeline rank (of the whole model where nothing is shared); default:
+    balanced by FLOPs, the head counted."""
+    check_routing_consistency: int | None = None
+    """Every so many iterations, compare routing decisions over tensor-parallel ranks, and stop if they differ."""
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Where checkpoints go and come from."""
 
@@ -230,5 +247,6 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

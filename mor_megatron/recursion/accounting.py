@@ -35,7 +35,6 @@ class _Widths:
     ffn: int
     query: int
     key_value: int
-    vocab: int
 
     @property
     def layer_parameters(self) -> int:
@@ -43,14 +42,18 @@ class _Widths:
         return projections + 3 * self.hidden * self.ffn + 2 * self.hidden
 
 
-def _widths(config: Config, vocab_size: int | None) -> _Widths:
+def _widths(config: Config) -> _Widths:
     model = config.model
     head = model.kv_channels or model.hidden_size // model.num_attention_heads
     groups = model.num_query_groups if model.group_query_attention else model.num_attention_heads
-    vocab = vocab_size or model.vocab_size
-    if vocab is None:
+    return _Widths(model.hidden_size, model.ffn_hidden_size, head * model.num_attention_heads, head * groups)
+
+
+def _vocabulary(config: Config, vocab_size: int | None) -> int:
+    vocabulary = vocab_size or config.model.vocab_size
+    if vocabulary is None:
         raise ValueError("vocab-size is not set: give it, or a tokenizer")
-    return _Widths(model.hidden_size, model.ffn_hidden_size, head * model.num_attention_heads, head * groups, vocab)
+    return vocabulary
 
 
 def router_parameters(config: Config) -> int:
@@ -73,8 +76,10 @@ def count_parameters(config: Config, vocab_size: int | None = None) -> Parameter
     Raises:
         ValueError: neither vocab_size nor config.model.vocab_size is set.
     """
-    widths, plan = _widths(config, vocab_size), plan_from_config(config)
-    embedding = widths.vocab * widths.hidden * (2 if config.model.untie_embeddings_and_output_weights else 1)
+    widths, plan = _widths(config), plan_from_config(config)
+    embedding = (
+        _vocabulary(config, vocab_size) * widths.hidden * (2 if config.model.untie_embeddings_and_output_weights else 1)
+    )
     rest = router_parameters(config) + widths.hidden  # final norm
     non_embedding = plan.num_physical_layers * widths.layer_parameters + rest
     unrolled = plan.num_layers * widths.layer_parameters + widths.hidden + embedding
@@ -113,16 +118,31 @@ def executed_flops_per_token(
     Raises:
         ValueError: no vocabulary size is known.
     """
-    widths, plan = _widths(config, vocab_size), plan_from_config(config)
+    head = head_flops_per_token(config, vocab_size)
+    return head + 2.0 * router_parameters(config) + sum(layer_flops_per_token(config, fractions))
+
+
+def layer_flops_per_token(config: Config, fractions: Sequence[float] | None = None) -> tuple[float, ...]:
+    """Executed forward FLOPs a token of each virtual layer, in the order of execution; see `executed_flops_per_token`."""
+    widths, plan = _widths(config), plan_from_config(config)
     fractions = planned_fractions(config) if fractions is None else fractions
-    total = 2.0 * widths.hidden * widths.vocab + 2.0 * router_parameters(config)
+    flops = []
     for layer in plan.layers:
         c = _fraction(layer, fractions)
         shares = _skips_keys(plan, layer)
         outputs = 2 * widths.query + (0 if shares else 2 * widths.key_value) + 3 * widths.ffn
         keys = 1.0 if plan.kv_mode != "caching" and layer.kv_source != layer.index else c
-        total += c * 2 * widths.hidden * outputs + c * keys * 2 * config.data.seq_length * widths.query
-    return total
+        flops.append(c * 2 * widths.hidden * outputs + c * keys * 2 * config.data.seq_length * widths.query)
+    return tuple(flops)
+
+
+def head_flops_per_token(config: Config, vocab_size: int | None = None) -> float:
+    """Forward FLOPs a token of the LM head, vocabulary padding left out.
+
+    Raises:
+        ValueError: no vocabulary size is known.
+    """
+    return 2.0 * config.model.hidden_size * _vocabulary(config, vocab_size)
 
 
 def _fraction(layer: VirtualLayer, fractions: Sequence[float]) -> float:
