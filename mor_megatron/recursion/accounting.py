@@ -123,7 +123,7 @@ def executed_flops_per_token(
 
 
 def layer_flops_per_token(config: Config, fractions: Sequence[float] | None = None) -> tuple[float, ...]:
-    """Executed forward FLOPs a token of each virtual layer, in the order of execution; see `executed_flops_per_token`."""
+    """Executed forward FLOPs a token of each virtual layer, in their order; see `executed_flops_per_token`."""
     widths, plan = _widths(config), plan_from_config(config)
     fractions = planned_fractions(config) if fractions is None else fractions
     flops = []
