@@ -19,7 +19,7 @@ from mor_megatron.recursion.plan import default_capacities, effective_depth
 logger = logging.getLogger(__name__)
 
 
-def validate(config: Config, data_parallel_size: int = 1) -> Config:
+def validate(config: Config, world_size: int = 1) -> Config:
     """Check a configuration and fill in what follows from other fields. Validating twice changes nothing.
 
     Filled in: the effective `num_layers`, `kv_channels`, `capacity`, `router_func`, `router_alpha`,
@@ -27,14 +27,17 @@ def validate(config: Config, data_parallel_size: int = 1) -> Config:
 
     Args:
         config: as parsed.
-        data_parallel_size: ranks that process different sequences, >= 1.
+        world_size: ranks of the run, >= 1.
     Raises:
         ValueError: settings contradict each other; the message names field, value and remedy.
     """
     _check_ranges(config)
     for step in (_model, _recursion, _data, _optimizer):
         config = step(config)
-    config = _training(config, data_parallel_size)
+    parallel = config.parallel
+    config = _training(
+        config, world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    )
     _warn_of_ignored(config)
     return config
 

@@ -1,8 +1,9 @@
 """Megatron-core on machines without CUDA.
 
-Megatron-core writes `device="cuda"` and `torch.cuda.current_device()` into its schedules. Where there is no CUDA, the
-modules listed here get a stand-in for their global `torch` that sends those two to the CPU; everything else, and every
-module of ours, keeps the real one. With CUDA nothing is touched.
+Megatron-core writes `device="cuda"` and `torch.cuda.current_device()` into its schedules, its messages between stages
+and its tensor-parallel exchanges. Where there is no CUDA, the modules listed here get a stand-in for their global `torch`
+that sends those two to the CPU; everything else, and every module of ours, keeps the real one. With CUDA nothing is
+touched.
 """
 
 from __future__ import annotations
@@ -12,8 +13,14 @@ import types
 
 import torch
 
-# Only modules that create tensors on a literal "cuda"; computation modules are left alone.
-_MODULES_WITH_CUDA_LITERALS = ("megatron.core.pipeline_parallel.schedules",)
+# Only modules that create tensors on a literal "cuda", and are used here.
+_MODULES_WITH_CUDA_LITERALS = (
+    "megatron.core.pipeline_parallel.schedules",  # token count
+    "megatron.core.pipeline_parallel.p2p_communication",  # what a stage receives
+    "megatron.core.tensor_parallel.mappings",  # what a gather or scatter over the sequence receives
+    "megatron.core.tensor_parallel.layers",  # the same inside a linear layer's forward and backward
+    "megatron.core.utils",  # GlobalMemoryBuffer, in which a linear layer gathers its input
+)
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full")
 
 
@@ -39,7 +46,7 @@ class _Delegate(types.ModuleType):
 
 
 def support_cpu() -> None:
-    """Let Megatron-core's schedules run on the CPU. Idempotent; does nothing when CUDA is available."""
+    """Let Megatron-core's schedules and exchanges run on the CPU. Idempotent; does nothing when CUDA is available."""
     if torch.cuda.is_available():
         return
     cuda = _Delegate(torch.cuda, current_device=lambda: torch.device("cpu"), synchronize=lambda *_: None)

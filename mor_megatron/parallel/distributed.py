@@ -16,10 +16,11 @@ from mor_megatron.parallel.cpu import support_cpu
 
 
 def initialize_distributed(config: Config) -> None:
-    """Join the process group and build Megatron-core's groups (tensor and pipeline size 1).
+    """Join the process group, build Megatron-core's groups for the layout of `config.parallel`, and seed.
 
     Rank, world size and address come from the environment of torchrun or the DeepSpeed launcher; without one, this is
-    a world of one process. A group that exists already is kept, so that tests can reuse their workers.
+    a world of one process. What exists already is kept: tests reuse their workers, and change the layout between runs
+    with `destroy_model_parallel` and `initialize_model_parallel`.
 
     Raises:
         ValueError: a launcher set RANK but not the rest of its variables, or nccl was asked for without CUDA.
@@ -36,8 +37,37 @@ def initialize_distributed(config: Config) -> None:
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
             dist.init_process_group(_backend(config), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(1, 1)
+        initialize_model_parallel(config)
     set_seed(config.training.seed)
+
+
+def initialize_model_parallel(config: Config) -> None:
+    """Build Megatron-core's groups for the tensor- and pipeline-parallel sizes of `config.parallel`; collective.
+
+    Ranks are numbered tensor parallel first, then data parallel, then pipeline parallel, as in Megatron-LM. The number
+    of virtual stages is not given here: it is the business of the schedule, whose own configuration has it.
+    """
+    parallel = config.parallel
+    model_parallel_size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    assert dist.get_world_size() % model_parallel_size == 0, "validate the configuration with the world size"
+    parallel_state.initialize_model_parallel(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        # Else a rank that hangs would be waited for by Megatron-core's own half hour.
+        distributed_timeout_minutes=config.training.distributed_timeout_minutes,
+        # A second set of groups for checkpoints of its own optimizers, which are not used.
+        create_gloo_process_groups=False,
+    )
+
+
+def destroy_model_parallel() -> None:
+    """Take down what `initialize_model_parallel` built, connections included; collective. The world stays."""
+    # Megatron-core only forgets its groups: each would keep a connection to every member.
+    groups = [group for group in parallel_state._global_process_group_list or () if group is not None]
+    parallel_state.destroy_model_parallel()
+    dist.barrier()  # nobody may still be inside a group
+    for group in groups:
+        dist.destroy_process_group(group)
 
 
 def set_seed(seed: int) -> None:

@@ -58,7 +58,7 @@ def pretrain(config: Config) -> None:
         NonFiniteError: more than `max_skipped_steps` steps in a row were not finite.
     """
     initialize_distributed(config)
-    config = validate(config, parallel_state.get_data_parallel_world_size())
+    config = validate(config, dist.get_world_size())
     tokenizer = _tokenizer(config)
     vocab_size = resolve_vocab_size(config, tokenizer)
     batches = build_data(config, tokenizer)
