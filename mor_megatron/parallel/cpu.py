@@ -1,9 +1,9 @@
 """Megatron-core on machines without CUDA.
 
 Megatron-core writes `device="cuda"` and `torch.cuda.current_device()` into its schedules, its messages between stages
-and its tensor-parallel exchanges. Where there is no CUDA, the modules listed here get a stand-in for their global `torch`
-that sends those two to the CPU; everything else, and every module of ours, keeps the real one. With CUDA nothing is
-touched.
+and its tensor-parallel exchanges. Where there is no CUDA, the modules listed here get a stand-in for their global
+`torch` that sends those two to the CPU; everything else, and every module of ours, keeps the real one. With CUDA
+nothing is touched.
 """
 
 from __future__ import annotations
