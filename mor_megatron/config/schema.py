@@ -177,6 +177,10 @@ class TrainingConfig:
     """Seeds weights, data order and everything else."""
     bf16: bool = False
     """bf16 compute with fp32 master weights and fp32 gradient accumulation; default fp32."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """What the backward pass computes again: full: all of a recompute-unit; selective: core attention."""
+    recompute_unit: Literal["layer", "recursion"] = "layer"
+    """full: keep the input of every layer, or only that of every pass over the layers that a rank holds."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO: 0 replicates, 1 shards the optimizer."""
     eval_interval: int = 100

@@ -17,11 +17,19 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
 from mor_megatron.model.functional import PrefixesFunction, RotateFunction, SplitRotateFunction
+from mor_megatron.model.recompute import recompute
 from mor_megatron.recursion.dispatch import ActiveTokens
-from mor_megatron.recursion.plan import VirtualLayer
 
 QUERY_BLOCK = 128
 """Compact queries attended at once in masked attention; smaller skips more keys, larger costs fewer calls."""
+
+
+@dataclass
+class SharedKeys:
+    """Rotated keys and values of all tokens at one virtual layer, which later recursions attend to."""
+
+    value: tuple[Tensor, Tensor] | None = None
+    """Each [S, B, G, D]; left once, even if activation recomputation runs the layer again."""
 
 
 class RotaryTable(nn.Module):
@@ -49,8 +57,13 @@ class Sequences:
     dtype: torch.dtype
     position_ids: Tensor | None = None  # [B, S]; None: 0..S-1
     document_ids: Tensor | None = None  # [B, S]; None: one document
-    store: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Keys and values of a virtual layer that later recursions attend to, by its index."""
+    store: dict[int, SharedKeys] = field(default_factory=dict)
+    """By the index of the virtual layer that left them."""
+
+    @property
+    def everything(self) -> ActiveTokens:
+        """All tokens."""
+        return ActiveTokens(self.seq_length, self.batch_size)
 
     def pattern(self, active: ActiveTokens, keys_of_all: bool) -> AttentionPattern:
         """How the active tokens attend: to each other, or to the stored keys of all tokens."""
@@ -93,8 +106,7 @@ class AttentionPattern:
         query_position, query_document = self._coordinates(self.active, documents)
         key_position, key_document = query_position, query_document
         if self.keys_of_all:
-            everything = ActiveTokens(self.sequences.seq_length, self.sequences.batch_size)
-            key_position, key_document = self._coordinates(everything, documents)
+            key_position, key_document = self._coordinates(self.sequences.everything, documents)
         visible = query_position.unsqueeze(2) >= key_position.unsqueeze(1)  # [B or 1, Q, K]
         if documents is not None:
             visible = visible & (query_document.unsqueeze(2) == key_document.unsqueeze(1))
@@ -144,44 +156,58 @@ class AttentionPattern:
 
 @dataclass
 class LayerCall:
-    """One use of a physical layer: how its tokens attend and whose keys and values it reads or leaves."""
+    """One use of a physical layer: how its tokens attend, and whose keys and values it reads or leaves."""
 
     pattern: AttentionPattern
-    layer: VirtualLayer
     kv_mode: str
-
-    @property
-    def reads(self) -> bool:
-        """Attend to the keys of another virtual layer."""
-        return self.layer.kv_source != self.layer.index
-
-    @property
-    def store(self) -> dict[int, tuple[Tensor, Tensor]]:
-        return self.pattern.sequences.store
+    reads: SharedKeys | None = None
+    """Keys and values of another virtual layer to attend to."""
+    leaves: SharedKeys | None = None
+    """Where to leave its own for later recursions."""
 
 
 class MoRSelfAttention(SelfAttention):
-    """Megatron-core's SelfAttention with compact rows and shared keys (MoR paper, sec. 2.2.2; docs/mor.md, sec. 5)."""
+    """Megatron-core's SelfAttention with compact rows and shared keys (MoR paper, sec. 2.2.2; docs/mor.md, sec. 5).
+
+    Under sequence parallelism the tensor-parallel linears gather and scatter equal shares of rows; rows that only fill
+    up the last share are cut off between the two.
+    """
+
+    recompute_core_attention = False
 
     def forward(self, hidden_states: Tensor, attention_mask: LayerCall, **unused) -> tuple[Tensor, Tensor | None]:
-        """[k, B, H] or [T, 1, H] -> the same shape, and no bias."""
+        """[k, B, H] or [T, 1, H], or this rank's share of the rows -> the same shape, and no bias."""
         call = attention_mask
+        active = call.pattern.active
+        rows = active.shape[0]
         cos, sin = call.pattern.rotation
-        if call.reads and call.kv_mode == "sharing":
-            query = RotateFunction.apply(self._queries(hidden_states), cos, sin)
-            key, value = call.store[call.layer.kv_source]
+        if call.reads is not None and call.kv_mode == "sharing":
+            query = self._queries(hidden_states)
+            filled = query.shape[0]
+            query = RotateFunction.apply(query[:rows], cos, sin)
+            key, value = call.reads.value
         else:
             mixed, _ = self.linear_qkv(hidden_states)
-            mixed = mixed.view(*mixed.shape[:2], self.num_query_groups_per_partition, -1, self.key_hidden_size)
+            filled = mixed.shape[0]
+            mixed = mixed[:rows].view(rows, -1, self.num_query_groups_per_partition, self._heads, self.key_hidden_size)
             query, key, value = SplitRotateFunction.apply(mixed, cos.unsqueeze(3), sin.unsqueeze(3))
-            if call.reads:
-                key, value = (
-                    _replace_rows(stored, own, call.pattern.active)
-                    for stored, own in zip(call.store[call.layer.kv_source], (key, value), strict=True)
-                )
-            elif call.kv_mode != "caching" and call.layer.recursion is not None:
-                call.store[call.layer.index] = (key, value)
-        return self.linear_proj(self.core_attention(query, key, value, call.pattern))
+            if call.reads is not None:
+                stored = zip(call.reads.value, (key, value), strict=True)
+                key, value = (_replace_rows(full, own, active) for full, own in stored)
+            elif call.leaves is not None and call.leaves.value is None:
+                call.leaves.value = (key, value)
+        if self.recompute_core_attention:
+            out = recompute(self.core_attention, query, key, value, call.pattern)
+        else:
+            out = self.core_attention(query, key, value, call.pattern)
+        if filled > rows:
+            out = F.pad(out, (0, 0, 0, 0, 0, filled - rows))
+        return self.linear_proj(out)
+
+    @property
+    def _heads(self) -> int:
+        """Query heads of a group, its key and its value."""
+        return self.num_attention_heads_per_partition // self.num_query_groups_per_partition + 2
 
     def _queries(self, hidden_states: Tensor) -> Tensor:
         """Query projection alone, [R, C, N, D]: the key and value rows of the fused weight are not multiplied."""

@@ -49,11 +49,8 @@ def transformer_config(config: Config) -> TransformerConfig:
 
     Layers are told that the pipeline has one stage: which of them run where is the recursion plan's business.
     """
-    model = config.model
+    model, parallel = config.model, config.parallel
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
-
-    def init_method(weight: Tensor) -> None:
-        nn.init.normal_(weight, mean=0.0, std=model.init_method_std)
 
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -72,21 +69,27 @@ def transformer_config(config: Config) -> TransformerConfig:
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        init_method=init_method,
-        output_layer_init_method=init_method,  # no depth scaling (docs/mor.md, sec. 1)
-        embedding_init_method=init_method,
+        # Weights are drawn by `initialization.py`, independent of the layout.
+        init_method=_leave_alone,
+        output_layer_init_method=_leave_alone,
+        embedding_init_method=_leave_alone,
         params_dtype=dtype,
         bf16=config.training.bf16,
         # The schedule must not divide by micro-batches: the loss comes divided by the global number of tokens.
         calculate_per_token_loss=True,
-        # Weights are drawn on the CPU whole and then cut, so that they do not depend on layout or device.
         use_cpu_initialization=True,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
     )
+
+
+def _leave_alone(weight: Tensor) -> None:
+    pass
 
 
 def layer_spec() -> ModuleSpec:

@@ -1,31 +1,54 @@
 """The model: embedding, unique first layer, passes over the shared block, unique last layer, head.
 
-Every physical layer is one module, however often the plan visits it. The three parts of forward (enter, shared, leave)
-are what a pipeline of several stages divides among ranks; here one stage holds all of them.
+Every physical layer is one module, however often the plan visits it. A pipeline rank holds the parts of its stage
+(`parallel.stages`), under the same names; `parallel.ring` runs them in turn. Without a pipeline, `forward` does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    gather_from_tensor_model_parallel_region,
+    vocab_parallel_cross_entropy,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
 from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
-from mor_megatron.model.attention import LayerCall, RotaryTable, Sequences
+from mor_megatron.model.attention import LayerCall, RotaryTable, Sequences, SharedKeys
+from mor_megatron.model.initialization import initialize_weights
 from mor_megatron.model.layer_spec import RMSNorm, layer_spec, transformer_config
+from mor_megatron.model.recompute import recompute
 from mor_megatron.parallel.cpu import device
+from mor_megatron.parallel.row_exchange import ShardedRows
+from mor_megatron.parallel.stages import PipelinePlan, pipeline_plan
 from mor_megatron.recursion import context as names
 from mor_megatron.recursion.context import RoutingContext
-from mor_megatron.recursion.dispatch import ActiveTokens
+from mor_megatron.recursion.dispatch import ActiveTokens, LocalRows
 from mor_megatron.recursion.expert_choice import ExpertChoice
-from mor_megatron.recursion.plan import RecursionPlan, VirtualLayer, plan_from_config
+from mor_megatron.recursion.plan import RecursionPlan, VirtualLayer
 from mor_megatron.recursion.routers import Router
+from mor_megatron.recursion.stream import run_recursions
 from mor_megatron.recursion.token_choice import TokenChoice
+
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+"""Parameter names; a tied head has a copy of the embedding under its own name where a pipeline parts them."""
+
+
+class PhysicalLayers(nn.ModuleDict):
+    """The unique layers that this rank holds, by their number in the whole model."""
+
+    def __getitem__(self, physical: int) -> nn.Module:
+        return super().__getitem__(str(physical))
 
 
 class MoRModel(MegatronModule):
@@ -42,34 +65,73 @@ class MoRModel(MegatronModule):
         layer_config = transformer_config(config)
         super().__init__(config=layer_config)
         self.run_config = config
-        self.plan: RecursionPlan = plan_from_config(config)
+        self.pipeline: PipelinePlan = pipeline_plan(config, vocab_size)
+        self.plan: RecursionPlan = self.pipeline.plan
+        self.stage = parallel_state.get_pipeline_model_parallel_rank()
         self.vocab_size = vocab_size
-        self.padded_vocab_size = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)
+        self.padded_vocab_size = padded_vocab_size(
+            vocab_size, config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size
+        )
         self.model_type = ModelType.encoder_or_decoder
         self.tied = not config.model.untie_embeddings_and_output_weights
+        self.rows = LocalRows()
+        if layer_config.sequence_parallel:
+            self.rows = ShardedRows(parallel_state.get_tensor_model_parallel_group())
 
-        self.embedding = LanguageModelEmbedding(
-            layer_config, self.padded_vocab_size, config.model.max_position_embeddings, position_embedding_type="rope"
-        )
         spec = layer_spec()
-        self.layers = nn.ModuleList(
-            build_module(spec, config=layer_config, layer_number=1 + physical)
-            for physical in range(self.plan.num_physical_layers)
+        self.layers = PhysicalLayers(
+            {
+                str(physical): build_module(spec, config=layer_config, layer_number=1 + physical)
+                for physical in self.pipeline.physical_layers(self.stage)
+            }
         )
-        self.router = self._build_router(config)
-        self.final_layernorm = RMSNorm(layer_config, layer_config.hidden_size, layer_config.layernorm_epsilon)
-        self.output_layer = ColumnParallelLinear(
-            layer_config.hidden_size,
-            self.padded_vocab_size,
-            config=layer_config,
-            init_method=layer_config.init_method,
-            bias=False,
-            gather_output=False,
-            skip_weight_param_allocation=self.tied,
-        )
+        for layer in self.layers.values():
+            layer.self_attention.recompute_core_attention = config.training.recompute_granularity == "selective"
+        self.router = None
+        if self.is_first_stage:
+            self.embedding = LanguageModelEmbedding(
+                layer_config,
+                self.padded_vocab_size,
+                config.model.max_position_embeddings,
+                position_embedding_type="rope",
+            )
+            self.router = self._build_router(config)
+        if self.is_last_stage:
+            self.final_layernorm = RMSNorm(layer_config, layer_config.hidden_size, layer_config.layernorm_epsilon)
+            self.output_layer = ColumnParallelLinear(
+                layer_config.hidden_size,
+                self.padded_vocab_size,
+                config=layer_config,
+                init_method=layer_config.init_method,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=self.tied and self.is_first_stage,
+            )
+            if self.tied and not self.is_first_stage:
+                # DeepSpeed's mark of a copy: it stays out of the global norm.
+                self.output_layer.weight.ds_pipe_replicated = True
         self.rotary = RotaryTable(
             layer_config.kv_channels, config.model.max_position_embeddings, config.model.rotary_base
         )
+
+    @property
+    def is_first_stage(self) -> bool:
+        """This rank has the embedding and the routers."""
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """This rank has the head."""
+        return self.stage == self.pipeline.num_stages - 1
+
+    @property
+    def tied_weight(self) -> nn.Parameter | None:
+        """This rank's copy of a weight that embedding and head share over two ranks."""
+        if not self.tied or self.pipeline.num_stages == 1:
+            return None
+        if self.is_first_stage:
+            return self.embedding.word_embeddings.weight
+        return self.output_layer.weight if self.is_last_stage else None
 
     def forward(self, batch: Batch, context: RoutingContext | None = None) -> Tensor:
         """Per-token cross entropy [B, S] fp32, unmasked, or logits [B, S, V] when the batch has no labels.
@@ -80,17 +142,22 @@ class MoRModel(MegatronModule):
         Raises:
             ValueError: the sequence is longer than max-position-embeddings.
         """
+        assert self.pipeline.num_stages == 1, "a pipeline runs through parallel.ring"
         context = context or RoutingContext()
-        batch_size, seq_length = batch.tokens.shape
-        longest = self.run_config.model.max_position_embeddings
-        if seq_length > longest:
-            raise ValueError(f"a sequence of {seq_length} tokens exceeds max-position-embeddings={longest}")
-        sequences = Sequences(
-            self.rotary, seq_length, batch_size, self.config.params_dtype, batch.position_ids, batch.document_ids
-        )
-        hidden = self._enter(batch.tokens, sequences)
-        hidden = self._shared(hidden, sequences, context)
-        return self._leave(hidden, sequences, batch.labels)
+        sequences = self.sequences(batch)
+        hidden = self.enter(batch, sequences)
+        if self.router is None:
+            depth = context.depth(self.plan.num_recursions)
+            layers = tuple(layer for layer in self.plan.shared if layer.recursion < depth)
+            hidden = self.run(layers, hidden, sequences, sequences.everything)
+        else:
+
+            def block(recursion: int, rows: Tensor, active: ActiveTokens) -> Tensor:
+                return self.run(self.plan.pass_layers(recursion), rows, sequences, active)
+
+            stream = run_recursions(self.router, hidden, sequences.everything, block, self.plan.num_recursions, context)
+            hidden = stream.merged(self.rows).hidden
+        return self.leave(hidden, sequences, batch.labels)
 
     def set_input_tensor(self, input_tensor) -> None:
         """Megatron-core's schedules hand over what the previous stage sent; a single stage receives nothing."""
@@ -100,88 +167,114 @@ class MoRModel(MegatronModule):
     def finish_iteration(self, metrics: dict[str, Tensor | float], iteration: int) -> None:
         """After an applied optimizer step: loss-free balancing from the global means of `context.metrics`."""
         recursion = self.run_config.recursion
-        if recursion.routing != "token_choice" or recursion.router_balance != "loss_free":
+        if not isinstance(self.router, TokenChoice) or recursion.router_balance != "loss_free":
             return
         if iteration <= recursion.router_balance_warmup_iters:
             return  # every token was sent to full depth: the fractions say nothing about the router
         fractions = [float(metrics[names.DEPTH_FRACTION.format(r)]) for r in range(self.plan.num_recursions)]
         self.router.update_bias(torch.tensor(fractions))
 
+    def sequences(self, batch: Batch) -> Sequences:
+        """What attention has to know about a micro-batch.
+
+        Raises:
+            ValueError: the sequence is longer than max-position-embeddings.
+        """
+        batch_size, seq_length = batch.tokens.shape
+        longest = self.run_config.model.max_position_embeddings
+        if seq_length > longest:
+            raise ValueError(f"a sequence of {seq_length} tokens exceeds max-position-embeddings={longest}")
+        return Sequences(
+            self.rotary, seq_length, batch_size, self.config.params_dtype, batch.position_ids, batch.document_ids
+        )
+
+    def enter(self, batch: Batch, sequences: Sequences) -> Tensor:
+        """Embedding and unique first layer: tokens [B, S] -> [S, B, H]."""
+        hidden = self.embedding(batch.tokens, position_ids=None)
+        return self.run(self.plan.first, hidden, sequences, sequences.everything)
+
+    def run(self, layers: tuple[VirtualLayer, ...], rows: Tensor, sequences: Sequences, active: ActiveTokens) -> Tensor:
+        """Consecutive layers on the rows of the active tokens, [k, B, H] -> [k, B, H]."""
+        own_keys = sequences.pattern(active, keys_of_all=False)
+        all_keys = sequences.pattern(active, keys_of_all=True)
+        calls = []
+        for layer in layers:
+            call = LayerCall(own_keys, self.plan.kv_mode)
+            if layer.kv_source != layer.index:
+                call = LayerCall(all_keys, self.plan.kv_mode, reads=sequences.store[layer.kv_source])
+            elif self.plan.kv_mode != "caching" and layer.recursion is not None:
+                call.leaves = sequences.store[layer.index] = SharedKeys()
+            calls.append((self.layers[layer.physical], call))
+
+        def run_layer(layer: nn.Module, call: LayerCall, rows: Tensor) -> Tensor:
+            return layer(rows, attention_mask=call)[0]
+
+        def run_all(rows: Tensor, run_one: Callable = run_layer) -> Tensor:
+            for layer, call in calls:
+                rows = run_one(layer, call, rows)
+            return rows
+
+        training = self.run_config.training
+        if training.recompute_granularity != "full":
+            return run_all(rows)
+        if training.recompute_unit == "layer":
+            return run_all(rows, partial(recompute, run_layer))
+        return recompute(run_all, rows)
+
+    def leave(self, hidden: Tensor, sequences: Sequences, labels: Tensor | None) -> Tensor:
+        """Unique last layer, final norm, head and loss: [S, B, H] -> [B, S] or logits [B, S, V]."""
+        hidden = self.run(self.plan.last, hidden, sequences, sequences.everything)
+        hidden = self.final_layernorm(hidden)
+        weight = self.embedding.word_embeddings.weight if self.output_layer.weight is None else None
+        logits, _ = self.output_layer(hidden, weight=weight)  # [S, B, V/TP]
+        if labels is None:
+            return gather_from_tensor_model_parallel_region(logits)[..., : self.vocab_size].transpose(0, 1)
+        share = logits.shape[-1]
+        real = min(share, max(0, self.vocab_size - share * parallel_state.get_tensor_model_parallel_rank()))
+        if real < share:
+            # A padding id is no prediction: without this, the loss would depend on how much padding there is.
+            logits = logits.clone()
+            logits[..., real:] = float("-inf")
+        losses = vocab_parallel_cross_entropy(logits.float(), labels.transpose(0, 1).contiguous())
+        return losses.transpose(0, 1)
+
     def _build_router(self, config: Config) -> nn.Module | None:
         recursion, model = config.recursion, config.model
 
         def make_router(num_outputs: int) -> Router:
-            return Router(
+            router = Router(
                 recursion.router_type,
                 model.hidden_size,
                 num_outputs,
                 recursion.router_temperature,
-                model.init_method_std,
                 self.config.params_dtype,
             )
+            for weight in router.parameters():
+                weight.sequence_parallel = self.config.sequence_parallel
+            return router
 
         if recursion.routing == "expert_choice":
-            return ExpertChoice(recursion, self.plan, make_router)
+            return ExpertChoice(recursion, self.plan, make_router, self.rows)
         if recursion.routing == "token_choice":
-            return TokenChoice(recursion, self.plan, make_router)
+            return TokenChoice(recursion, self.plan, make_router, self.rows)
         return None
 
-    def _enter(self, tokens: Tensor, sequences: Sequences) -> Tensor:
-        """Embedding and first unique layer: [B, S] -> [S, B, H]."""
-        hidden = self.embedding(tokens, position_ids=None)
-        return self._run(self.plan.first, hidden, sequences, ActiveTokens(*hidden.shape[:2]))
 
-    def _shared(self, hidden: Tensor, sequences: Sequences, context: RoutingContext) -> Tensor:
-        """All recursions: [S, B, H] -> [S, B, H]."""
-
-        def block(recursion: int, rows: Tensor, active: ActiveTokens) -> Tensor:
-            return self._run(self.plan.pass_layers(recursion), rows, sequences, active)
-
-        if self.router is not None:
-            return self.router(hidden, block, context)
-        depth = context.depth(self.plan.num_recursions)
-        layers = tuple(layer for layer in self.plan.shared if layer.recursion < depth)
-        return self._run(layers, hidden, sequences, ActiveTokens(*hidden.shape[:2]))
-
-    def _leave(self, hidden: Tensor, sequences: Sequences, labels: Tensor | None) -> Tensor:
-        """Last unique layer, final norm, head and loss: [S, B, H] -> [B, S] or logits [B, S, V]."""
-        hidden = self._run(self.plan.last, hidden, sequences, ActiveTokens(*hidden.shape[:2]))
-        hidden = self.final_layernorm(hidden)
-        weight = self.embedding.word_embeddings.weight if self.tied else None
-        logits, _ = self.output_layer(hidden, weight=weight)  # [S, B, V/tp]
-        if labels is None:
-            return logits[..., : self.vocab_size].transpose(0, 1)
-        if self.padded_vocab_size != self.vocab_size:
-            # A padding id is no prediction: without this, the loss would depend on how much padding there is.
-            logits = logits.clone()
-            logits[..., self.vocab_size :] = float("-inf")
-        losses = vocab_parallel_cross_entropy(logits.float(), labels.transpose(0, 1).contiguous())
-        return losses.transpose(0, 1)
-
-    def _run(
-        self, layers: tuple[VirtualLayer, ...], hidden: Tensor, sequences: Sequences, active: ActiveTokens
-    ) -> Tensor:
-        own_keys = sequences.pattern(active, keys_of_all=False)
-        all_keys = sequences.pattern(active, keys_of_all=True)
-        for layer in layers:
-            pattern = own_keys if layer.kv_source == layer.index else all_keys
-            call = LayerCall(pattern, layer, self.plan.kv_mode)
-            hidden, _ = self.layers[layer.physical](hidden, attention_mask=call)
-        return hidden
-
-
-def padded_vocab_size(vocab_size: int, divisor: int) -> int:
-    """The vocabulary rounded up to a multiple of `divisor`."""
-    return -(-vocab_size // divisor) * divisor
+def padded_vocab_size(vocab_size: int, divisor: int, tensor_parallel_size: int = 1) -> int:
+    """The vocabulary rounded up to a multiple of `divisor` on every tensor-parallel rank, as Megatron-LM does."""
+    unit = divisor * tensor_parallel_size
+    return -(-vocab_size // unit) * unit
 
 
 def build_model(config: Config, vocab_size: int) -> MoRModel:
-    """The model on this process's device, in the run's parameter type, with weights drawn from the run's seed.
+    """This rank's part of the model on its device, in the run's parameter type, with weights drawn from the run's seed.
 
     Needs `initialize_distributed` first.
 
     Raises:
         ValueError: the configuration does not describe a model.
     """
-    torch.manual_seed(config.training.seed)
-    return MoRModel(config, vocab_size).to(device())
+    model = MoRModel(config, vocab_size)
+    aliases = {HEAD: EMBEDDING} if model.tied else {}
+    initialize_weights(model, config.training.seed, config.model.init_method_std, vocab_size, aliases)
+    return model.to(device())

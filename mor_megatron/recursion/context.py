@@ -10,6 +10,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from mor_megatron.config.schema import RecursionConfig
+
 Selection = Literal["capacity", "threshold"]
 
 AUX_LOSS = "aux_loss"
@@ -26,6 +28,22 @@ TOKENS_PER_RECURSION = "tokens_per_recursion_{}"
 """Fraction of tokens active at a recursion."""
 DEPTH_FRACTION = "depth_fraction_{}"
 """token_choice: fraction of tokens that leave after exactly this recursion (0-based)."""
+
+
+def routing_metrics(recursion: RecursionConfig) -> tuple[str, ...]:
+    """Names of what a training pass reports, in the order of the log line; the same on every rank of a pipeline."""
+    if recursion.routing == "none":
+        return ()
+    names = []
+    if recursion.routing == "expert_choice":
+        names += [AUX_LOSS, SELECTION_ACCURACY]
+    elif recursion.router_balance == "loss":
+        names.append(BALANCE_LOSS)
+    if recursion.router_z_loss_coeff > 0.0:
+        names.append(Z_LOSS)
+    per_recursion = [TOKENS_PER_RECURSION] + ([DEPTH_FRACTION] if recursion.routing == "token_choice" else [])
+    names += [name.format(r) for name in per_recursion for r in range(recursion.num_recursions)]
+    return (*names, MEAN_DEPTH)
 
 
 @dataclass
@@ -66,8 +84,9 @@ class RoutingContext:
         return self.fixed_depth
 
     def report(self, name: str, value: Tensor) -> None:
-        """Record one metric of this micro-batch."""
-        self.metrics[name] = value.detach().float()
+        """Record one metric of this micro-batch; what is reported more than once (each recursion its part) adds up."""
+        value = value.detach().float()
+        self.metrics[name] = self.metrics[name] + value if name in self.metrics else value
 
     def record(self, name: str, value: Tensor) -> None:
         """Record a tensor for analysis if a trace was asked for."""

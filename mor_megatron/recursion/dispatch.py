@@ -55,6 +55,15 @@ class ActiveTokens:
         assert self.ragged
         return Packing.from_sequences(self.sequences.view(-1), self.batch_size)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Leading dimensions of the rows' tensor: (S, B), (k, B) or (T, 1)."""
+        return (self.seq_length, self.batch_size) if self.rows is None else tuple(self.rows.shape)
+
+    def none(self, device: torch.device) -> ActiveTokens:
+        """The empty set."""
+        return self.take(torch.empty(0, 1, dtype=torch.int64, device=device), ragged=True)
+
     def mask(self) -> Tensor:
         """True at the active tokens, [S, B] bool (on the CPU when all are active)."""
         if self.rows is None:
@@ -195,6 +204,26 @@ def take_rows(x: Tensor, local: Tensor | None) -> Tensor:
     if local is None:
         return x
     return GatherRows.apply(x.reshape(-1, x.shape[-1]), local.reshape(-1)).view(*local.shape, x.shape[-1])
+
+
+class LocalRows:
+    """Moves rows that are all on this rank; `parallel.row_exchange` does the same where they are cut by sequence."""
+
+    def gather(self, hidden: Tensor, active: ActiveTokens) -> Tensor:
+        """Rows of the active tokens out of the residual stream; see `gather`."""
+        return gather(hidden, active)
+
+    def take(self, x: Tensor, active: ActiveTokens, local: Tensor | None) -> Tensor:
+        """Rows of `x`, which has those of `active`, at flat indexes `local`; see `take_rows`."""
+        return take_rows(x, local)
+
+    def combine(self, hidden: Tensor, update: Tensor, gate: Tensor | None, active: ActiveTokens) -> Tensor:
+        """Rows back into the residual stream; see `combine`. The gate is that of all active tokens."""
+        return combine(hidden, update, gate, active)
+
+    def collect(self, values: Tensor, active: ActiveTokens) -> Tensor:
+        """Something small computed from the rows of `active`, of all tokens on every rank."""
+        return values
 
 
 def select_topk(scores: Tensor, k: int) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,28 +20,34 @@ from torch import Tensor, nn
 from mor_megatron.config.schema import RecursionConfig
 from mor_megatron.recursion import context as names
 from mor_megatron.recursion.context import RoutingContext
-from mor_megatron.recursion.dispatch import ActiveTokens, combine, gather, select_mask, select_topk, take_rows
+from mor_megatron.recursion.dispatch import ActiveTokens, LocalRows, select_mask, select_topk, take_rows
 from mor_megatron.recursion.losses import attach_loss, selection_loss, z_loss
 from mor_megatron.recursion.plan import RecursionPlan
 from mor_megatron.recursion.routers import Router, score
-
-Block = Callable[[int, Tensor, ActiveTokens], Tensor]
-"""block(recursion, rows, active) -> rows: one pass of the shared layers over the active tokens."""
+from mor_megatron.recursion.stream import Stream
 
 
 class ExpertChoice(nn.Module):
-    """Routers of all recursions, and the recursion loop.
+    """Routers of all recursions, and what happens before and after the block.
 
     Args:
         config: routing settings.
         plan: gives Nr and the capacities.
         make_router: number of outputs -> Router.
+        rows: moves rows between the residual stream and the compact tensors.
     """
 
-    def __init__(self, config: RecursionConfig, plan: RecursionPlan, make_router: Callable[[int], Router]):
+    def __init__(
+        self,
+        config: RecursionConfig,
+        plan: RecursionPlan,
+        make_router: Callable[[int], Router],
+        rows: LocalRows | None = None,
+    ):
         super().__init__()
         self.config = config
         self.plan = plan
+        self.rows = rows or LocalRows()
         self.routers = nn.ModuleList(make_router(1) for _ in range(plan.num_recursions))
         self.aux_routers = None
         if config.router_objective == "aux_router":
@@ -48,29 +55,35 @@ class ExpertChoice(nn.Module):
             for parameter in self.aux_routers.parameters():
                 parameter.lr_mult = config.router_aux_lr_mult
 
-    def forward(self, hidden: Tensor, block: Block, context: RoutingContext) -> Tensor:
-        """[S, B, H] -> [S, B, H] through the recursions; reports metrics to `context`."""
-        active = ActiveTokens(*hidden.shape[:2])
-        totals = _Totals()
-        for r in range(context.depth(self.plan.num_recursions)):
-            x = gather(hidden, active)  # [k_prev, B, H]
-            logits = self.routers[r](x)  # [k_prev, B, 1]
-            threshold_logits = logits if self.aux_routers is None else self.aux_routers[r](x.detach())
-            local = self._select(r, logits.detach(), threshold_logits.detach(), active, context)
-            if self.training and context.selection == "capacity":
-                x = self._attach_losses(r, x, logits, threshold_logits, local, totals, context)
-            if local is not None:
-                active = active.take(local, ragged=context.selection == "threshold")
-            context.record(f"router_logits_{r}", logits)
-            context.record(f"active_{r}", active.mask())
-            totals.count(r, active)
-            if active.count == 0:  # the threshold kept nobody, so nobody goes deeper
-                continue
+    def open(self, r: int, stream: Stream, context: RoutingContext) -> Stream:
+        """Select among the candidates and take out their rows; reports metrics to `context`."""
+        candidates, hidden = stream.active, stream.hidden
+        if r == 0:
+            context.metrics.clear()
+        if r >= context.depth(self.plan.num_recursions):
+            return self._take(stream, candidates.none(hidden.device), hidden[:0], None)
+        x = self.rows.gather(hidden, candidates)  # [k_prev, B, H]
+        logits = self.rows.collect(self.routers[r](x), candidates)  # [k_prev, B, 1]
+        threshold_logits = logits
+        if self.aux_routers is not None:
+            threshold_logits = self.rows.collect(self.aux_routers[r](x.detach()), candidates)
+        local = self._select(r, logits.detach(), threshold_logits.detach(), candidates, context)
+        if self.training and context.selection == "capacity":
+            x = self._attach_losses(r, x, logits, threshold_logits, local, context)
+        active = candidates
+        if local is not None:
+            active = active.take(local, ragged=context.selection == "threshold")
+        context.record(f"router_logits_{r}", logits)
+        context.record(f"active_{r}", active.mask())
+        self._count(r, active, context, hidden.device)
+        gate = None
+        if self.config.router_gating == "weighted":
             gate = take_rows(score(logits, self.config.router_func, self.config.router_alpha), local)
-            update = block(r, take_rows(x, local), active)
-            hidden = combine(hidden, update, gate if self.config.router_gating == "weighted" else None, active)
-        totals.report(context, hidden.device)
-        return hidden
+        return self._take(stream, active, self.rows.take(x, candidates, local), gate)
+
+    def close(self, r: int, stream: Stream) -> Stream:
+        """Bring the rows back; the active tokens are the candidates of the next recursion."""
+        return stream.merged(self.rows)
 
     def capacity(self, recursion: int, context: RoutingContext) -> float:
         """Fraction to keep, falling from 1 along a cosine during the first `capacity_warmup_iters` iterations."""
@@ -102,7 +115,6 @@ class ExpertChoice(nn.Module):
         logits: Tensor,
         threshold_logits: Tensor,
         local: Tensor | None,
-        totals: _Totals,
         context: RoutingContext,
     ) -> Tensor:
         """x with this recursion's router losses attached (docs/mor.md, sec. 3.2)."""
@@ -114,35 +126,24 @@ class ExpertChoice(nn.Module):
             target.view(-1)[local.view(-1)] = 1.0
         aux = selection_loss(threshold_logits, target)
         accuracy = ((threshold_logits >= 0.0) == target.bool()).float().mean()
-        totals.add(names.AUX_LOSS, aux)
-        totals.add(names.SELECTION_ACCURACY, accuracy / self.plan.num_recursions)
+        context.report(names.AUX_LOSS, aux)
+        context.report(names.SELECTION_ACCURACY, accuracy / self.plan.num_recursions)
         context.record(f"aux_loss_{r}", aux)
         context.record(f"selection_accuracy_{r}", accuracy)
         aux_scale = 1.0 if config.router_aux_loss_per_microbatch else context.router_loss_scale
         x = attach_loss(x, aux, config.router_aux_loss_coeff * aux_scale)
         if config.router_z_loss_coeff > 0.0:
             z = z_loss(logits)
-            totals.add(names.Z_LOSS, z)
+            context.report(names.Z_LOSS, z)
             x = attach_loss(x, z, config.router_z_loss_coeff * context.router_loss_scale)
         return x
 
+    @staticmethod
+    def _take(stream: Stream, active: ActiveTokens, rows: Tensor, gate: Tensor | None) -> Stream:
+        return replace(stream, active=active, rows=rows, gate=gate)
 
-class _Totals:
-    """Sums over the recursions of one forward pass."""
-
-    def __init__(self):
-        self.values: dict[str, Tensor] = {}
-        self.fractions: dict[int, float] = {}
-
-    def add(self, name: str, value: Tensor) -> None:
-        self.values[name] = self.values.get(name, 0.0) + value.detach()
-
-    def count(self, recursion: int, active: ActiveTokens) -> None:
-        self.fractions[recursion] = active.count / (active.seq_length * active.batch_size)
-
-    def report(self, context: RoutingContext, device: torch.device) -> None:
-        for name, value in self.values.items():
-            context.report(name, value)
-        for r, fraction in self.fractions.items():
-            context.report(names.TOKENS_PER_RECURSION.format(r), torch.tensor(fraction, device=device))
-        context.report(names.MEAN_DEPTH, torch.tensor(sum(self.fractions.values()), device=device))
+    @staticmethod
+    def _count(r: int, active: ActiveTokens, context: RoutingContext, device: torch.device) -> None:
+        fraction = torch.tensor(active.count / (active.seq_length * active.batch_size), device=device)
+        context.report(names.TOKENS_PER_RECURSION.format(r), fraction)
+        context.report(names.MEAN_DEPTH, fraction)

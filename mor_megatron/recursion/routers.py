@@ -10,12 +10,13 @@ from torch import Tensor, nn
 class Router(nn.Module):
     """Linear (H -> out) or MLP (H -> 2H, GELU, 2H -> out) router without biases (docs/mor.md, sec. 3.1).
 
+    Its weights are for the caller to fill.
+
     Args:
         kind: `linear` or `mlp`.
         hidden_size: H.
         num_outputs: 1 for expert-choice, Nr for token-choice.
         temperature: the input is divided by it.
-        std: weights start from N(0, std^2).
         dtype: parameter type.
     """
 
@@ -25,7 +26,6 @@ class Router(nn.Module):
         hidden_size: int,
         num_outputs: int,
         temperature: float = 1.0,
-        std: float = 0.02,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
@@ -34,8 +34,6 @@ class Router(nn.Module):
         if kind == "mlp":
             sizes = [(2 * hidden_size, hidden_size), (num_outputs, 2 * hidden_size)]
         self.weights = nn.ParameterList(nn.Parameter(torch.empty(*size, dtype=dtype)) for size in sizes)
-        for weight in self.weights:
-            nn.init.normal_(weight, std=std)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [.., out] in fp32, of hidden [.., H]. No norm before it: routers read the raw residual stream."""

@@ -10,6 +10,7 @@ Depths depend on the token's own state only, so the routing is causal and the sa
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,58 +18,71 @@ from torch import Tensor, nn
 from mor_megatron.config.schema import RecursionConfig
 from mor_megatron.recursion import context as names
 from mor_megatron.recursion.context import RoutingContext
-from mor_megatron.recursion.dispatch import ActiveTokens, ScatterRows, combine, select_mask, take_rows
-from mor_megatron.recursion.expert_choice import Block
+from mor_megatron.recursion.dispatch import LocalRows, select_mask, take_rows
 from mor_megatron.recursion.losses import attach_loss, balance_loss, z_loss
 from mor_megatron.recursion.plan import RecursionPlan
 from mor_megatron.recursion.routers import Router, score
+from mor_megatron.recursion.stream import Stream
 
 
 class TokenChoice(nn.Module):
-    """One router, and the recursion loop over ever fewer tokens.
+    """One router, and what happens before the first recursion and after each.
 
     Args:
         config: routing settings.
         plan: gives Nr.
         make_router: number of outputs -> Router.
+        rows: moves rows between the residual stream and the compact tensors.
     """
 
-    def __init__(self, config: RecursionConfig, plan: RecursionPlan, make_router: Callable[[int], Router]):
+    def __init__(
+        self,
+        config: RecursionConfig,
+        plan: RecursionPlan,
+        make_router: Callable[[int], Router],
+        rows: LocalRows | None = None,
+    ):
         super().__init__()
         self.config = config
         self.plan = plan
+        self.rows = rows or LocalRows()
         self.router = make_router(plan.num_recursions)
         # Loss-free balancing: added to the scores for the choice, never to the weight (docs/mor.md, sec. 4)
         self.register_buffer("balance_bias", torch.zeros(plan.num_recursions, dtype=torch.float32))
 
-    def forward(self, hidden: Tensor, block: Block, context: RoutingContext) -> Tensor:
-        """[S, B, H] -> [S, B, H] through the recursions; reports metrics to `context`."""
-        logits = self.router(hidden)  # [S, B, Nr]
+    def open(self, r: int, stream: Stream, context: RoutingContext) -> Stream:
+        """Before the first recursion, choose depths and report metrics to `context`; later there is nothing to do."""
+        if r > 0:
+            return stream
+        context.metrics.clear()
+        hidden, everything = stream.hidden, stream.active
+        logits = self.rows.collect(self.router(hidden), everything)  # [S, B, Nr]
         scores = score(logits, self.config.router_func, self.config.router_alpha)
         depth = self._choose(scores.detach(), context)  # [S, B]
-        weight = scores.gather(-1, depth.unsqueeze(-1))  # [S, B, 1]
         context.record("router_logits", logits)
         context.record("depth", depth)
         self._report_depths(depth, context)
-
         y = hidden
         if self.training:
             y = self._attach_losses(y, logits, scores, depth, context)
-        active = everything = ActiveTokens(*hidden.shape[:2])
-        left, left_rows = [], []
-        for r in range(self.plan.num_recursions):
-            y = block(r, y, active)
-            remaining = depth if active.rows is None else depth.view(-1)[active.rows]
-            out, stay = select_mask(remaining == r), select_mask(remaining > r)
-            left.append(take_rows(y, out).squeeze(1))
-            left_rows.append(active.take(out).rows.view(-1))
-            if stay.numel() == 0:
-                break
-            y = take_rows(y, stay)
-            active = active.take(stay, ragged=True)
-        # Every token left exactly once.
-        y = ScatterRows.apply(torch.cat(left), torch.cat(left_rows), depth.numel()).view_as(hidden)
-        return combine(hidden, y, weight if self.config.router_gating == "weighted" else None, everything)
+        gate = None
+        if self.config.router_gating == "weighted":
+            gate = scores.gather(-1, depth.unsqueeze(-1))  # [S, B, 1]
+        return replace(stream, rows=y, gate=gate, depth=depth)
+
+    def close(self, r: int, stream: Stream) -> Stream:
+        """Tokens of depth r leave for good; the others stay in the rows."""
+        active, y = stream.active, stream.rows
+        depth = stream.depth if active.rows is None else stream.depth.view(-1)[active.rows]
+        out, stay = select_mask(depth == r), select_mask(depth > r)
+        hidden, gates = stream.hidden, (None, None)
+        if stream.gate is not None:
+            gates = take_rows(stream.gate, out), take_rows(stream.gate, stay)
+        if out.numel() > 0:
+            leaving = active.take(out, ragged=True)
+            hidden = self.rows.combine(hidden, self.rows.take(y, active, out), gates[0], leaving)
+        rows = self.rows.take(y, active, stay)
+        return replace(stream, active=active.take(stay, ragged=True), hidden=hidden, rows=rows, gate=gates[1])
 
     @torch.no_grad()
     def update_bias(self, depth_fractions: Tensor) -> None:
