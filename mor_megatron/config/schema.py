@@ -161,6 +161,8 @@ class OptimizerConfig:
     """Momentum of optimizer sgd."""
     clip_grad: float = 1.0
     """Global gradient norm is clipped to this; 0 switches clipping off."""
+    fused_optimizer: Literal["auto", "on", "off"] = "auto"
+    """PyTorch's fused AdamW, one kernel a step. auto: where this build of PyTorch has it."""
 
 
 @dataclass(frozen=True)
@@ -170,19 +172,35 @@ class TrainingConfig:
     micro_batch_size: int = 4
     """Sequences a rank processes at once."""
     global_batch_size: int | None = None
-    """Sequences per iteration over all ranks; default micro-batch-size x data-parallel size."""
+    """Sequences per iteration over all ranks; default micro-batch-size x data-parallel size, in a ring x its ranks."""
     train_iters: int = 100
     """Optimizer steps of the whole run."""
     seed: int = 1234
     """Seeds weights, data order and everything else."""
     bf16: bool = False
     """bf16 compute with fp32 master weights and fp32 gradient accumulation; default fp32."""
+    fp16: bool = False
+    """fp16 compute with fp32 master weights and dynamic loss scaling; without pipeline parallelism."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """What the backward pass computes again: full: all of a recompute-unit; selective: core attention."""
     recompute_unit: Literal["layer", "recursion"] = "layer"
     """full: keep the input of every layer, or only that of every pass over the layers that a rank holds."""
+    initial_loss_scale: float = 65536.0
+    """fp16: loss scale of the first iteration, a power of two."""
+    loss_scale_window: int = 1000
+    """fp16: iterations without overflow after which the loss scale doubles."""
+    min_loss_scale: int = 1
+    """fp16: the loss scale does not fall below this."""
+    hysteresis: int = 2
+    """fp16: overflows before the loss scale is halved."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO: 0 replicates, 1 shards the optimizer."""
+    """DeepSpeed ZeRO: 0 replicates, 1 shards the optimizer, 2 also gradients, 3 also weights."""
+    optimizer_cpu_offload: bool = False
+    """Keep and update optimizer state and fp32 masters in CPU memory (DeepSpeed's offload_optimizer)."""
+    overlap_grad_reduce: Literal["auto", "on", "off"] = "auto"
+    """Reduce gradients while the backward pass goes on; ZeRO 2 and 3. auto: with CUDA."""
+    deepspeed_config: str | None = None
+    """JSON file of more DeepSpeed settings; one that contradicts a flag is refused."""
     eval_interval: int = 100
     """Iterations between evaluations."""
     eval_iters: int = 10
@@ -193,8 +211,8 @@ class TrainingConfig:
     """Stop after more than this many non-finite steps in a row."""
     distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
     """auto: nccl with CUDA, else gloo."""
-    distributed_timeout_minutes: int = 10
-    """Limit of one collective."""
+    distributed_timeout_minutes: float = 10.0
+    """Limit of one collective; a rank that dies or hangs stops the others within it."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any
 
+from mor_megatron.config.deepspeed_settings import check_engine
+from mor_megatron.config.layout import check_batch, check_layout, default_batch
 from mor_megatron.config.schema import Config
 from mor_megatron.recursion.plan import default_capacities, effective_depth
 
@@ -23,7 +25,8 @@ def validate(config: Config, world_size: int = 1) -> Config:
     """Check a configuration and fill in what follows from other fields. Validating twice changes nothing.
 
     Filled in: the effective `num_layers`, `kv_channels`, `capacity`, `router_func`, `router_alpha`,
-    `global_batch_size`, `lr_decay_iters` and `lr_wsd_decay_iters`. A setting that nothing will read is warned about.
+    `global_batch_size`, `lr_decay_iters` and `lr_wsd_decay_iters`; `sequence_parallel` is off with one tensor-parallel
+    rank. A setting that nothing will read is warned about.
 
     Args:
         config: as parsed.
@@ -34,22 +37,22 @@ def validate(config: Config, world_size: int = 1) -> Config:
     _check_ranges(config)
     for step in (_model, _recursion, _data, _optimizer):
         config = step(config)
-    parallel = config.parallel
-    config = _training(
-        config, world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
-    )
+    config = _training(config, world_size)
+    check_engine(config)
     _warn_of_ignored(config)
-    return config
+    return _without_effect_off(config)
 
 
 _AT_LEAST_1 = """num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels
     max_position_embeddings vocab_size make_vocab_size_divisible_by num_recursions seq_length lr_decay_iters
-    micro_batch_size global_batch_size train_iters eval_interval distributed_timeout_minutes save_interval
-    log_interval"""
+    micro_batch_size global_batch_size train_iters eval_interval save_interval log_interval
+    tensor_model_parallel_size pipeline_model_parallel_size check_routing_consistency
+    initial_loss_scale loss_scale_window min_loss_scale hysteresis"""
 _AT_LEAST_0 = """init_method_std capacity_warmup_iters router_aux_loss_coeff router_aux_lr_mult router_z_loss_coeff
     router_balance_coeff router_bias_update_rate router_balance_warmup_iters num_workers min_lr lr_warmup_iters
     lr_wsd_decay_iters weight_decay clip_grad seed eval_iters max_skipped_steps"""
-_ABOVE_0 = "norm_epsilon rotary_base router_alpha router_temperature lr adam_eps peak_tflops"
+_ABOVE_0 = """norm_epsilon rotary_base router_alpha router_temperature lr adam_eps distributed_timeout_minutes
+    peak_tflops"""
 _BELOW_1 = "adam_beta1 adam_beta2 sgd_momentum"
 _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (_AT_LEAST_1, "1 or more", lambda value: value >= 1),
@@ -211,19 +214,21 @@ def _optimizer(config: Config) -> Config:
     return replace(config, optimizer=replace(optimizer, lr_decay_iters=decay_end, lr_wsd_decay_iters=wsd))
 
 
-def _training(config: Config, data_parallel_size: int) -> Config:
-    assert data_parallel_size >= 1
+def _training(config: Config, world_size: int) -> Config:
+    assert world_size >= 1
     training = config.training
-    if training.zero_stage > 1:
-        raise ValueError(f"zero-stage={training.zero_stage} is not supported: use 0 (replicate) or 1 (shard optimizer)")
-    unit = training.micro_batch_size * data_parallel_size
-    batch = training.global_batch_size or unit
-    if batch % unit:
-        raise ValueError(
-            f"global-batch-size={batch} is not a multiple of micro-batch-size={training.micro_batch_size} x "
-            f"{data_parallel_size} data-parallel ranks: use {_nearest_multiples(batch, unit)}"
-        )
-    return replace(config, training=replace(training, global_batch_size=batch))
+    if training.bf16 and training.fp16:
+        raise ValueError("bf16=True and fp16=True exclude each other: use --bf16, or --fp16 alone")
+    check_layout(config, world_size)
+    check_batch(config, world_size)
+    return replace(config, training=replace(training, global_batch_size=default_batch(config, world_size)))
+
+
+def _without_effect_off(config: Config) -> Config:
+    """Megatron-core refuses sequence parallelism of one rank, which is merely ignored here."""
+    parallel = config.parallel
+    cuts = parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1
+    return replace(config, parallel=replace(parallel, sequence_parallel=cuts))
 
 
 # Who reads a setting: its names, the condition, and the condition in words.
@@ -257,10 +262,23 @@ _READERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         lambda c: c.recursion.routing == "token_choice" and c.recursion.router_balance == "loss_free",
         "--routing token_choice --router-balance loss_free",
     ),
+    ("sequence_parallel", lambda c: c.parallel.tensor_model_parallel_size > 1, "--tensor-model-parallel-size above 1"),
+    (
+        "pipeline_layers",
+        lambda c: c.parallel.pipeline_model_parallel_size > 1,
+        "--pipeline-model-parallel-size above 1",
+    ),
+    (
+        "check_routing_consistency",
+        lambda c: c.recursion.routing != "none" and c.parallel.tensor_model_parallel_size > 1,
+        "--routing expert_choice or token_choice and --tensor-model-parallel-size above 1",
+    ),
     ("min_lr", lambda c: c.optimizer.lr_decay_style != "constant", "a --lr-decay-style other than constant"),
     ("lr_wsd_decay_iters lr_wsd_decay_style", lambda c: c.optimizer.lr_decay_style == "WSD", "--lr-decay-style WSD"),
     ("adam_beta1 adam_beta2 adam_eps", lambda c: c.optimizer.optimizer == "adam", "--optimizer adam"),
     ("sgd_momentum", lambda c: c.optimizer.optimizer == "sgd", "--optimizer sgd"),
+    ("fused_optimizer", lambda c: c.optimizer.optimizer == "adam", "--optimizer adam"),
+    ("initial_loss_scale loss_scale_window min_loss_scale hysteresis", lambda c: c.training.fp16, "--fp16"),
     ("eval_fixed_depths", lambda c: c.training.eval_iters > 0, "--eval-iters above 0"),
     ("save_interval", lambda c: c.checkpoint.save is not None, "--save"),
     ("wandb_exp_name", lambda c: c.logging.wandb_project is not None, "--wandb-project"),

@@ -15,8 +15,8 @@ EXPERT = "--num-layers 8 --num-recursions 3 --routing expert_choice"
 TOKEN = "--num-layers 8 --num-recursions 3 --routing token_choice"
 
 
-def run(flags: str, data_parallel_size: int = 1) -> Config:
-    return validate(read_config(flags.split()), data_parallel_size)
+def run(flags: str, world_size: int = 1) -> Config:
+    return validate(read_config(flags.split()), world_size)
 
 
 # flags -> what the message must contain: the field with its value, then the remedy.
@@ -83,7 +83,11 @@ REFUSED = {
         "lr-wsd-decay-iters=51 .*lr-warmup-iters=50",
         "use at most 50",
     ),
-    "zero stage": ("--zero-stage 2", "zero-stage=2", "use 0 .*or 1"),
+    "timeout": ("--distributed-timeout-minutes 0", "distributed-timeout-minutes=0.0", "use a value above 0"),
+    "tensor parallel": ("--tensor-model-parallel-size 0", "tensor-model-parallel-size=0", "use 1 or more"),
+    "pipeline": ("--pipeline-model-parallel-size -1", "pipeline-model-parallel-size=-1", "use 1 or more"),
+    "consistency": ("--check-routing-consistency 0", "check-routing-consistency=0", "use 1 or more"),
+    "two precisions": ("--bf16 --fp16", "bf16=True and fp16=True", "use --bf16, or --fp16 alone"),
     "global batch": (
         "--micro-batch-size 4 --global-batch-size 10",
         "global-batch-size=10 .*micro-batch-size=4",
@@ -99,7 +103,7 @@ def test_refused_with_field_value_and_remedy(flags, fault, remedy):
     assert "\n" not in str(error.value)
 
 
-def test_global_batch_depends_on_data_parallel_size():
+def test_global_batch_depends_on_the_number_of_ranks():
     assert run("--micro-batch-size 4", 3).training.global_batch_size == 12
     assert run("--micro-batch-size 4 --global-batch-size 24", 3).training.global_batch_size == 24
     with pytest.raises(ValueError, match="3 data-parallel ranks: use 12 or 24"):
@@ -159,6 +163,9 @@ IGNORED = {
     "beta of SGD": ("--optimizer sgd --adam-beta1 0.5", "adam-beta1=0.5 is ignored"),
     "momentum of Adam": ("--sgd-momentum 0.5", "sgd-momentum=0.5 is ignored"),
     "interval without directory": ("--save-interval 5", "save-interval=5 is ignored.*--save"),
+    "sequence of one rank": ("--sequence-parallel", "sequence-parallel=True is ignored.*--tensor-model-parallel-size"),
+    "split of one rank": ("--pipeline-layers 4 4", "pipeline-layers=.* is ignored.*--pipeline-model-parallel-size"),
+    "consistency of one rank": (f"{EXPERT} --check-routing-consistency 5", "check-routing-consistency=5 is ignored"),
     "name without project": ("--wandb-exp-name a", "wandb-exp-name=a is ignored.*--wandb-project"),
     "untrained threshold": (f"{EXPERT} --router-aux-loss-coeff 0", "leaves the causal threshold untrained"),
     "untrained depths": (f"{TOKEN} --router-gating additive --router-balance none", "without a gradient"),
@@ -190,7 +197,7 @@ QUIET = {
 
 @pytest.mark.parametrize("flags", QUIET.values(), ids=QUIET)
 def test_sound_settings_are_accepted_quietly_and_validating_again_changes_nothing(flags, caplog, tmp_path):
-    config = run(flags, data_parallel_size=2)
+    config = run(flags, world_size=2)
     assert validate(config, 2) == config
     path = tmp_path / "resolved.yaml"
     path.write_text(to_yaml(config))
