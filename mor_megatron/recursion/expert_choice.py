@@ -27,6 +27,20 @@ from mor_megatron.recursion.routers import Router, score
 from mor_megatron.recursion.stream import Stream
 
 
+def kept_tokens(
+    config: RecursionConfig, plan: RecursionPlan, r: int, seq_length: int, context: RoutingContext, training: bool
+) -> int:
+    """k_r, the tokens of a sequence that recursion r keeps by capacity.
+
+    In training, capacities fall from 1 along a cosine during the first `capacity_warmup_iters` iterations.
+    """
+    capacity = plan.capacities[r]
+    if training and config.capacity_warmup_iters > 0:
+        progress = min(1.0, context.iteration / config.capacity_warmup_iters)
+        capacity += (1.0 - capacity) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return max(1, int(capacity * seq_length))
+
+
 class ExpertChoice(nn.Module):
     """Routers of all recursions, and what happens before and after the block.
 
@@ -85,15 +99,6 @@ class ExpertChoice(nn.Module):
         """Bring the rows back; the active tokens are the candidates of the next recursion."""
         return stream.merged(self.rows)
 
-    def capacity(self, recursion: int, context: RoutingContext) -> float:
-        """Fraction to keep, falling from 1 along a cosine during the first `capacity_warmup_iters` iterations."""
-        target = self.plan.capacities[recursion]
-        warmup = self.config.capacity_warmup_iters
-        if not self.training or warmup == 0:
-            return target
-        progress = min(1.0, context.iteration / warmup)
-        return target + (1.0 - target) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
     def _select(
         self, r: int, logits: Tensor, threshold_logits: Tensor, candidates: ActiveTokens, context: RoutingContext
     ) -> Tensor | None:
@@ -101,7 +106,7 @@ class ExpertChoice(nn.Module):
         if context.fixed_depth is not None:
             return None
         if context.selection == "capacity":
-            k = max(1, int(self.capacity(r, context) * candidates.seq_length))
+            k = kept_tokens(self.config, self.plan, r, candidates.seq_length, context, self.training)
             return None if k == logits.shape[0] else select_topk(logits.squeeze(-1), k)
         # A recursion of capacity 1 keeps everyone in training, so it must keep everyone here.
         if self.plan.capacities[r] == 1.0:

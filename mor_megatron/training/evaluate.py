@@ -7,21 +7,19 @@ uses. Only expert-choice routing tells them apart; for any other model one pass 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
+from mor_megatron.model.mor_model import MoRModel
 from mor_megatron.parallel.cpu import device
+from mor_megatron.parallel.schedule import MakeContext, run_schedule
 from mor_megatron.recursion.context import RoutingContext, Selection
-from mor_megatron.training.train_step import (
-    count_tokens,
-    gather_over_data_parallel,
-    masked_sum,
-    num_microbatches,
-    run_schedule,
-)
+from mor_megatron.training.train_step import count_tokens, gather_values, masked_sum, num_microbatches
 
 VALIDATION_LOSSES: dict[str, Selection] = {
     "validation_loss_topk": "capacity",
@@ -32,8 +30,8 @@ FIXED_DEPTH_LOSS = "validation_loss_depth_{}"
 """Metric of every token at one depth, counted from 1 (`--eval-fixed-depths`); causal."""
 
 
-def evaluate(model: nn.Module, batches: Iterator[Batch], config: Config, iteration: int) -> dict[str, float]:
-    """Mean cross entropy (nats a token) over `eval_iters` global batches; collective over data-parallel ranks.
+def evaluate(model: MoRModel, batches: Iterator[Batch], config: Config, iteration: int) -> dict[str, float]:
+    """Mean cross entropy (nats a token) over `eval_iters` global batches; collective over all ranks.
 
     Args:
         model: the bare model; left in training mode.
@@ -51,9 +49,12 @@ def evaluate(model: nn.Module, batches: Iterator[Batch], config: Config, iterati
             micro_batches = [next(batches).to(device()) for _ in range(num_microbatches(config))]
             tokens += sum(count_tokens(batch) for batch in micro_batches)
             for name, loss_sum in loss_sums.items():
-                _add_losses(model, micro_batches, RoutingContext(iteration, **orders[name]), loss_sum)
+                _add_losses(model, micro_batches, partial(RoutingContext, iteration, **orders[name]), loss_sum)
     model.train()
-    rows = gather_over_data_parallel(torch.stack([tokens, *loss_sums.values()]))
+    mine = torch.stack([tokens, *loss_sums.values()])
+    if not model.is_last_stage or parallel_state.get_tensor_model_parallel_rank() > 0:
+        mine.zero_()  # tokens and losses of a micro-batch are counted once, where its losses are
+    rows = gather_values(mine, dist.group.WORLD)
     total_tokens, *totals = (sum(column) for column in zip(*rows, strict=True))
     means = {name: total / max(1.0, total_tokens) for name, total in zip(loss_sums, totals, strict=True)}
     topk = means["validation_loss_topk"]
@@ -70,10 +71,10 @@ def _orders(config: Config) -> dict[str, dict]:
     return orders
 
 
-def _add_losses(model: nn.Module, micro_batches: list[Batch], context: RoutingContext, loss_sum: torch.Tensor) -> None:
+def _add_losses(model: MoRModel, micro_batches: list[Batch], make_context: MakeContext, loss_sum: torch.Tensor) -> None:
     def add(losses: torch.Tensor, batch: Batch) -> torch.Tensor:
         total = masked_sum(losses, batch)
         loss_sum.add_(total)
         return total
 
-    run_schedule(model, micro_batches, lambda: context, add, forward_only=True)
+    run_schedule(model, micro_batches, make_context, add, forward_only=True)

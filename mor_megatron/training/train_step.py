@@ -10,21 +10,24 @@ tokens divided by their number, counted before the first forward; router losses 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor, nn
+from torch import Tensor
 
 from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
+from mor_megatron.model.mor_model import MoRModel
 from mor_megatron.parallel.cpu import device
-from mor_megatron.recursion.context import RoutingContext
-from mor_megatron.training.engine import Engine, apply_step, discard_gradients, gradients_are_finite
+from mor_megatron.parallel.replicated import reduce_replicated
+from mor_megatron.parallel.schedule import run_schedule
+from mor_megatron.recursion.context import RoutingContext, routing_metrics
+from mor_megatron.training.engine import Engine, apply_step
+from mor_megatron.training.gradients import discard_gradients, gradients_are_finite, whole_gradients
 
 Driver = Literal["schedule", "engine"]
 
@@ -66,11 +69,12 @@ def train_step(
     count = num_microbatches(config)
     micro_batches = [next(batches).to(device()) for _ in range(count)]
     tokens = _global_token_count(micro_batches)
-    forward = _Forward(iteration, gradient_scale=parallel_state.get_data_parallel_world_size() / tokens, count=count)
+    scale = parallel_state.get_data_parallel_world_size() / tokens
+    forward = _Forward(engine.module, iteration, gradient_scale=scale, count=count)
 
     if driver == "schedule":
-        # The bare module: DeepSpeed's forward would add hooks for a backward that it does not run.
         run_schedule(engine.module, micro_batches, forward.context, forward.loss)
+        reduce_replicated(engine.module, whole_gradients(engine))
     else:
         for batch in micro_batches:
             engine.backward(forward.loss(engine(batch, forward.context()), batch))
@@ -88,7 +92,8 @@ def train_step(
 class _Forward:
     """The loss of each micro-batch, and what all of them report."""
 
-    def __init__(self, iteration: int, gradient_scale: float, count: int):
+    def __init__(self, model: MoRModel, iteration: int, gradient_scale: float, count: int):
+        self.model = model
         self.iteration = iteration
         self.gradient_scale = gradient_scale
         self.count = count
@@ -106,18 +111,23 @@ class _Forward:
         return loss_sum * self.gradient_scale
 
     def reduce(self, tokens: int, healthy: bool) -> StepReport:
-        """Gather every rank's sums, so that all ranks see the same numbers and know whose are not finite."""
-        names = list(self.contexts[0].metrics)
-        routing = [torch.stack([c.metrics[name] for c in self.contexts]).double().mean() for name in names]
-        healthy = healthy and bool(torch.isfinite(self.loss_sum))
-        flag = self.loss_sum.new_tensor(float(healthy))
-        mine = torch.stack([flag, self.loss_sum, *routing])
-        rows = gather_over_data_parallel(mine)
-        ranks = dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
-        faulty = tuple(rank for rank, row in zip(ranks, rows, strict=True) if row[0] == 0.0)
-        means = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
-        loss = means[1] * len(rows) / tokens
-        return StepReport(loss, float("inf"), False, faulty, dict(zip(names, means[2:], strict=True)))
+        """Gather every rank's sums, so that all ranks see the same numbers and know whose are not finite.
+
+        Losses are known to the last ranks of the pipelines, router metrics to the first ones.
+        """
+        names = routing_metrics(self.model.run_config.recursion)
+        counts = parallel_state.get_tensor_model_parallel_rank() == 0
+        has_loss, has_routing = counts and self.model.is_last_stage, counts and self.model.is_first_stage
+        routing = [self.loss_sum.new_zeros(())] * len(names)
+        if has_routing:
+            routing = [torch.stack([c.metrics[name] for c in self.contexts]).double().mean() for name in names]
+        flags = [healthy and bool(torch.isfinite(self.loss_sum)), has_loss, has_routing]
+        mine = torch.stack([*(self.loss_sum.new_tensor(float(flag)) for flag in flags), self.loss_sum, *routing])
+        rows = gather_values(mine, dist.group.WORLD)
+        faulty = tuple(rank for rank, row in enumerate(rows) if row[0] == 0.0)
+        loss = sum(row[3] for row in rows if row[1] == 1.0) / tokens
+        means = torch.tensor([row[4:] for row in rows if row[2] == 1.0], dtype=torch.float64).mean(0).tolist()
+        return StepReport(loss, float("inf"), False, faulty, dict(zip(names, means, strict=True)))
 
 
 def masked_sum(losses: Tensor, batch: Batch) -> Tensor:
@@ -133,9 +143,8 @@ def count_tokens(batch: Batch) -> Tensor:
     return torch.as_tensor(counted, dtype=torch.float64, device=batch.tokens.device)
 
 
-def gather_over_data_parallel(values: Tensor) -> list[list[float]]:
-    """A small 1-d tensor of every data-parallel rank, in rank order, as floats."""
-    group = parallel_state.get_data_parallel_group()
+def gather_values(values: Tensor, group: dist.ProcessGroup) -> list[list[float]]:
+    """A small 1-d tensor of every rank of a group, in rank order, as floats."""
     rows = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
     dist.all_gather(rows, values, group=group)
     return torch.stack(rows).tolist()
@@ -144,39 +153,4 @@ def gather_over_data_parallel(values: Tensor) -> list[list[float]]:
 def _global_token_count(micro_batches: list[Batch]) -> float:
     local = torch.stack([count_tokens(batch) for batch in micro_batches]).sum()
     # At least one: an iteration whose every token is masked has loss 0 and gradient 0.
-    return max(1.0, sum(row[0] for row in gather_over_data_parallel(local.view(1))))
-
-
-def run_schedule(
-    model: nn.Module,
-    micro_batches: list[Batch],
-    make_context: Callable[[], RoutingContext],
-    loss: Callable[[Tensor, Batch], Tensor],
-    forward_only: bool = False,
-) -> None:
-    """Run micro-batches through Megatron-core's schedule for the pipeline at hand.
-
-    Args:
-        make_context: gives each micro-batch its orders.
-        loss: per-token losses [B, S] and their batch -> the scalar to call backward on, used as it is.
-    """
-
-    def forward_step(iterator: Iterator[Batch], model: nn.Module):
-        batch = next(iterator)
-
-        def loss_function(losses: Tensor):
-            # Also a token count, which the schedule adds up for who wants it, and what it collects.
-            return loss(losses, batch), torch.zeros((), dtype=torch.int), {}
-
-        return model(batch, make_context()), loss_function
-
-    rows, columns = micro_batches[0].tokens.shape
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
-        model=model,
-        num_microbatches=len(micro_batches),
-        seq_length=columns,
-        micro_batch_size=rows,
-        forward_only=forward_only,
-    )
+    return max(1.0, sum(row[0] for row in gather_values(local.view(1), parallel_state.get_data_parallel_group())))

@@ -1,0 +1,113 @@
+"""One rank of the pipeline: its chunks, and what it keeps of a micro-batch between them.
+
+In the ring, chunk r of every rank is recursion r. The first rank opens recursions (routes, takes the rows out) and
+closes them when the rows have come round; the last rank closes the last one and goes on to the head. Keys and values
+that later recursions share stay on the rank that owns the layer. An ordinary pipeline is the same with one chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from mor_megatron.data.batch import Batch
+from mor_megatron.model.attention import Sequences
+from mor_megatron.model.mor_model import MoRModel
+from mor_megatron.parallel.carry import keep
+from mor_megatron.parallel.message import MessageFormat
+from mor_megatron.recursion.context import RoutingContext
+from mor_megatron.recursion.stream import EveryToken, Stream
+
+
+@dataclass
+class MicroBatch:
+    """A micro-batch on one rank, through all its turns."""
+
+    batch: Batch
+    context: RoutingContext
+    sequences: Sequences
+    messages: MessageFormat
+    kept: Stream | None = field(default=None)
+    """First rank, between two turns: the open recursion without its rows."""
+
+    @classmethod
+    def start(cls, model: MoRModel, batch: Batch, context: RoutingContext) -> MicroBatch:
+        """Before its first turn.
+
+        Raises:
+            ValueError: the sequence is longer than max-position-embeddings.
+        """
+        sequences = model.sequences(batch)
+        return cls(batch, context, sequences, MessageFormat(model, context, sequences.everything))
+
+
+class Chunk(nn.Module):
+    """What a rank does in one turn; all chunks of a rank run the same weights.
+
+    Args:
+        model: this rank's part of the model.
+        turn: which chunk, from 0; in the ring, the recursion.
+    """
+
+    def __init__(self, model: MoRModel, turn: int):
+        super().__init__()
+        self.model = model
+        self.turn = turn
+        self.model_type, self.config = model.model_type, model.config  # the schedule asks for them
+        self.routing = model.router if model.router is not None else EveryToken()
+        self.is_last_turn = turn == model.pipeline.num_chunks - 1
+        self.received: Tensor | None = None
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """The schedule hands over what the previous rank sent."""
+        (self.received,) = input_tensor
+
+    def forward(self, micro: MicroBatch) -> Tensor:
+        """The message [R, H] to the next rank, or per-token losses [B, S] at the end of the last turn."""
+        model, sequences = self.model, micro.sequences
+        stream = self._open(micro) if model.is_first_stage else micro.messages.unpack(self.received, self.turn)
+        depth = micro.context.depth(model.plan.num_recursions)
+        layers = model.pipeline.layers(model.stage, self.turn)
+        layers = tuple(layer for layer in layers if layer.recursion is not None and layer.recursion < depth)
+        if layers and stream.active.count > 0:
+            stream = replace(stream, rows=model.run(layers, stream.rows, sequences, stream.active))
+        if model.is_last_stage and self.is_last_turn:
+            sequences.store.clear()
+            return model.leave(stream.merged(model.rows).hidden, sequences, micro.batch.labels)
+        message = micro.messages.pack(stream, self.turn, to_first=model.is_last_stage)
+        return self._keep(micro, stream, message)
+
+    def _open(self, micro: MicroBatch) -> Stream:
+        """First rank: the embedding, or the recursion that comes round closed; then the next one opened."""
+        model, messages = self.model, micro.messages
+        if self.turn == 0:
+            stream = Stream(micro.sequences.everything, model.enter(micro.batch, micro.sequences))
+        else:
+            rows = messages.unpack_rows(self.received, micro.kept.active)
+            stream = self.routing.close(self.turn - 1, replace(micro.kept, rows=rows))
+        stream = self.routing.open(self.turn, stream, micro.context)
+        messages.depth = stream.depth
+        return stream
+
+    def _keep(self, micro: MicroBatch, stream: Stream, message: Tensor) -> Tensor:
+        """The message, tied to what stays here for the next turn."""
+        model, store = self.model, micro.sequences.store
+        if self.is_last_turn:
+            store.clear()
+            micro.kept = None
+            return message
+        tensors: list[Tensor] = []
+        shared = list(store.values()) if self.turn == 0 else []
+        for keys in shared:
+            tensors += keys.value
+        if model.is_first_stage:
+            tensors += [tensor for tensor in (stream.hidden, stream.gate) if tensor is not None]
+        message, leaves = keep(message, tensors)
+        for keys in shared:
+            keys.value = (leaves.pop(0), leaves.pop(0))
+        if model.is_first_stage:
+            hidden = leaves.pop(0) if stream.hidden is not None else None
+            gate = leaves.pop(0) if stream.gate is not None else None
+            micro.kept = replace(stream, rows=None, hidden=hidden, gate=gate)
+        return message
