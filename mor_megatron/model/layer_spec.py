@@ -50,7 +50,7 @@ def transformer_config(config: Config) -> TransformerConfig:
     Layers are told that the pipeline has one stage: which of them run where is the recursion plan's business.
     """
     model, parallel = config.model, config.parallel
-    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+    dtype = torch.bfloat16 if config.training.bf16 else torch.float16 if config.training.fp16 else torch.float32
 
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -75,6 +75,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         embedding_init_method=_leave_alone,
         params_dtype=dtype,
         bf16=config.training.bf16,
+        fp16=config.training.fp16,
         # The schedule must not divide by micro-batches: the loss comes divided by the global number of tokens.
         calculate_per_token_loss=True,
         use_cpu_initialization=True,

@@ -62,6 +62,8 @@ class RoutingContext:
     """Run every token to this many recursions, 1..Nr; None lets the router decide."""
     router_loss_scale: float = 1.0
     """Factor on router losses in the graph: 1 / number of micro-batches makes them a mean over the global batch."""
+    loss_scale: float = 1.0
+    """Factor on every loss of the backward pass (fp16); router losses join the graph with it."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Report: 0-d fp32 detached means over this micro-batch."""
     trace: dict[str, Tensor] | None = None
@@ -70,6 +72,15 @@ class RoutingContext:
     def __post_init__(self):
         if self.fixed_depth is not None and self.fixed_depth < 1:
             raise ValueError(f"fixed_depth={self.fixed_depth} must be between 1 and num-recursions")
+
+    def loss_factor(self, coefficient: float, per_microbatch: bool = False) -> float:
+        """What a router loss is multiplied by where it joins the graph.
+
+        Args:
+            coefficient: of the loss.
+            per_microbatch: sum it over micro-batches instead of averaging.
+        """
+        return coefficient * self.loss_scale * (1.0 if per_microbatch else self.router_loss_scale)
 
     def depth(self, num_recursions: int) -> int:
         """Recursions to run: all, or the fixed depth.

@@ -135,12 +135,12 @@ class ExpertChoice(nn.Module):
         context.report(names.SELECTION_ACCURACY, accuracy / self.plan.num_recursions)
         context.record(f"aux_loss_{r}", aux)
         context.record(f"selection_accuracy_{r}", accuracy)
-        aux_scale = 1.0 if config.router_aux_loss_per_microbatch else context.router_loss_scale
-        x = attach_loss(x, aux, config.router_aux_loss_coeff * aux_scale)
+        factor = context.loss_factor(config.router_aux_loss_coeff, config.router_aux_loss_per_microbatch)
+        x = attach_loss(x, aux, factor)
         if config.router_z_loss_coeff > 0.0:
             z = z_loss(logits)
             context.report(names.Z_LOSS, z)
-            x = attach_loss(x, z, config.router_z_loss_coeff * context.router_loss_scale)
+            x = attach_loss(x, z, context.loss_factor(config.router_z_loss_coeff))
         return x
 
     @staticmethod

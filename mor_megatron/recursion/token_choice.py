@@ -115,13 +115,13 @@ class TokenChoice(nn.Module):
     def _attach_losses(
         self, x: Tensor, logits: Tensor, scores: Tensor, depth: Tensor, context: RoutingContext
     ) -> Tensor:
-        config, scale = self.config, context.router_loss_scale
+        config = self.config
         if config.router_balance == "loss":
             balance = balance_loss(scores, depth, self.plan.num_recursions, config.router_balance_scope)
             context.report(names.BALANCE_LOSS, balance)
-            x = attach_loss(x, balance, config.router_balance_coeff * scale)
+            x = attach_loss(x, balance, context.loss_factor(config.router_balance_coeff))
         if config.router_z_loss_coeff > 0.0:
             z = z_loss(logits)
             context.report(names.Z_LOSS, z)
-            x = attach_loss(x, z, config.router_z_loss_coeff * scale)
+            x = attach_loss(x, z, context.loss_factor(config.router_z_loss_coeff))
         return x

@@ -1,15 +1,27 @@
-"""The DeepSpeed engine: its configuration, and the three things a step does with it.
+"""The DeepSpeed engine: how it is built, which branch of the step drives it, and what its step does.
 
-DeepSpeed does ZeRO, fp32 master weights and the reduction over data-parallel ranks. What is added here makes every mode
-keep the same promises: fp32 gradient sums, reduced as fp32; the global norm before clipping, summed in fp64, because
-fp32 norms of the same gradient differ by 1e-6 between modes; no update from anything that is not finite.
+DeepSpeed does ZeRO, fp32 master weights and the reduction over data-parallel ranks. What is added here and in
+`gradients.py` makes every mode keep the same promises: fp32 gradient sums, over recursions as over micro-batches,
+reduced as fp32; the global norm of the whole model, summed in fp64, before clipping; no update from anything that is
+not finite.
 
-| run  | ZeRO | DeepSpeed's optimizer  | gradients accumulate in             | norm and clipping |
-|------|------|------------------------|-------------------------------------|-------------------|
-| fp32 | 0    | none: torch's own      | `.grad`                             | here              |
-| fp32 | 1    | DeepSpeedZeroOptimizer | `.grad`                             | DeepSpeed, sharded |
-| bf16 | 0    | FP16_UnfusedOptimizer  | `.grad`, fp32 by `Tensor.grad_dtype` | here              |
-| bf16 | 1    | BF16_Optimizer         | its flat fp32 buffers, by hooks     | here              |
+| run        | ZeRO | driver   | DeepSpeed's optimizer        | gradients accumulate in              | reduced       |
+|------------|------|----------|------------------------------|--------------------------------------|---------------|
+| fp32       | 0    | schedule | none: torch's own            | `.grad`                              | before step   |
+| fp32       | 1    | schedule | DeepSpeedZeroOptimizer       | `.grad`                              | in step       |
+| bf16       | 0    | schedule | FP16_UnfusedOptimizer        | `.grad`, fp32 by `Tensor.grad_dtype` | before step   |
+| bf16       | 1    | schedule | BF16_Optimizer               | its flat fp32 buffers, by hooks      | before step   |
+| fp16       | 1    | engine   | DeepSpeedZeroOptimizer       | `.grad_accum`, fp32                  | in step       |
+| any        | 2    | engine   | DeepSpeedZeroOptimizer       | this rank's share, fp32              | each backward |
+| any        | 3    | engine   | DeepSpeedZeroOptimizer_Stage3 | this rank's share, fp32             | each backward |
+| offloaded  | 1-3  | engine   | as above, fp32 state in CPU memory | as above                       | as above      |
+
+Where the schedule drives, each rank looks at its loss and its whole gradient before anything is reduced, so that the
+rank that broke is known. Where the engine drives, gradients are mixed with other ranks' as they arise: each rank looks
+at its loss before the step, which names the rank, and the step looks at the global norm, which does not.
+
+fp16: the loss and the router losses are multiplied by the loss scale. A norm that is not finite is an overflow: no
+rank updates, and the scale falls.
 """
 
 from __future__ import annotations
@@ -19,23 +31,53 @@ import logging
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import deepspeed
 import deepspeed.ops
 import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+import torch.distributed as dist
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from mor_megatron.config.deepspeed_settings import deepspeed_settings
 from mor_megatron.config.schema import Config
 from mor_megatron.parallel.mpu import ModelParallelUnit
+from mor_megatron.training.gradients import (
+    Engine,
+    ShardedClipping,
+    clip,
+    discard_gradients,
+    global_norm,
+    is_sharded,
+    whole_gradients,
+)
 from mor_megatron.training.optimizer import build_optimizer, set_learning_rate
+from mor_megatron.training.zero3 import register_borrowed_weights
 
-Engine = deepspeed.DeepSpeedEngine
+Driver = Literal["schedule", "engine"]
 
-_RUN = 1024
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What `apply_step` did, equal on every rank."""
+
+    grad_norm: float
+    """Global L2 norm before clipping, without loss scale; inf if it was not finite."""
+    applied: bool
+    """Whether weights were updated."""
+    overflow: bool = False
+    """fp16: the step was skipped and the loss scale will give way, so that this is no fault."""
+
+
+def choose_driver(config: Config) -> Driver:
+    """Who runs forward and backward: DeepSpeed where its hooks are needed, else Megatron-core's schedule."""
+    training = config.training
+    needs_hooks = training.zero_stage >= 2 or training.fp16 or training.optimizer_cpu_offload
+    return "engine" if needs_hooks else "schedule"
 
 
 def build_engine(model: nn.Module, config: Config) -> Engine:
@@ -45,12 +87,10 @@ def build_engine(model: nn.Module, config: Config) -> Engine:
     `apply_step`. Weights are broadcast from data-parallel rank 0.
 
     Raises:
-        ValueError: a ZeRO stage that the model's parameters cannot be trained under.
+        ValueError: DeepSpeed settings that contradict the flags, or an optimizer that this machine does not have.
     """
     training = config.training
-    if training.zero_stage > 1:
-        raise ValueError(f"zero-stage={training.zero_stage} is not supported: use 0 or 1")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # skipped steps are reported by the loop
     if not torch.cuda.is_available():
         # A shared-memory all-reduce that DeepSpeed would compile at start, for minutes; gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -58,42 +98,28 @@ def build_engine(model: nn.Module, config: Config) -> Engine:
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, config.optimizer),
-            config=deepspeed_config(config),
+            config=deepspeed_settings(config, torch.cuda.is_available()),
             mpu=ModelParallelUnit(),
             dist_init_required=False,
         )
-    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+    optimizer = engine.optimizer
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
         # It made the optimizer's state by a step on zero gradients: without effect at rate 0, but Adam counted it.
         engine.basic_optimizer.state.clear()
-    if not _sharded_gradients(engine):
+        optimizer.mpu = None  # its own norm, which nothing reads, would take collectives a parameter group
+    if is_sharded(optimizer):
+        optimizer.clipping = ShardedClipping(optimizer)
+    else:
         engine.enable_backward_allreduce = False  # apply_step reduces, to see the norm before it is clipped
-    if training.bf16:
-        # Every contribution is cast before it is added, over recursions as well as over micro-batches: a bf16 sum of
-        # Nr x micro-batches terms loses the small ones.
-        for parameter in model.parameters():
-            parameter.grad_dtype = torch.float32
+    if training.zero_stage == 3:
+        register_borrowed_weights(model)
+    if training.bf16 or training.fp16:
+        _sum_in_fp32(engine)
+    if training.fp16:
+        optimizer.loss_scaler.raise_error_at_min_scale = False  # the loop counts and reports skipped steps
+    if choose_driver(config) == "engine" and config.parallel.sequence_parallel:
+        _reduce_over_sequence_shares(model)
     return engine
-
-
-def deepspeed_config(config: Config) -> dict:
-    """The DeepSpeed configuration of a run; its batch sizes only satisfy DeepSpeed, accumulation is ours."""
-    training = config.training
-    settings = {
-        "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": 0.0 if training.bf16 or training.zero_stage == 0 else config.optimizer.clip_grad,
-        "zero_optimization": {"stage": training.zero_stage, "overlap_comm": False},
-        "zero_allow_untested_optimizer": True,
-        # DeepSpeed would send the fp32 sums of a bf16 run as bf16.
-        "communication_data_type": "fp32",
-        "steps_per_print": None,
-    }
-    if training.bf16:
-        settings["bf16"] = {"enabled": True, "immediate_grad_update": training.zero_stage > 0}
-        if training.zero_stage > 0:
-            settings["data_types"] = {"grad_accum_dtype": "fp32"}  # selects BF16_Optimizer
-    return settings
 
 
 @contextlib.contextmanager
@@ -103,65 +129,63 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def accumulated_gradients(engine: Engine) -> list[Tensor]:
-    """This rank's gradients of the iteration so far, before any reduction, fp32."""
-    if isinstance(engine.optimizer, BF16_Optimizer):
-        return engine.optimizer.get_grads_for_reduction()[0]
-    return [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+def loss_scale(engine: Engine) -> float:
+    """The factor on every loss of the next backward pass: 1 but for fp16."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
 
 
-def gradients_are_finite(engine: Engine) -> bool:
-    """Whether every accumulated gradient of this rank is finite."""
-    # A sum runs at memory speed, and is finite if its terms are (or so close to overflow that it matters as little).
-    return all(torch.stack([gradient.sum() for gradient in accumulated_gradients(engine)]).isfinite().tolist())
-
-
-def discard_gradients(engine: Engine) -> None:
-    """Forget the accumulated gradients; weights and optimizer state stay as they are."""
-    engine.optimizer.zero_grad()
-
-
-def apply_step(engine: Engine, lr: float, clip_grad: float) -> tuple[float, bool]:
-    """Reduce, clip and update; collective over data-parallel ranks.
+def apply_step(engine: Engine, lr: float, clip_grad: float) -> StepOutcome:
+    """Reduce, clip and update; collective over all ranks. A norm that is not finite updates nothing on any rank.
 
     Args:
         lr: learning rate of this step.
         clip_grad: largest global norm, 0 for no clipping.
-    Returns:
-        The global L2 norm before clipping (inf if it is not finite), and whether weights were updated: a non-finite
-        norm, for instance of a sum that overflows, updates nothing on any rank.
     """
     set_learning_rate(engine.optimizer.param_groups, lr)
-    if _sharded_gradients(engine):
+    if is_sharded(engine.optimizer):
+        scale = loss_scale(engine)
+        engine.optimizer.clipping.limit = clip_grad
         engine.step()
-        return float(engine.get_global_grad_norm()), engine.was_step_applied()
+        applied = engine.was_step_applied()
+        norm = float(engine.get_global_grad_norm()) if applied else math.inf
+        can_give_way = engine.fp16_enabled() and scale > engine.optimizer.loss_scaler.min_scale
+        return StepOutcome(norm, applied, overflow=not applied and can_give_way)
     if parallel_state.get_data_parallel_world_size() > 1:  # alone, DeepSpeed would copy every gradient twice
         engine.buffered_allreduce_fallback()
-    gradients = accumulated_gradients(engine)
+    gradients = whole_gradients(engine)
     norm = global_norm(gradients)
     if not math.isfinite(norm):
         discard_gradients(engine)
-        return math.inf, False
-    if 0.0 < clip_grad < norm:
-        torch._foreach_mul_(gradients, clip_grad / norm)
+        return StepOutcome(math.inf, False)
+    clip(gradients, norm, clip_grad)
     engine.step()
-    return norm, engine.was_step_applied()
+    return StepOutcome(norm, engine.was_step_applied())
 
 
-def global_norm(tensors: list[Tensor]) -> float:
-    """L2 norm of all fp32 tensors as one vector, to 1e-9: fp32 over runs of 1024 elements, fp64 over the runs.
+def _sum_in_fp32(engine: Engine) -> None:
+    """Cast every contribution before it is added, over recursions as well as over micro-batches.
 
-    An fp64 norm of every element would take five times as long on a CPU.
+    A sum of Nr x micro-batches terms in 16 bits loses the small ones.
     """
-    squares = []
-    for tensor in tensors:
-        flat = tensor.reshape(-1)
-        whole = flat.numel() // _RUN * _RUN
-        for rows in (flat[:whole].view(-1, _RUN), flat[whole:].view(1, -1)):
-            squares.append(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
-    return float(torch.stack(squares).sum().sqrt())
+    for parameter in engine.module.parameters():
+        parameter.grad_dtype = torch.float32
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
+        # ZeRO 2 would round to the parameters' type what a backward pass leaves before it is reduced.
+        engine.optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
 
 
-def _sharded_gradients(engine: Engine) -> bool:
-    """Whether only DeepSpeed ever sees a whole reduced gradient, so that it has to compute the norm and clip."""
-    return isinstance(engine.optimizer, DeepSpeedZeroOptimizer)
+def _reduce_over_sequence_shares(model: nn.Module) -> None:
+    """Sum gradients of weights that each tensor-parallel rank applied to its share of the sequence.
+
+    A hook, because DeepSpeed reduces over data-parallel ranks as soon as a gradient is accumulated.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+
+    def reduce(gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient, group=group)
+        return gradient
+
+    for parameter in model.parameters():
+        if getattr(parameter, "sequence_parallel", False):
+            parameter.register_hook(reduce)

@@ -101,7 +101,7 @@ def global_norm(gradients: Gradients, data_parallel_group: dist.ProcessGroup | N
 
 
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    """Of all elements, 0-d fp64, to 1e-9: fp32 over runs of 1024 elements, fp64 over the runs.
+    """Of all elements, 0-d fp64, to 3e-8: fp32 over runs of 1024 elements, fp64 over the runs.
 
     An fp64 sum of every element would take five times as long on a CPU.
     """
@@ -140,7 +140,7 @@ class ShardedClipping:
             optimizer.scaled_global_norm = self.norm
 
     def norm(self) -> Tensor:
-        """Clip; the norm before clipping, times the loss scale, 0-d; DeepSpeed skips a step whose norm is not finite."""
+        """Clip; the norm before, times the loss scale, 0-d. DeepSpeed skips a step whose norm is not finite."""
         optimizer, scale = self.optimizer, self.optimizer.loss_scale
         gradients = sharded_gradients(optimizer)
         norm = global_norm(gradients, optimizer.dp_process_group)
@@ -179,4 +179,3 @@ def _stage3_shares(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Gradients:
             group, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
             shares.append((parameter, optimizer.fp32_partitioned_groups_flat[group].grad.narrow(0, start, length)))
     return shares
-

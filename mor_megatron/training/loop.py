@@ -19,7 +19,9 @@ from mor_megatron.data.datasets import build_batches, build_datasets
 from mor_megatron.data.tokenizers import Tokenizer, build_tokenizer
 from mor_megatron.model import build_model
 from mor_megatron.parallel.distributed import initialize_distributed
+from mor_megatron.parallel.launch import launched_world_size
 from mor_megatron.recursion.accounting import count_parameters, executed_flops_per_token
+from mor_megatron.training.capabilities import capability_line
 from mor_megatron.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from mor_megatron.training.engine import Engine, build_engine
 from mor_megatron.training.evaluate import evaluate
@@ -57,13 +59,14 @@ def pretrain(config: Config) -> None:
         ValueError: the settings, data or checkpoint do not fit; the message names field, value and remedy.
         NonFiniteError: more than `max_skipped_steps` steps in a row were not finite.
     """
+    config = validate(config, dist.get_world_size() if dist.is_initialized() else launched_world_size() or 1)
     initialize_distributed(config)
-    config = validate(config, dist.get_world_size())
     tokenizer = _tokenizer(config)
     vocab_size = resolve_vocab_size(config, tokenizer)
     batches = build_data(config, tokenizer)
     model = build_model(config, vocab_size)
     engine = build_engine(model, config)
+    _say(capability_line(config))
     progress = load_checkpoint(engine, config, vocab_size)
     _say(_description(config, vocab_size))
     train(engine, config, progress, batches, vocab_size)
@@ -129,6 +132,8 @@ def _iterate(
 def advance(progress: Progress, report: StepReport, config: Config) -> None:
     """Count an iteration, and announce a step that was not applied.
 
+    An overflow that lowers the loss scale of fp16 is no fault: it only skips the step.
+
     Raises:
         NonFiniteError: it was one too many.
     """
@@ -138,6 +143,9 @@ def advance(progress: Progress, report: StepReport, config: Config) -> None:
         progress.skipped_in_a_row = 0
         return
     progress.skipped_iterations += 1
+    if report.overflow:
+        _say(f" iteration {progress.iteration}: overflow at loss scale {report.loss_scale:g}; step skipped")
+        return
     progress.skipped_in_a_row += 1
     if report.lm_loss - report.lm_loss != 0.0:  # nan or inf
         progress.nan_iterations += 1

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from mor_megatron.config.schema import OptimizerConfig
+from mor_megatron.parallel.cpu import device
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -30,16 +31,35 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW (fused, one kernel a step, on CPU and CUDA alike) or SGD with momentum, at rate 0.
+    """AdamW or SGD with momentum, at rate 0.
 
     `set_learning_rate` gives every step its rate; DeepSpeed may take one before the first, on gradients of zero.
+
+    Raises:
+        ValueError: a fused AdamW is asked for, and this build of PyTorch has none for the device.
     """
     groups = parameter_groups(model, config.weight_decay)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=config.sgd_momentum)
-    return torch.optim.AdamW(
-        groups, lr=0.0, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps, fused=True
-    )
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adam_eps, fused=uses_fused_adam(config))
+
+
+def uses_fused_adam(config: OptimizerConfig) -> bool:
+    """Whether AdamW is one kernel a step (CPU and CUDA have it), as `--fused-optimizer` and this machine say.
+
+    Raises:
+        ValueError: it is asked for and not there.
+    """
+    if config.fused_optimizer == "off":
+        return False
+    try:
+        torch.optim.AdamW([nn.Parameter(torch.zeros(1, device=device()))], fused=True)
+    except RuntimeError as error:
+        if config.fused_optimizer == "on":
+            raise ValueError(f"fused-optimizer=on, but {device().type} has no fused AdamW: use auto or off") from error
+        return False
+    return True
 
 
 def set_learning_rate(param_groups: list[dict], lr: float) -> None:

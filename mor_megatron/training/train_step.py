@@ -2,7 +2,7 @@
 
 Two drivers run the micro-batches, and give equal results where both can:
 - "schedule": Megatron-core's forward-backward function, for any pipeline, with ZeRO 0 and 1;
-- "engine": DeepSpeed's own forward and backward of each micro-batch, for what needs its hooks.
+- "engine": DeepSpeed's own forward and backward of each micro-batch, for what needs its hooks (`choose_driver`).
 
 Nothing depends on how a global batch is cut into micro-batches and ranks: loss and gradient are sums over all its
 tokens divided by their number, counted before the first forward; router losses are means over micro-batches and ranks.
@@ -11,8 +11,7 @@ tokens divided by their number, counted before the first forward; router losses 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -26,10 +25,8 @@ from mor_megatron.parallel.cpu import device
 from mor_megatron.parallel.replicated import reduce_replicated
 from mor_megatron.parallel.schedule import run_schedule
 from mor_megatron.recursion.context import RoutingContext, routing_metrics
-from mor_megatron.training.engine import Engine, apply_step
+from mor_megatron.training.engine import Driver, Engine, apply_step, choose_driver, loss_scale
 from mor_megatron.training.gradients import discard_gradients, gradients_are_finite, whole_gradients
-
-Driver = Literal["schedule", "engine"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,10 @@ class StepReport:
     """Global ranks whose own loss or gradient was not finite; empty if only their sum overflowed."""
     routing: dict[str, float]
     """Router metrics (names in `recursion.context`), means over the global batch."""
+    loss_scale: float = 1.0
+    """What losses were multiplied by in the backward pass; 1 but for fp16."""
+    overflow: bool = False
+    """fp16: not applied because the loss scale was too high; it will give way, and nothing is at fault."""
 
 
 def num_microbatches(config: Config) -> int:
@@ -56,7 +57,7 @@ def num_microbatches(config: Config) -> int:
 
 
 def train_step(
-    engine: Engine, batches: Iterator[Batch], config: Config, iteration: int, lr: float, driver: Driver = "schedule"
+    engine: Engine, batches: Iterator[Batch], config: Config, iteration: int, lr: float, driver: Driver | None = None
 ) -> StepReport:
     """Run one iteration on this rank's next micro-batches; collective over data-parallel ranks.
 
@@ -65,43 +66,49 @@ def train_step(
         batches: this rank's micro-batches; `num_microbatches(config)` are taken.
         iteration: number of this iteration, from 1.
         lr: its learning rate.
+        driver: who runs the micro-batches; default `choose_driver(config)`.
     """
+    driver = driver or choose_driver(config)
     count = num_microbatches(config)
     micro_batches = [next(batches).to(device()) for _ in range(count)]
     tokens = _global_token_count(micro_batches)
     scale = parallel_state.get_data_parallel_world_size() / tokens
-    forward = _Forward(engine.module, iteration, gradient_scale=scale, count=count)
+    forward = _Forward(engine.module, iteration, gradient_scale=scale, count=count, loss_scale=loss_scale(engine))
 
     if driver == "schedule":
         run_schedule(engine.module, micro_batches, forward.context, forward.loss)
         reduce_replicated(engine.module, whole_gradients(engine))
+        healthy = gradients_are_finite(engine)
     else:
         for batch in micro_batches:
             engine.backward(forward.loss(engine(batch, forward.context()), batch))
+        healthy = True  # gradients are other ranks' as well by now: the step looks at them
 
-    report = forward.reduce(tokens, healthy=gradients_are_finite(engine))
+    report = forward.reduce(tokens, healthy)
     if report.faulty_ranks:
         discard_gradients(engine)
         return report
-    grad_norm, applied = apply_step(engine, lr, config.optimizer.clip_grad)
-    if applied:
+    outcome = apply_step(engine, lr, config.optimizer.clip_grad)
+    if outcome.applied:
         engine.module.finish_iteration(report.routing, iteration)
-    return StepReport(report.lm_loss, grad_norm, applied, (), report.routing)
+    return replace(report, grad_norm=outcome.grad_norm, applied=outcome.applied, overflow=outcome.overflow)
 
 
 class _Forward:
     """The loss of each micro-batch, and what all of them report."""
 
-    def __init__(self, model: MoRModel, iteration: int, gradient_scale: float, count: int):
+    def __init__(self, model: MoRModel, iteration: int, gradient_scale: float, count: int, loss_scale: float):
         self.model = model
         self.iteration = iteration
         self.gradient_scale = gradient_scale
         self.count = count
+        self.loss_scale = loss_scale
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device())
         self.contexts: list[RoutingContext] = []
 
     def context(self) -> RoutingContext:
-        self.contexts.append(RoutingContext(iteration=self.iteration, router_loss_scale=1.0 / self.count))
+        scales = {"router_loss_scale": 1.0 / self.count, "loss_scale": self.loss_scale}
+        self.contexts.append(RoutingContext(self.iteration, **scales))
         return self.contexts[-1]
 
     def loss(self, losses: Tensor, batch: Batch) -> Tensor:
@@ -127,7 +134,8 @@ class _Forward:
         faulty = tuple(rank for rank, row in enumerate(rows) if row[0] == 0.0)
         loss = sum(row[3] for row in rows if row[1] == 1.0) / tokens
         means = torch.tensor([row[4:] for row in rows if row[2] == 1.0], dtype=torch.float64).mean(0).tolist()
-        return StepReport(loss, float("inf"), False, faulty, dict(zip(names, means, strict=True)))
+        routing = dict(zip(names, means, strict=True))
+        return StepReport(loss, float("inf"), False, faulty, routing, self.loss_scale)
 
 
 def masked_sum(losses: Tensor, batch: Batch) -> Tensor:
