@@ -3,6 +3,7 @@
 python pretrain_mor.py --config examples/configs/tiny.yaml --data-path PREFIX ...
 torchrun --nproc-per-node 2 pretrain_mor.py ...
 deepspeed --num_gpus 2 pretrain_mor.py ...
+srun --ntasks 16 python pretrain_mor.py ...
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ import sys
 import warnings
 
 from mor_megatron.config.cli import parse_config
+from mor_megatron.parallel.launch import adopt_srun
 
 
 def main() -> int:
     """0: trained; 1: training broke down; 2: the settings, data or checkpoint do not fit."""
+    adopt_srun()
     config = parse_config()
     # Megatron-core and DeepSpeed tell every rank of every run that GPU packages are missing and calls are old.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|full scope|all_gather_into_tensor).*")
     # After the flags: --help and a wrong flag need not wait for torch.
     import torch.distributed as dist
 
+    from mor_megatron.parallel.roll_call import hold_roll_call
     from mor_megatron.training.loop import NonFiniteError, pretrain
 
     try:
@@ -30,6 +34,9 @@ def main() -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1 if isinstance(error, NonFiniteError) else 2
+    except RuntimeError as error:
+        hold_roll_call(error)  # returns if this rank's own work failed
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

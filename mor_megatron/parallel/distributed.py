@@ -13,14 +13,17 @@ from megatron.core import parallel_state
 
 from mor_megatron.config.schema import Config
 from mor_megatron.parallel.cpu import support_cpu
+from mor_megatron.parallel.launch import is_launched
+from mor_megatron.parallel.roll_call import answer_roll_calls
 
 
 def initialize_distributed(config: Config) -> None:
     """Join the process group, build Megatron-core's groups for the layout of `config.parallel`, and seed.
 
-    Rank, world size and address come from the environment of torchrun or the DeepSpeed launcher; without one, this is
-    a world of one process. What exists already is kept: tests reuse their workers, and change the layout between runs
-    with `destroy_model_parallel` and `initialize_model_parallel`.
+    Rank, world size and address come from the environment of torchrun, deepspeed or srun; without one, this is a world
+    of one process. From here on a rank that is lost ends the others (roll_call.py). What exists already is kept: tests
+    reuse their workers, and change the layout between runs with `destroy_model_parallel` and
+    `initialize_model_parallel`.
 
     Raises:
         ValueError: a launcher set RANK but not the rest of its variables, or nccl was asked for without CUDA.
@@ -30,8 +33,12 @@ def initialize_distributed(config: Config) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if not dist.is_initialized():
         timeout = timedelta(minutes=config.training.distributed_timeout_minutes)
-        if _launched():
-            dist.init_process_group(_backend(config), timeout=timeout)
+        if is_launched():
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+            shared = dist.PrefixStore("world", store)
+            dist.init_process_group(_backend(config), store=shared, rank=rank, world_size=world_size, timeout=timeout)
+            if world_size > 1:
+                answer_roll_calls(store, rank, world_size)
         else:
             # A store in memory: no port is taken, and child processes do not find a process group to join.
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
@@ -88,17 +95,3 @@ def _backend(config: Config) -> str:
     if backend == "nccl" and not torch.cuda.is_available():
         raise ValueError("distributed-backend=nccl needs CUDA, and this machine has none: use auto or gloo")
     return backend
-
-
-def _launched() -> bool:
-    """Whether a launcher described a process group in the environment."""
-    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in os.environ]
-    if not missing:
-        return True
-    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
-        raise ValueError(
-            f"the launcher set {', '.join(n for n in needed if n in os.environ)} but not {', '.join(missing)}: "
-            "start with torchrun or deepspeed, or unset them for a single process"
-        )
-    return False

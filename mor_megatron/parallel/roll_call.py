@@ -1,0 +1,162 @@
+"""When a rank dies or hangs, the others find out which, say so in one line, and exit.
+
+A failed exchange names a socket at best. So whoever sees one calls the roll: every rank has a thread that answers
+through the rendezvous store, also while its main thread waits for a rank that waits for the lost one. After
+`ANSWER_SECONDS` the first rank that answered reports the ones that did not, and all exit with `EXIT_CODE`. Nothing is
+sent, and nothing is polled, as long as all is well.
+
+- gloo: a dead rank closes its connections, so the call is held at once; a stopped one is noticed after
+  --distributed-timeout-minutes. Both are tested.
+- NCCL (reasoned, not run): its watchdog ends a process by itself when an operation fails or times out, without an
+  exception in Python, and prints the operation. An error that does reach Python is handled as with gloo; a rank whose
+  watchdog was faster counts as lost in the others' call.
+- torchrun and deepspeed end the other ranks themselves as soon as one dies, and name it; they are faster than the call.
+  They do not see a rank that hangs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+ANSWER_SECONDS = 5.0
+EXIT_CODE = 1
+
+_PACKAGE = str(Path(__file__).parents[1])
+_FAREWELL = "farewell"
+_current: RollCall | None = None
+
+
+def answer_roll_calls(store: dist.TCPStore | dist.PrefixStore, rank: int, world_size: int) -> None:
+    """Let this process answer, from now to its end; once a process.
+
+    Args:
+        store: the rendezvous store that all ranks share.
+    """
+    global _current
+    assert _current is None
+    _current = RollCall(store, rank, world_size)
+    atexit.register(_current.leave)
+
+
+def hold_roll_call(error: BaseException) -> None:
+    """Call the roll if `error` is that of an exchange between ranks, and end this process; else return."""
+    if _current is not None and is_exchange_error(error):
+        _current.hold(error)
+
+
+def is_exchange_error(error: BaseException) -> bool:
+    """Whether an exchange between ranks failed, and not the work of this rank."""
+    # NCCL and the store have types; gloo only says in the text where in gloo something went wrong.
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+class RollCall:
+    """One rank's part: a thread that waits for a call, and what it does when there is one."""
+
+    def __init__(self, store: dist.TCPStore | dist.PrefixStore, rank: int, world_size: int):
+        self.rank, self.world_size = rank, world_size
+        # The launcher's agent hosts the store of torchrun; otherwise rank 0 does.
+        self.hosted_by = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+        self.is_host = rank == 0 and self.hosted_by == "rank 0"
+        self.store = dist.PrefixStore("roll_call", store)
+        self.store.set(f"name/{rank}", f"{socket.gethostname()}, process {os.getpid()}")
+        # A connection of its own: the thread occupies it while it waits.
+        self.waiting = dist.PrefixStore("roll_call", store.clone())
+        self.thread = threading.Thread(target=self._wait, name="roll call", daemon=True)
+        self.thread.start()
+
+    def hold(self, error: BaseException) -> None:
+        """Call every rank, this one included, and wait for the end of the process."""
+        reason = f"rank {self.rank}: {str(error).strip().splitlines()[0]}"
+        try:
+            self.store.multi_set([f"call/{rank}" for rank in range(self.world_size)], [reason] * self.world_size)
+            self.thread.join()  # it ends the process, unless the store is lost
+        except dist.DistError:
+            pass
+        _exit(f"error: lost {self.hosted_by}, which hosts the rendezvous store; {reason}")
+
+    def leave(self) -> None:
+        """End the thread; this rank will not answer any more. The store's host leaves last, others still use it."""
+        try:
+            self.store.set(f"call/{self.rank}", _FAREWELL)
+            self.thread.join()
+            left = self.store.add("left", 1)
+            deadline = time.monotonic() + ANSWER_SECONDS
+            while self.is_host and left < self.world_size and time.monotonic() < deadline:
+                time.sleep(0.05)
+                left = self.store.add("left", 0)
+        except dist.DistError:
+            pass  # the store's host is gone, and with it everyone who could call
+
+    def _wait(self) -> None:
+        try:
+            reason = self._next_call()
+            if reason != _FAREWELL:
+                self._answer(reason)
+        except dist.DistError:
+            return  # the store's host is gone: this rank's own exchanges will fail, and `hold` says why
+
+    def _next_call(self) -> str:
+        key = f"call/{self.rank}"
+        while True:
+            try:
+                self.waiting.wait([key], timedelta(days=7))
+                return self.waiting.get(key).decode()
+            except dist.DistStoreError:
+                continue  # a week without a call
+
+    def _answer(self, reason: str) -> None:
+        """Answer, see who else does, and end the process."""
+        self.waiting.set(f"here/{self.rank}", _where_main_thread_is())
+        lost = set(range(self.world_size))
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while lost and time.monotonic() < deadline:
+            time.sleep(0.1)
+            lost = {rank for rank in lost if not self.waiting.check([f"here/{rank}"])}
+        report = None
+        if self.rank == min(set(range(self.world_size)) - lost):
+            report = f"error: {self._lost(lost) if lost else self._whereabouts()}; {reason}"
+        if self.is_host:
+            time.sleep(1.0)  # the others still look at the store
+        _exit(report)
+
+    def _lost(self, ranks: set[int]) -> str:
+        shown = [f"{rank} ({self.waiting.get(f'name/{rank}').decode()})" for rank in sorted(ranks)[:8]]
+        more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+        return f"lost {'rank' if len(ranks) == 1 else 'ranks'} {', '.join(shown)}{more} of {self.world_size}"
+
+    def _whereabouts(self) -> str:
+        """Nobody is lost: then where each rank is tells who keeps the others waiting."""
+        places: dict[str, list[str]] = {}
+        for rank in range(self.world_size):
+            places.setdefault(self.waiting.get(f"here/{rank}").decode(), []).append(str(rank))
+        rarest = sorted(places.items(), key=lambda place: len(place[1]))[:4]
+        found = "; ".join(f"{', '.join(ranks[:8])}{', ...' * (len(ranks) > 8)} in {place}" for place, ranks in rarest)
+        return f"an exchange failed although all {self.world_size} ranks are alive: {found}"
+
+
+def _where_main_thread_is() -> str:
+    """Innermost line of this package that the main thread is in."""
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    stack = [entry for entry in traceback.extract_stack(frame) if entry.filename.startswith(_PACKAGE)]
+    mine = [entry for entry in stack if entry.filename != __file__]
+    return f"{Path(mine[-1].filename).name}:{mine[-1].lineno}" if mine else "no line of mor_megatron"
+
+
+def _exit(report: str | None) -> None:
+    if report is not None:
+        print(report, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Destructors of groups that have lost a member would wait for it.
+    os._exit(EXIT_CODE)
