@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from worker_pool import WorkerPool
 
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # compiling costs more than any test runs
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,22 @@ def process_group():
     from mor_megatron.parallel.distributed import initialize_distributed
 
     initialize_distributed(Config())
+
+
+@pytest.fixture(scope="session")
+def workers():
+    """Four processes for layouts of several ranks."""
+    pool = WorkerPool(4)
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture(scope="session")
+def lone_worker():
+    """One process for what layouts are compared with, so that it need not leave their groups."""
+    pool = WorkerPool(1)
+    yield pool
+    pool.stop()
 
 
 def pytest_addoption(parser):
