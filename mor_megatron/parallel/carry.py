@@ -14,7 +14,7 @@ from torch import Tensor
 
 class _HandOver(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, sent: Tensor, leaves: list[Tensor], *kept: Tensor) -> Tensor:
+    def forward(ctx, sent: Tensor, leaves: tuple[Tensor, ...], *kept: Tensor) -> Tensor:
         ctx.leaves = leaves
         return sent.view_as(sent)
 
@@ -36,4 +36,4 @@ def keep(sent: Tensor, kept: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in kept]
     if not kept or not torch.is_grad_enabled():
         return sent, leaves
-    return _HandOver.apply(sent, leaves, *kept), leaves
+    return _HandOver.apply(sent, tuple(leaves), *kept), leaves

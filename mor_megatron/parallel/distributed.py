@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from mor_megatron.config.schema import Config
 from mor_megatron.parallel.cpu import support_cpu
@@ -82,10 +83,9 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    if torch.cuda.is_available():
-        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-        model_parallel_cuda_manual_seed(seed)
+    # Megatron-core's tracker of random states; without CUDA, one that tracks nothing: there is no dropout.
+    on_cpu = not torch.cuda.is_available()
+    model_parallel_cuda_manual_seed(seed, inference_rng_tracker=on_cpu, force_reset_rng=on_cpu)
 
 
 def _backend(config: Config) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
 from mor_megatron.recursion.dispatch import ActiveTokens, AddRows, LocalRows
@@ -35,6 +35,9 @@ class ShardedRows(LocalRows):
     def combine(self, hidden: Tensor, update: Tensor, gate: Tensor | None, active: ActiveTokens) -> Tensor:
         """Every rank adds to its own part of the residual stream; the gate is that of all active tokens."""
         width = hidden.shape[-1]
+        if gate is not None:
+            # Each rank weighs its own tokens, and the gradient of every gate has to come to where it was computed.
+            gate = copy_to_tensor_model_parallel_region(gate, group=self.group)
         if active.rows is None:
             share = hidden.shape[0]
             gate = None if gate is None else gate[self.rank * share : (self.rank + 1) * share]
