@@ -25,11 +25,15 @@ def main() -> int:
     # After the flags: --help and a wrong flag need not wait for torch.
     import torch.distributed as dist
 
+    from mor_megatron.parallel.consistency import RoutingMismatchError
     from mor_megatron.parallel.roll_call import hold_roll_call
     from mor_megatron.training.loop import NonFiniteError, pretrain
 
     try:
         pretrain(config)
+    except RoutingMismatchError as error:  # not on every rank, so that each that knows says it
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
     except (ValueError, NonFiniteError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
 from mor_megatron.model.mor_model import MoRModel
+from mor_megatron.parallel.consistency import check_routing
 from mor_megatron.parallel.cpu import device
 from mor_megatron.parallel.replicated import reduce_replicated
 from mor_megatron.parallel.schedule import run_schedule
@@ -67,6 +68,8 @@ def train_step(
         iteration: number of this iteration, from 1.
         lr: its learning rate.
         driver: who runs the micro-batches; default `choose_driver(config)`.
+    Raises:
+        RoutingMismatchError: `check_routing_consistency` found tensor-parallel ranks that route differently.
     """
     driver = driver or choose_driver(config)
     count = num_microbatches(config)
@@ -74,6 +77,8 @@ def train_step(
     tokens = _global_token_count(micro_batches)
     scale = parallel_state.get_data_parallel_world_size() / tokens
     forward = _Forward(engine.module, iteration, gradient_scale=scale, count=count, loss_scale=loss_scale(engine))
+    every = config.parallel.check_routing_consistency
+    forward.traces = every is not None and iteration % every == 0
 
     if driver == "schedule":
         run_schedule(engine.module, micro_batches, forward.context, forward.loss)
@@ -84,6 +89,8 @@ def train_step(
             engine.backward(forward.loss(engine(batch, forward.context()), batch))
         healthy = True  # gradients are other ranks' as well by now: the step looks at them
 
+    if forward.traces:
+        check_routing(forward.contexts, iteration)
     report = forward.reduce(tokens, healthy)
     if report.faulty_ranks:
         discard_gradients(engine)
@@ -105,10 +112,11 @@ class _Forward:
         self.loss_scale = loss_scale
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device())
         self.contexts: list[RoutingContext] = []
+        self.traces = False
 
     def context(self) -> RoutingContext:
         scales = {"router_loss_scale": 1.0 / self.count, "loss_scale": self.loss_scale}
-        self.contexts.append(RoutingContext(self.iteration, **scales))
+        self.contexts.append(RoutingContext(self.iteration, **scales, trace={} if self.traces else None))
         return self.contexts[-1]
 
     def loss(self, losses: Tensor, batch: Batch) -> Tensor:
