@@ -53,9 +53,11 @@ class Bubble:
     formula: float
     """(P-1) / (M*V + P-1)"""
     measured: dict[int, float]
-    """By rank, the median of the iterations."""
-    overruns: int
-    """Chunks that did not fit into their set time."""
+    """By rank, the median of the iterations whose chunks all fitted into their set time, or of all if none did."""
+    fitted: int
+    """How many those are."""
+    iterations: int
+    """How many there were."""
 
 
 def measure_footprints(layouts: list[Layout], settings: Settings) -> list[dict]:
@@ -75,12 +77,12 @@ def measure_bubble(layout: Layout, settings: Settings) -> tuple[Bubble, list[lis
     by_rank = [iterations([Event(**event) for event in rank["events"]]) for rank in run_ranks(CLOCK, layout, settings)]
     # The first iteration starts cold: buffers, connections, the optimizer's state.
     runs = [[event for events in same for event in events] for same in zip(*by_rank, strict=True)][1:]
-    shares = [idle_shares(run) for run in runs]
-    seconds = settings.clock_seconds(layout)
+    fitted = [run for run in runs if overruns(run, *settings.clock_seconds(layout)) == 0]
+    shares = [idle_shares(run) for run in fitted or runs]
     chunks = 1 if layout.tied else settings.num_recursions
     formula = (layout.pp - 1) / (settings.clock_microbatches * chunks + layout.pp - 1)
     measured = {rank: statistics.median(share[rank] for share in shares) for rank in shares[0]}
-    return Bubble(layout.name, formula, measured, sum(overruns(run, *seconds) for run in runs)), runs
+    return Bubble(layout.name, formula, measured, len(fitted), len(runs)), fitted or runs
 
 
 def print_footprints(rows: list[dict]) -> None:
@@ -111,12 +113,13 @@ def print_footprints(rows: list[dict]) -> None:
 
 def print_bubbles(bubbles: list[Bubble]) -> None:
     """Idle shares, as Markdown."""
-    print("\n| pipeline | idle by formula | measured, by rank | largest / formula | chunks that did not fit |")
+    print("\n| pipeline | idle by formula | measured, by rank | largest / formula | iterations used |")
     print("|---|---|---|---|---|")
     for bubble in bubbles:
         ranks = " / ".join(f"{share:.1%}" for share in bubble.measured.values())
         ratio = max(bubble.measured.values()) / bubble.formula
-        print(f"| {bubble.layout} | {bubble.formula:.1%} | {ranks} | {ratio:.2f} | {bubble.overruns} |")
+        used = f"{bubble.fitted} of {bubble.iterations}"
+        print(f"| {bubble.layout} | {bubble.formula:.1%} | {ranks} | {ratio:.2f} | {used} |")
 
 
 def message_rows(run: list[Event], layout: Layout, settings: Settings) -> list[dict]:
