@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from footprint import processor, resident_peak
 
 from mor_megatron.config.schema import Config, DataConfig, ModelConfig, RecursionConfig, TrainingConfig
 from mor_megatron.config.validate import validate
@@ -180,17 +180,11 @@ def _ratio(these: list[float], those: list[float]) -> float:
 
 def measure_memory(name: str, args: argparse.Namespace, dtype: str) -> None:
     """In a fresh process: print peak resident memory of two steps above that of the imports, in bytes."""
-    before = _resident_peak()
+    before = resident_peak()
     step = make_step(name, args, dtype)
     for _ in range(2):
         step()
-    print(f"PEAK {_resident_peak() - before}")
-
-
-def _resident_peak() -> int:
-    """VmHWM in bytes; getrusage's figure would include what the parent held when it started this process."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    print(f"PEAK {resident_peak() - before}")
 
 
 def peak_memory(name: str, dtype: str) -> int:
@@ -222,17 +216,12 @@ def print_table(rows: list[dict]) -> None:
 
 def machine(args: argparse.Namespace) -> str:
     """Processor, threads and versions, for the head of the table."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        cpu = found[0].split(":")[1].strip() if found else cpu
     import deepspeed
     import megatron.core
     import transformers
 
     return (
-        f"{cpu}, {args.threads} threads, torch {torch.__version__}, megatron-core {megatron.core.__version__}, "
+        f"{processor()}, {args.threads} threads, torch {torch.__version__}, megatron-core {megatron.core.__version__}, "
         f"deepspeed {deepspeed.__version__}, transformers {transformers.__version__}; hidden {args.hidden_size}, "
         f"ffn {args.ffn_hidden_size}, {args.num_layers} layers, sequence {args.seq_length}, batch {args.batch_size}, "
         f"vocabulary {args.vocab_size}, {args.rounds} interleaved rounds, medians"

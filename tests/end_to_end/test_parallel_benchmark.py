@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import Counter
 
@@ -9,8 +10,6 @@ import pytest
 from small_runs import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import itertools
 
 import parallel
 from parallel_jobs import FOOTPRINT, Layout, Settings, run_ranks
