@@ -1,0 +1,180 @@
+"""What a worker does for one cell of the table, and how two results are compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from table import SEQ_LENGTH, STEPS, VOCABULARY
+from torch import Tensor, nn
+
+from mor_megatron.config.schema import Config
+from mor_megatron.data.batch import Batch
+from mor_megatron.model import MoRModel, build_model
+from mor_megatron.parallel.distributed import initialize_distributed
+from mor_megatron.parallel.full_state import gather_buffers, gather_parameters
+from mor_megatron.recursion.routers import score
+from mor_megatron.training.engine import Engine, build_engine
+from mor_megatron.training.train_step import StepReport, train_step
+
+FP32_LAYOUT_TOL = 1e-5
+"""Largest relative difference between two layouts over five fp32 steps. They add the same numbers in another order:
+1e-7 for a sum, tens of sums deep, and five updates that feed on each other."""
+FP32_ROUNDING = STEPS * 2.0**-24
+"""What rounding a weight after each update may move it, relative to its size: no agreement can be expected below."""
+DECISION_MARGIN = 1e-5
+"""Router logits of two layouts differ by up to 1e-6 at the fifth step; see `Margins`."""
+
+
+class Margins:
+    """The closest decision of all routers of a model: how near another token, or another depth, was to being chosen.
+
+    A layout changes router logits by 1e-7. A decision closer than that may fall either way, which is no fault of the
+    layout, so the table's cases must not hold one.
+    """
+
+    def __init__(self, model: MoRModel):
+        self.smallest = math.inf
+        self.recursion = model.run_config.recursion
+        self.model = model
+        for r, router in enumerate(getattr(model.router, "routers", ())):
+            router.register_forward_hook(partial(self._of_selection, r))
+        if self.recursion.routing == "token_choice":
+            model.router.router.register_forward_hook(self._of_depth)
+
+    def _of_selection(self, r: int, router: nn.Module, args: tuple[Tensor], logits: Tensor) -> None:
+        kept = int(self.recursion.capacity[r] * SEQ_LENGTH)
+        if kept < logits.shape[0]:
+            ordered = logits.detach().squeeze(-1).sort(dim=0, descending=True).values
+            self._note(ordered[kept - 1] - ordered[kept])
+
+    def _of_depth(self, router: nn.Module, args: tuple[Tensor], logits: Tensor) -> None:
+        scores = score(logits.detach(), self.recursion.router_func, self.recursion.router_alpha)
+        best = (scores + self.model.router.balance_bias).topk(2, dim=-1).values
+        self._note(best[..., 0] - best[..., 1])
+
+    def _note(self, margins: Tensor) -> None:
+        self.smallest = min(self.smallest, margins.min().item())
+
+
+@dataclass
+class Result:
+    """What a run leaves, as rank 0 sees it; the tensors are those of the whole model."""
+
+    reports: list[StepReport]
+    initial: dict[str, Tensor]
+    final: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    storages: dict[str, int] = field(default_factory=dict)
+    """This rank's parameter elements, each storage once: built, wrapped."""
+    margin: float = math.inf
+    """The closest routing decision; only looked at where one process has the whole model."""
+
+
+def train(config: Config, fault: Callable[[nn.Module], None] | None = None) -> Result:
+    """Five steps in the layout of `config`; collective.
+
+    Args:
+        fault: spoils the model before it is wrapped, to see whether the comparison notices.
+    """
+    initialize_distributed(config)
+    model = build_model(config, VOCABULARY)
+    initial = gather_parameters(model)
+    if fault is not None:
+        fault(model)
+    storages = {"built": unique_elements(model)}
+    margins = Margins(model) if dist.get_world_size() == 1 else None
+    engine = build_engine(model, config)
+    storages["wrapped"] = unique_elements(engine.module)
+    reports = run_steps(engine, config)
+    final, buffers = gather_parameters(engine.module), gather_buffers(engine.module)
+    return Result(reports, initial, final, buffers, storages, margins.smallest if margins else math.inf)
+
+
+def run_steps(engine: Engine, config: Config, first: int = 1, count: int = STEPS) -> list[StepReport]:
+    """Iterations `first` .. `first + count - 1` on the samples that belong to them."""
+    engine.module.train()
+    steps = range(first, first + count)
+    return [train_step(engine, my_batches(config, step), config, step, config.optimizer.lr) for step in steps]
+
+
+def global_batch(size: int, step: int) -> Batch:
+    """`size` sequences of one step; the number of counted tokens falls from one end of the batch to the other."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    tokens = torch.randint(0, VOCABULARY, (size, SEQ_LENGTH + 1), generator=generator)
+    counted = torch.linspace(SEQ_LENGTH, 1, size).long() if step % 2 else torch.full((size,), SEQ_LENGTH)
+    mask = (torch.arange(SEQ_LENGTH) < counted.unsqueeze(1)).float()
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), mask)
+
+
+def my_batches(config: Config, step: int) -> Iterator[Batch]:
+    """This data-parallel rank's micro-batches: a contiguous share, so that its masks differ from the others'."""
+    batch = global_batch(config.training.global_batch_size, step)
+    share = config.training.global_batch_size // parallel_state.get_data_parallel_world_size()
+    begin = share * parallel_state.get_data_parallel_rank()
+    size = config.training.micro_batch_size
+    for i in range(begin, begin + share, size):
+        yield Batch(*(x[i : i + size].clone() for x in (batch.tokens, batch.labels, batch.loss_mask)))
+
+
+def unique_elements(model: nn.Module) -> int:
+    """Elements of all parameters, told apart by where they start; a ZeRO-3 partition counts as the whole."""
+    return sum({id(p) if hasattr(p, "ds_id") else p.data_ptr(): _numel(p) for p in model.parameters()}.values())
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def differences(got: Result, expected: Result, tolerance: float = FP32_LAYOUT_TOL) -> list[tuple[str, float]]:
+    """What differs by more than the tolerance, and by how much, in the order in which it came about.
+
+    Numbers are compared by |a - b| / |b|, parameters and buffers by max|a - b| / max|b|. Weights hardly move in five
+    steps, so what training changed in them is compared too, by (max|a - b| - rounding) / max|change|.
+    """
+    found: list[tuple[str, float]] = []
+
+    def note(name: str, error: float) -> None:
+        if not error <= tolerance:
+            found.append((name, error))
+
+    _same_names("parameters", got.final, expected.final)
+    _same_names("buffers", got.buffers, expected.buffers)
+    for name, value in expected.initial.items():
+        note(f"initial {name}", 0.0 if torch.equal(got.initial[name], value) else math.inf)
+    for step, (a, b) in enumerate(zip(got.reports, expected.reports, strict=True), 1):
+        _same_names(f"metrics of step {step}", a.routing, b.routing)
+        numbers = {"lm_loss": (a.lm_loss, b.lm_loss)}
+        numbers |= {name: (a.routing[name], b.routing[name]) for name in b.routing}
+        numbers["grad_norm"] = (a.grad_norm, b.grad_norm)
+        for name, (x, y) in numbers.items():
+            note(f"step {step}: {name}", abs(x - y) / abs(y) if x != y and y else abs(x - y))
+        note(f"step {step}: applied", 0.0 if a.applied and b.applied else math.inf)
+    for name, value in expected.final.items():
+        size, error = _largest(value), _largest(got.final[name].double() - value.double())
+        change = _largest(value.double() - expected.initial[name].double())
+        assert change > 0, f"{name} was not trained"
+        note(name, error / size)
+        note(f"change of {name}", max(0.0, error - FP32_ROUNDING * size) / change)
+    for name, value in expected.buffers.items():
+        note(name, _largest(got.buffers[name].double() - value.double()) / max(_largest(value), 1e-30))
+    return found
+
+
+def describe(found: list[tuple[str, float]]) -> str:
+    """The first and the largest difference in one line."""
+    worst = max(found, key=lambda item: item[1])
+    return f"{found[0][0]} differs by {found[0][1]:.2g}; {len(found)} differ, {worst[0]} most, by {worst[1]:.2g}"
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item()
+
+
+def _same_names(what: str, a: dict, b: dict) -> None:
+    assert a.keys() == b.keys(), f"{what} differ: {sorted(a.keys() ^ b.keys())}"

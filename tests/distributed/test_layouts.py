@@ -1,0 +1,51 @@
+"""Every layout trains as one process does: loss, router losses and metrics, gradient norm, every parameter.
+
+`pytest tests/distributed/test_layouts.py -m "slow or not slow"` runs the whole table, the default a cross-section in
+which every layout and every model occurs.
+"""
+
+from __future__ import annotations
+
+import pytest
+from layout_runs import describe, differences, train
+from table import LAYOUTS, MODELS, OPTIMIZERS, Layout, build_config
+
+QUICK = {
+    "dp2": ["expert-nr2"],
+    "dp2-zero0": ["token-loss-free"],
+    "dp2-zero2": ["expert-nr3"],
+    "dp2-zero3": ["vanilla"],
+    "tp2": ["expert-gqa", "token-balance"],
+    "tp2-sp": ["expert-nr3", "token-sharing"],
+    "pp2": ["expert-sharing", "middle-sequence", "token-loss-free"],
+    "pp2-uneven": ["expert-aux-router"],
+    "pp2-odd": ["expert-sharing-update"],
+    "pp2-zero0": ["expert-untied"],
+    "dp4": ["recursive"],
+    "tp2-dp2": ["cycle"],
+    "tp2-dp2-zero2": ["vanilla"],
+    "tp2-pp2": ["expert-nr3"],
+    "tp2-sp-pp2": ["expert-sharing", "token-balance"],
+    "pp2-dp2": ["expert-nr2"],
+    "pp4": ["expert-nr3"],
+}
+ADAM = {("tp2", "expert-gqa"), ("pp2", "expert-sharing"), ("dp2", "expert-nr2")}
+
+
+def _cells():
+    for layout in LAYOUTS:
+        for model in MODELS:
+            for optimizer in OPTIMIZERS:
+                quick = model in QUICK.get(layout.name, ()) and (optimizer == "sgd" or (layout.name, model) in ADAM)
+                name = f"{layout}-{model}-{optimizer}"
+                yield pytest.param(layout, model, optimizer, id=name, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("layout", "model", "optimizer"), _cells())
+def test_layout(workers, single, layout: Layout, model: str, optimizer: str):
+    expected = single(model, optimizer, layout.global_batch)
+    got = workers.run(layout.world_size, layout.groups, train, build_config(model, layout, optimizer))[0]
+    found = differences(got, expected)
+    assert not found, f"{layout}, {model}, {optimizer}: {describe(found)}"
+    norms = [report.grad_norm for report in got.reports]
+    assert max(norms) > OPTIMIZERS[optimizer].clip_grad, "clipping should be active"
