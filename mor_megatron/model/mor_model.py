@@ -155,7 +155,9 @@ class MoRModel(MegatronModule):
             def block(recursion: int, rows: Tensor, active: ActiveTokens) -> Tensor:
                 return self.run(self.plan.pass_layers(recursion), rows, sequences, active)
 
-            stream = run_recursions(self.router, hidden, sequences.everything, block, self.plan.num_recursions, context)
+            lockstep = self.run_config.training.zero_stage == 3
+            count = self.plan.num_recursions
+            stream = run_recursions(self.router, hidden, sequences.everything, block, count, context, lockstep)
             hidden = stream.merged(self.rows).hidden
         return self.leave(hidden, sequences, batch.labels)
 

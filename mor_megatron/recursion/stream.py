@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from mor_megatron.recursion.context import RoutingContext
@@ -71,14 +72,38 @@ class EveryToken(nn.Module):
 
 
 def run_recursions(
-    routing: Routing, hidden: Tensor, active: ActiveTokens, block: Block, num_recursions: int, context: RoutingContext
+    routing: Routing,
+    hidden: Tensor,
+    active: ActiveTokens,
+    block: Block,
+    num_recursions: int,
+    context: RoutingContext,
+    lockstep: bool = False,
 ) -> Stream:
-    """All recursions on one rank: residual stream [S, B, H] -> the same, in `Stream.hidden`."""
+    """All recursions on one rank: residual stream [S, B, H] -> the same, in `Stream.hidden`.
+
+    Args:
+        lockstep: pass every block even where no token is active, because other ranks do.
+    """
     stream = Stream(active, hidden)
     for r in range(num_recursions):
         stream = routing.open(r, stream, context)
-        if r < context.depth(num_recursions) and stream.active.count > 0:
-            stream = replace(stream, rows=block(r, stream.rows, stream.active))
+        if r < context.depth(num_recursions):
+            if stream.active.count > 0:
+                stream = replace(stream, rows=block(r, stream.rows, stream.active))
+            elif lockstep:
+                stream = _walk_along(r, stream, block)
         if r < num_recursions - 1:
             stream = routing.close(r, stream)
     return stream
+
+
+def _walk_along(r: int, stream: Stream, block: Block) -> Stream:
+    """One row through the block, forward and backward, without effect.
+
+    Under ZeRO-3, weights are gathered where a block is entered, by all data-parallel ranks together.
+    """
+    everything = ActiveTokens(stream.active.seq_length, stream.active.batch_size)
+    first = everything.take(torch.zeros(1, 1, dtype=torch.int64, device=stream.hidden.device), ragged=True)
+    update = block(r, stream.hidden[:1, :1], first)
+    return replace(stream, hidden=stream.hidden + 0.0 * update.sum())

@@ -38,6 +38,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from megatron.core import parallel_state
@@ -45,6 +46,7 @@ from torch import Tensor, nn
 
 from mor_megatron.config.deepspeed_settings import deepspeed_settings
 from mor_megatron.config.schema import Config
+from mor_megatron.parallel.cpu import device
 from mor_megatron.parallel.mpu import ModelParallelUnit
 from mor_megatron.training.gradients import (
     Engine,
@@ -87,9 +89,11 @@ def build_engine(model: nn.Module, config: Config) -> Engine:
     `apply_step`. Weights are broadcast from data-parallel rank 0.
 
     Raises:
-        ValueError: DeepSpeed settings that contradict the flags, or an optimizer that this machine does not have.
+        ValueError: DeepSpeed settings that contradict the flags, or something that this machine does not have.
     """
     training = config.training
+    if training.fp16 and not get_accelerator().is_fp16_supported():
+        raise ValueError(f"fp16=True, but {device().type} has no fp16 arithmetic here (CPUs: AVX512-FP16): use --bf16")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # skipped steps are reported by the loop
     if not torch.cuda.is_available():
         # A shared-memory all-reduce that DeepSpeed would compile at start, for minutes; gloo does without.

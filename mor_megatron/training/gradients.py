@@ -137,7 +137,7 @@ class ShardedClipping:
         if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
             optimizer._get_norm_groups = lambda: [self.norm()]
         else:
-            optimizer.scaled_global_norm = self.norm
+            optimizer.scaled_global_norm = lambda: self.norm()
 
     def norm(self) -> Tensor:
         """Clip; the norm before, times the loss scale, 0-d. DeepSpeed skips a step whose norm is not finite."""
