@@ -11,11 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from megatron.core import parallel_state
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from mor_megatron.config.schema import Config, ModelConfig, RecursionConfig
 from mor_megatron.model import MoRModel, build_model
+from mor_megatron.model.mor_model import EMBEDDING, HEAD
+from mor_megatron.parallel.sharding import cut
 
 
 @dataclass(frozen=True)
@@ -166,46 +169,55 @@ def _allowed(name: str, value, allowed: tuple, path: Path) -> None:
 
 
 def model_of(case: Case) -> MoRModel:
-    """Our model with the case's weights.
+    """Our model with the case's weights; in a layout of several ranks, this rank's part of it.
 
     Raises:
         ValueError: a weight of the file has no place in ours, or one of ours is not in the file.
     """
     model = build_model(case.config, case.meta["dims"]["V"])
     ours = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    used: set[str] = set()
+    names = parameter_names(case, model)
+    left = {name for name in case.tensors if name.startswith("param.")}
+    left -= {f"param.{part}" for parts in names.values() for part in parts}
     with torch.no_grad():
-        for name, parts in parameter_names(case, model).items():
-            tensors = [case[f"param.{part}"] for part in parts]
-            ours[name].copy_(_fuse(name, tensors, case.config.model))
-            used.update(f"param.{part}" for part in parts)
-    left = {name for name in case.tensors if name.startswith("param.")} - used
-    missing = {name for name, _ in model.named_parameters()} - set(parameter_names(case, model))
+        for name, target in ours.items():
+            original = EMBEDDING if name == HEAD and case.meta["tied_head"] else name
+            if original in names:
+                full = _fuse(name, [case[f"param.{part}"] for part in names[original]], case.config.model)
+                target.copy_(_share(target, full))
+    missing = {name for name, _ in model.named_parameters()} - set(names)
+    missing -= {HEAD} if case.meta["tied_head"] else set()
     if left or missing:
         raise ValueError(f"{case.path}: not used: {sorted(left)}; not in the file: {sorted(missing)}")
     return model
 
 
-def gradients_of(case: Case, model: MoRModel) -> dict[str, Tensor]:
-    """Gradients of our model under the authors' names."""
-    ours = dict(model.named_parameters())
-    gradients: dict[str, Tensor] = {}
+def _share(target: Tensor, full: Tensor) -> Tensor:
+    """What this tensor-parallel rank holds of a weight."""
+    if not getattr(target, "tensor_model_parallel", False):
+        return full
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    return cut(full, target.partition_dim, target.partition_stride, rank, size)
+
+
+def gradients_of(case: Case, gradients: dict[str, Tensor], model: MoRModel) -> dict[str, Tensor]:
+    """Whole gradients by our names -> under the authors' names."""
+    theirs: dict[str, Tensor] = {}
     for name, parts in parameter_names(case, model).items():
-        if name not in ours or ours[name].grad is None:
-            continue
-        pieces = _split(name, ours[name].grad, len(parts), case.config.model)
-        gradients.update(zip(parts, pieces, strict=True))
-    return gradients
+        if name in gradients:
+            theirs.update(zip(parts, _split(name, gradients[name], len(parts), case.config.model), strict=True))
+    return theirs
 
 
 def parameter_names(case: Case, model: MoRModel) -> dict[str, tuple[str, ...]]:
     """Our name -> the authors' names of the tensors that make it up."""
     names = {
-        "embedding.word_embeddings.weight": ("model.embed_tokens.weight",),
+        EMBEDDING: ("model.embed_tokens.weight",),
         "final_layernorm.weight": ("model.norm.weight",),
     }
     if not case.meta["tied_head"]:
-        names["output_layer.weight"] = ("lm_head.weight",)
+        names[HEAD] = ("lm_head.weight",)
     for layer in model.plan.layers:
         ours, theirs = f"layers.{layer.physical}", _layer_name(case, model, layer)
         if f"param.{theirs}.input_layernorm.weight" not in case:
