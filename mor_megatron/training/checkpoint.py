@@ -26,6 +26,7 @@ from torch import nn
 
 from mor_megatron.config.cli import save_config
 from mor_megatron.config.schema import Config
+from mor_megatron.parallel.stages import pipeline_plan
 from mor_megatron.training.engine import Engine, quiet
 
 FORMAT = 1
@@ -71,7 +72,7 @@ def save_checkpoint(engine: Engine, config: Config, progress: Progress, vocab_si
             "format": FORMAT,
             "progress": asdict(progress),
             "model": model_shape(config, vocab_size),
-            "layout": layout(config),
+            "layout": layout(config, vocab_size),
             "versions": {package: version(package) for package in ("torch", "megatron-core", "deepspeed")},
         }
         (directory / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
@@ -102,7 +103,7 @@ def load_checkpoint(engine: Engine, config: Config, vocab_size: int) -> Progress
     directory = root / (root / LATEST).read_text().strip()
     metadata = _read_metadata(directory)
     _require_equal(directory, metadata["model"], model_shape(config, vocab_size), "give the model the same settings")
-    _require_equal(directory, metadata["layout"], layout(config), "resume in the layout that wrote it")
+    _require_equal(directory, metadata["layout"], layout(config, vocab_size), "resume in the layout that wrote it")
     for rank in range(dist.get_world_size()):  # every rank checks all, so that all raise
         if not (directory / _rng_name(rank)).is_file():
             raise ValueError(f"{directory} lacks {_rng_name(rank)}: name another checkpoint in {root / LATEST}")
@@ -141,9 +142,14 @@ def model_shape(config: Config, vocab_size: int) -> dict[str, object]:
     return shape
 
 
-def layout(config: Config) -> dict[str, object]:
+def layout(config: Config, vocab_size: int) -> dict[str, object]:
     """The settings that decide how state is divided among ranks and in which form."""
+    parallel = config.parallel
     return {
+        "tensor-model-parallel-size": parallel.tensor_model_parallel_size,
+        "sequence-parallel": parallel.sequence_parallel,
+        "pipeline-model-parallel-size": parallel.pipeline_model_parallel_size,
+        "pipeline-layers": list(pipeline_plan(config, vocab_size).block_layers),
         "data-parallel ranks": parallel_state.get_data_parallel_world_size(),
         "zero-stage": config.training.zero_stage,
         "bf16": config.training.bf16,
