@@ -23,6 +23,8 @@ import yaml
 from mor_megatron.config.schema import Config
 from mor_megatron.config.settings import COMMAND_LINE, Setting, flag_name, read_command_line, read_files
 from mor_megatron.config.validate import validate
+from mor_megatron.parallel.launch import launched_world_size
+from mor_megatron.parallel.layout import dry_run
 
 SECTION_OF: dict[str, str] = {
     entry.name: section for section, kind in get_type_hints(Config).items() for entry in fields(kind)
@@ -49,6 +51,9 @@ class _CommandLine:
     """Flat YAML files; later ones win. `base: other.yaml` in a file reads that one first."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the resolved settings as YAML and exit."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print recursion plan, layout, state of each rank and schedule for WORLD_SIZE ranks (default: as many as one copy
+    of the model needs), and exit."""
     settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -60,19 +65,24 @@ def parse_config(argv: list[str] | None = None) -> Config:
     Returns:
         Defaults, overridden by the YAML files in order, overridden by the flags.
     Raises:
-        SystemExit: 2 after one line on stderr when something is wrong; 0 after `--help` and `--print-config`.
+        SystemExit: 2 after one line on stderr when something is wrong; 0 after `--help`, `--print-config` and
+            `--dry-run`.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "-h" in argv or "--help" in argv:
         tyro.cli(_CommandLine, args=["--help"], config=(tyro.conf.OmitArgPrefixes,))
     try:
-        config = read_config([word for word in argv if word != "--print-config"])
+        config = read_config([word for word in argv if word not in ("--print-config", "--dry-run")])
+        shown = None
         if "--print-config" in argv:
-            resolved = to_yaml(validate(config, int(os.environ.get("WORLD_SIZE", 1))))
-            if _speaks():
-                print(resolved, end="")
-            sys.exit(0)
-        return config
+            shown = to_yaml(validate(config, launched_world_size() or 1)).rstrip()
+        elif "--dry-run" in argv:
+            shown = dry_run(config, launched_world_size())
+        if shown is None:
+            return config
+        if _speaks():
+            print(shown)
+        sys.exit(0)
     except ValueError as error:
         if _speaks():
             print(f"error: {error}", file=sys.stderr)

@@ -15,6 +15,8 @@ import os
 from pathlib import Path
 from typing import Protocol
 
+from mor_megatron.config.schema import Config, DataConfig
+
 # Read by the Rust library at its first batch call. Without it every worker process would start a thread per core.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -165,6 +167,30 @@ def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None) -> Tokeniz
             f"tokenizer-model={tokenizer_model} does not exist: give a local file or directory (nothing is downloaded)."
         )
     return _BUILDERS[tokenizer_type](tokenizer_model)
+
+
+def configured_tokenizer(data: DataConfig) -> Tokenizer | None:
+    """The tokenizer of a run, None if it names none; raises as `build_tokenizer` does."""
+    return None if data.tokenizer_type is None else build_tokenizer(data.tokenizer_type, data.tokenizer_model)
+
+
+def resolve_vocab_size(config: Config, tokenizer: Tokenizer | None) -> int:
+    """Vocabulary before padding: `--vocab-size`, else the tokenizer's.
+
+    Raises:
+        ValueError: neither is given, or the tokenizer has more tokens than the model would.
+    """
+    wanted = config.model.vocab_size
+    if tokenizer is None and wanted is None:
+        raise ValueError("vocab-size is not set: give it, or --tokenizer-type and --tokenizer-model")
+    if wanted is None:
+        return tokenizer.vocab_size
+    if tokenizer is not None and tokenizer.vocab_size > wanted:
+        raise ValueError(
+            f"vocab-size={wanted} is smaller than the {tokenizer.vocab_size} tokens of {config.data.tokenizer_model}: "
+            "raise it or leave it out"
+        )
+    return wanted
 
 
 def _huggingface(model: str) -> Tokenizer:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import socket
 import sys
 import threading
@@ -77,7 +78,9 @@ class RollCall:
 
     def hold(self, error: BaseException) -> None:
         """Call every rank, this one included, and wait for the end of the process."""
-        reason = f"rank {self.rank}: {str(error).strip().splitlines()[0]}"
+        # gloo begins with a line of its source, and goes on with advice.
+        text = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
+        reason = f"rank {self.rank}: {text}"
         try:
             self.store.multi_set([f"call/{rank}" for rank in range(self.world_size)], [reason] * self.world_size)
             self.thread.join()  # it ends the process, unless the store is lost

@@ -37,9 +37,12 @@ class _Widths:
     key_value: int
 
     @property
-    def layer_parameters(self) -> int:
-        projections = self.hidden * (2 * self.query + 2 * self.key_value)
-        return projections + 3 * self.hidden * self.ffn + 2 * self.hidden
+    def layer_matrices(self) -> int:
+        return self.hidden * (2 * self.query + 2 * self.key_value) + 3 * self.hidden * self.ffn
+
+    @property
+    def layer_norms(self) -> int:
+        return 2 * self.hidden
 
 
 def _widths(config: Config) -> _Widths:
@@ -81,9 +84,22 @@ def count_parameters(config: Config, vocab_size: int | None = None) -> Parameter
         _vocabulary(config, vocab_size) * widths.hidden * (2 if config.model.untie_embeddings_and_output_weights else 1)
     )
     rest = router_parameters(config) + widths.hidden  # final norm
-    non_embedding = plan.num_physical_layers * widths.layer_parameters + rest
-    unrolled = plan.num_layers * widths.layer_parameters + widths.hidden + embedding
+    layer = layer_parameters(config)
+    non_embedding = plan.num_physical_layers * layer + rest
+    unrolled = plan.num_layers * layer + widths.hidden + embedding
     return ParameterCount(non_embedding + embedding, non_embedding, unrolled)
+
+
+def layer_parameters(config: Config, tensor_parallel_size: int = 1) -> int:
+    """Weights of one layer on one tensor-parallel rank: its share of the matrices, and whole norms."""
+    widths = _widths(config)
+    return widths.layer_matrices // tensor_parallel_size + widths.layer_norms
+
+
+def padded_vocab_size(vocab_size: int, divisor: int, tensor_parallel_size: int = 1) -> int:
+    """The vocabulary rounded up to a multiple of `divisor` on every tensor-parallel rank, as Megatron-LM does."""
+    unit = divisor * tensor_parallel_size
+    return -(-vocab_size // unit) * unit
 
 
 def planned_fractions(config: Config) -> tuple[float, ...]:

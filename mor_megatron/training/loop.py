@@ -16,10 +16,11 @@ from mor_megatron.config.schema import Config, DataConfig
 from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
 from mor_megatron.data.datasets import build_batches, build_datasets
-from mor_megatron.data.tokenizers import Tokenizer, build_tokenizer
+from mor_megatron.data.tokenizers import Tokenizer, configured_tokenizer, resolve_vocab_size
 from mor_megatron.model import build_model
 from mor_megatron.parallel.distributed import initialize_distributed
 from mor_megatron.parallel.launch import launched_world_size
+from mor_megatron.parallel.layout import describe_layout
 from mor_megatron.recursion.accounting import count_parameters, executed_flops_per_token
 from mor_megatron.training.capabilities import capability_line
 from mor_megatron.training.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -61,7 +62,7 @@ def pretrain(config: Config) -> None:
     """
     config = validate(config, dist.get_world_size() if dist.is_initialized() else launched_world_size() or 1)
     initialize_distributed(config)
-    tokenizer = _tokenizer(config)
+    tokenizer = configured_tokenizer(config.data)
     vocab_size = resolve_vocab_size(config, tokenizer)
     batches = build_data(config, tokenizer)
     model = build_model(config, vocab_size)
@@ -69,6 +70,7 @@ def pretrain(config: Config) -> None:
     _say(capability_line(config))
     progress = load_checkpoint(engine, config, vocab_size)
     _say(_description(config, vocab_size))
+    _say(describe_layout(config, vocab_size, dist.get_world_size()))
     train(engine, config, progress, batches, vocab_size)
 
 
@@ -181,31 +183,6 @@ def build_data(config: Config, tokenizer: Tokenizer | None) -> Batches:
         eod=tokenizer.eod if tokenizer is not None and _needs_eod(config.data) else None,
     )
     return Batches(partial(deal, train_data), partial(deal, validation_data, 0) if evaluates else None)
-
-
-def resolve_vocab_size(config: Config, tokenizer: Tokenizer | None) -> int:
-    """Vocabulary before padding: `--vocab-size`, else the tokenizer's.
-
-    Raises:
-        ValueError: neither is given, or the tokenizer has more tokens than the model would.
-    """
-    wanted = config.model.vocab_size
-    if tokenizer is None and wanted is None:
-        raise ValueError("vocab-size is not set: give it, or --tokenizer-type and --tokenizer-model")
-    if wanted is None:
-        return tokenizer.vocab_size
-    if tokenizer is not None and tokenizer.vocab_size > wanted:
-        raise ValueError(
-            f"vocab-size={wanted} is smaller than the {tokenizer.vocab_size} tokens of {config.data.tokenizer_model}: "
-            "raise it or leave it out"
-        )
-    return wanted
-
-
-def _tokenizer(config: Config) -> Tokenizer | None:
-    if config.data.tokenizer_type is None:
-        return None
-    return build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
 
 
 def _needs_eod(data: DataConfig) -> bool:

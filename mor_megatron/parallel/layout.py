@@ -1,0 +1,161 @@
+"""The layout of a run in words and numbers: who holds what, how much it is, and how long a rank waits.
+
+`--dry-run` prints it with the recursion plan; a run prints it at its start. All of it is arithmetic on the settings.
+"""
+
+from __future__ import annotations
+
+from mor_megatron.config.layout import data_parallel_size
+from mor_megatron.config.schema import Config
+from mor_megatron.config.validate import validate
+from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocab_size
+from mor_megatron.parallel.memory import RankState, rank_parameters, rank_state
+from mor_megatron.parallel.stages import PipelinePlan, microbatch_group_size, pipeline_plan
+from mor_megatron.recursion.accounting import head_flops_per_token, layer_flops_per_token
+
+
+def dry_run(config: Config, world_size: int | None) -> str:
+    """Everything that a run would do, as text: its recursion plan and its layout.
+
+    Args:
+        config: as parsed.
+        world_size: ranks of the run; None: as many as one copy of the model needs.
+    Raises:
+        ValueError: the settings do not fit, or there is neither a vocabulary size nor a tokenizer.
+    """
+    parallel = config.parallel
+    ranks = world_size or parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    config = validate(config, ranks)
+    vocab_size = resolve_vocab_size(config, configured_tokenizer(config.data))
+    return f"{pipeline_plan(config, vocab_size).plan.table()}\n\n{describe_layout(config, vocab_size, ranks)}"
+
+
+def describe_layout(config: Config, vocab_size: int, world_size: int) -> str:
+    """Ranks, stages, state, split, schedule and batch of a run, a line each.
+
+    Args:
+        config: validated for `world_size` ranks.
+        vocab_size: before padding.
+        world_size: ranks of the run.
+    """
+    pipeline = pipeline_plan(config, vocab_size)
+    lines = [_ranks(config, world_size), *_stages(config, vocab_size, world_size, pipeline)]
+    if pipeline.num_stages > 1:
+        lines.append(_split(config, vocab_size, pipeline))
+    return "\n".join([*lines, _batch(config, world_size), _schedule(config, world_size, pipeline)])
+
+
+def stage_work(config: Config, vocab_size: int, pipeline: PipelinePlan) -> tuple[float, ...]:
+    """Share of each pipeline rank in the forward FLOPs of a token, with the planned number of tokens a recursion."""
+    layer_flops = layer_flops_per_token(config)
+    work = [
+        sum(layer_flops[layer.index] for chunk in range(pipeline.num_chunks) for layer in pipeline.layers(stage, chunk))
+        for stage in range(pipeline.num_stages)
+    ]
+    work[-1] += head_flops_per_token(config, vocab_size)
+    return tuple(part / sum(work) for part in work)
+
+
+def _ranks(config: Config, world_size: int) -> str:
+    parallel, training = config.parallel, config.training
+    sequence = " with sequence parallel" if parallel.sequence_parallel else ""
+    precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
+    return (
+        f"layout: {_count(world_size, 'rank')} = TP {parallel.tensor_model_parallel_size}{sequence} x "
+        f"PP {parallel.pipeline_model_parallel_size} x DP {data_parallel_size(config, world_size)}, "
+        f"ZeRO {training.zero_stage}, {precision}"
+    )
+
+
+def _stages(config: Config, vocab_size: int, world_size: int, pipeline: PipelinePlan) -> list[str]:
+    """A table: one line a pipeline rank, numbers of one of its ranks."""
+    per_stage = world_size // pipeline.num_stages
+    where = " (CPU)" if config.training.optimizer_cpu_offload else ""
+    rows = [("ranks", "holds", "parameters", "weights", "gradients", f"optimizer{where}", "sum", "work")]
+    for stage, work in enumerate(stage_work(config, vocab_size, pipeline)):
+        state = rank_state(config, rank_parameters(config, vocab_size, pipeline, stage), world_size)
+        ranks = _span(range(stage * per_stage, (stage + 1) * per_stage))
+        rows.append((ranks, _holds(config, pipeline, stage), *_state_cells(state), f"{100 * work:.1f}%"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def _state_cells(state: RankState) -> tuple[str, ...]:
+    parts = (state.weights, state.gradients, state.optimizer, state.total)
+    return (f"{state.parameters:,}", *(_bytes(part) for part in parts))
+
+
+def _holds(config: Config, pipeline: PipelinePlan, stage: int) -> str:
+    is_first, is_last = stage == 0, stage == pipeline.num_stages - 1
+    parts = []
+    if is_first:
+        parts.append("embedding")
+        if config.recursion.routing != "none":
+            parts.append("router" if config.recursion.routing == "token_choice" else "routers")
+    layers = pipeline.physical_layers(stage)
+    parts.append(f"{'layer' if len(layers) == 1 else 'layers'} {_span(layers)}")
+    if is_last:
+        tied = not config.model.untie_embeddings_and_output_weights
+        parts.append("head" if not tied else "head (the embedding)" if is_first else "head (copy of the embedding)")
+    return ", ".join(parts)
+
+
+def _split(config: Config, vocab_size: int, pipeline: PipelinePlan) -> str:
+    work = stage_work(config, vocab_size, pipeline)
+    excess = 100 * (max(work) * len(work) - 1)
+    slowest = work.index(max(work))
+    reason = "as given" if config.parallel.pipeline_layers else "the best balance of FLOPs, ends and head counted"
+    layers = " + ".join(map(str, pipeline.block_layers))
+    return (
+        f"split: {layers} of the block's {pipeline.plan.block_size} layers, {reason}; "
+        f"stage {slowest} has {excess:.1f}% more work than the mean"
+    )
+
+
+def _batch(config: Config, world_size: int) -> str:
+    training = config.training
+    count = _count(_microbatches(config, world_size), "micro-batch", "es")
+    ranks = _count(data_parallel_size(config, world_size), "data-parallel rank")
+    return (
+        f"batch: {training.global_batch_size} sequences of {config.data.seq_length} tokens = "
+        f"{training.micro_batch_size} a micro-batch x {count} x {ranks}"
+    )
+
+
+def _schedule(config: Config, world_size: int, pipeline: PipelinePlan) -> str:
+    stages, turns = pipeline.num_stages, pipeline.num_chunks
+    if stages == 1:
+        return "schedule: no pipeline, micro-batches one after another"
+    count = _microbatches(config, world_size)
+    what = "one forward, one backward"
+    if pipeline.is_ring:
+        group = microbatch_group_size(count, stages)
+        what = f"ring, {turns} turns of a micro-batch (one a recursion), {group} micro-batches a turn"
+    formula = f"({stages} - 1) / ({count} x {turns} + {stages} - 1)"
+    return f"schedule: {what}; a rank waits {100 * pipeline.idle_share(count):.1f}% of the time = {formula}"
+
+
+def _microbatches(config: Config, world_size: int) -> int:
+    """Of one rank in one iteration."""
+    training = config.training
+    return training.global_batch_size // (training.micro_batch_size * data_parallel_size(config, world_size))
+
+
+def _span(numbers: range | tuple[int, ...]) -> str:
+    """Ascending numbers without gaps, as `3` or `0-3`."""
+    assert numbers[-1] - numbers[0] == len(numbers) - 1
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}{'' if number == 1 else plural}"
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.2f} MiB"
