@@ -8,43 +8,35 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from mor_megatron.parallel.cpu import device
-from mor_megatron.recursion.context import RoutingContext
 
 
 class RoutingMismatchError(RuntimeError):
     """Tensor-parallel ranks took different routing decisions; what was trained since is worthless."""
 
 
-def check_routing(contexts: list[RoutingContext], iteration: int) -> None:
-    """Compare the decisions of an iteration; collective over a tensor-parallel group.
+def check_decision(where: str, name: str, decision: Tensor) -> None:
+    """Compare one decision before anything is done by it; collective over a tensor-parallel group.
 
     Args:
-        contexts: of this rank's micro-batches, with their traces.
-        iteration: for the message.
+        where: iteration and micro-batch, for the message.
+        name: of the decision.
+        decision: mask of active tokens, or depths, [S, B].
     Raises:
-        RoutingMismatchError: on every rank of the group, naming the first decision that differs.
+        RoutingMismatchError: on every rank of the group.
     """
-    decisions = {
-        f"micro-batch {index}, {name}": value
-        for index, context in enumerate(contexts)
-        for name, value in (context.trace or {}).items()
-        if not value.is_floating_point()  # masks of active tokens, depths
-    }
-    if not decisions:
-        return
     group = parallel_state.get_tensor_model_parallel_group()
-    mine = torch.stack([_digest(value).to(device()) for value in decisions.values()])
+    mine = _digest(decision).to(device())
     digests = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(digests, mine, group=group)
-    for where, values in zip(decisions, torch.stack(digests, dim=1).tolist(), strict=True):
-        if len(set(values)) > 1:
-            ranks = dist.get_process_group_ranks(group)
-            odd = [rank for rank, value in zip(ranks, values, strict=True) if value != values[0]]
-            raise RoutingMismatchError(
-                f"iteration {iteration}: {where} differs between tensor-parallel ranks {ranks[0]} and "
-                f"{', '.join(map(str, odd))}: their routers or hidden states have drifted apart; restart from the last "
-                "checkpoint, and look for memory errors on these ranks"
-            )
+    values = torch.stack(digests).tolist()
+    if len(set(values)) == 1:
+        return
+    ranks = dist.get_process_group_ranks(group)
+    odd = [str(rank) for rank, value in zip(ranks, values, strict=True) if value != values[0]]
+    raise RoutingMismatchError(
+        f"{where}: {name} of tensor-parallel rank {', '.join(odd)} differs from that of rank {ranks[0]}: their routers "
+        "or hidden states have drifted apart; restart from the last checkpoint, and look for memory errors there"
+    )
 
 
 def _digest(decision: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class MessageFormat:
             sizes["selection"] = -(-tokens * columns // width)
         if turn == self.num_turns - 1:
             sizes["stream"] = tokens // self.shares * columns
-            if self.model.run_config.recursion.router_gating == "weighted":
+            if self.model.run_config.recursion.router_gating == "weighted" and rows > 0:
                 sizes["gate"] = -(-rows * row_columns // width)
         return sizes
 

@@ -14,6 +14,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from mor_megatron.config.layout import is_ring
+from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
 from mor_megatron.model.mor_model import MoRModel
 from mor_megatron.parallel.ring import Chunk, MicroBatch
@@ -128,13 +130,18 @@ def _pipeline_config(model: MoRModel, num_microbatches: int) -> TransformerConfi
     # Batched messages give wrong gradients in an interleaved pipeline of two ranks.
     config.batch_p2p_comm = False
     config.virtual_pipeline_model_parallel_size = chunks if chunks > 1 else None
-    config.overlap_p2p_comm = chunks > 1
+    config.overlap_p2p_comm = overlaps_messages(model.run_config)
     config.microbatch_group_size_per_vp_stage = num_microbatches
     if chunks > 1:
         config.microbatch_group_size_per_vp_stage = microbatch_group_size(num_microbatches, stages)
     # Its storage is exchanged while gloo may still be sending it.
     config.deallocate_pipeline_outputs = False
     return config
+
+
+def overlaps_messages(config: Config) -> bool:
+    """Whether a rank computes while its messages are on their way; only the interleaved schedule of a ring can."""
+    return is_ring(config) and config.parallel.overlap_p2p_comm != "off"
 
 
 def _process_groups() -> ProcessGroupCollection:

@@ -5,6 +5,7 @@ A `RoutingContext` lives for one micro-batch. The names of all router metrics ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -69,6 +70,9 @@ class RoutingContext:
     trace: dict[str, Tensor] | None = None
     """Set to {} to receive router logits, selections and depths (tests, analysis)."""
 
+    on_decision: Callable[[str, Tensor], None] | None = None
+    """Called with the name of each routing decision (a mask or depths, [S, B]) before anything is done by it."""
+
     def __post_init__(self):
         if self.fixed_depth is not None and self.fixed_depth < 1:
             raise ValueError(f"fixed_depth={self.fixed_depth} must be between 1 and num-recursions")
@@ -103,3 +107,9 @@ class RoutingContext:
         """Record a tensor for analysis if a trace was asked for."""
         if self.trace is not None:
             self.trace[name] = value.detach()
+
+    def decide(self, name: str, decision: Tensor) -> None:
+        """Record a routing decision and let others look at it."""
+        self.record(name, decision)
+        if self.on_decision is not None:
+            self.on_decision(name, decision)

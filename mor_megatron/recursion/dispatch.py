@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -97,6 +98,11 @@ class Packing:
         starts = lengths.cumsum(0) - lengths
         offset = torch.arange(sequences.numel(), device=sequences.device) - starts[sequences]
         return cls(longest, lengths, sequences * longest + offset)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """First packed row of each sequence, and T: [B + 1] int32, as variable-length attention kernels want it."""
+        return F.pad(self.lengths.cumsum(0), (1, 0)).int()
 
     def pad(self, packed: Tensor) -> Tensor:
         """[T, ...] -> [B, longest, ...], zeros in the padding."""

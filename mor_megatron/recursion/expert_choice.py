@@ -88,7 +88,7 @@ class ExpertChoice(nn.Module):
         if local is not None:
             active = active.take(local, ragged=context.selection == "threshold")
         context.record(f"router_logits_{r}", logits)
-        context.record(f"active_{r}", active.mask())
+        context.decide(f"active_{r}", active.mask())
         self._count(r, active, context, hidden.device)
         gate = None
         if self.config.router_gating == "weighted":

@@ -60,7 +60,7 @@ class TokenChoice(nn.Module):
         scores = score(logits, self.config.router_func, self.config.router_alpha)
         depth = self._choose(scores.detach(), context)  # [S, B]
         context.record("router_logits", logits)
-        context.record("depth", depth)
+        context.decide("depth", depth)
         self._report_depths(depth, context)
         y = hidden
         if self.training:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from torch import Tensor
 from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
 from mor_megatron.model.mor_model import MoRModel
-from mor_megatron.parallel.consistency import check_routing
+from mor_megatron.parallel.consistency import check_decision
 from mor_megatron.parallel.cpu import device
 from mor_megatron.parallel.replicated import reduce_replicated
 from mor_megatron.parallel.schedule import run_schedule
@@ -78,7 +79,7 @@ def train_step(
     scale = parallel_state.get_data_parallel_world_size() / tokens
     forward = _Forward(engine.module, iteration, gradient_scale=scale, count=count, loss_scale=loss_scale(engine))
     every = config.parallel.check_routing_consistency
-    forward.traces = every is not None and iteration % every == 0
+    forward.checks_routing = every is not None and iteration % every == 0
 
     if driver == "schedule":
         run_schedule(engine.module, micro_batches, forward.context, forward.loss)
@@ -89,8 +90,6 @@ def train_step(
             engine.backward(forward.loss(engine(batch, forward.context()), batch))
         healthy = True  # gradients are other ranks' as well by now: the step looks at them
 
-    if forward.traces:
-        check_routing(forward.contexts, iteration)
     report = forward.reduce(tokens, healthy)
     if report.faulty_ranks:
         discard_gradients(engine)
@@ -112,11 +111,14 @@ class _Forward:
         self.loss_scale = loss_scale
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device())
         self.contexts: list[RoutingContext] = []
-        self.traces = False
+        self.checks_routing = False
 
     def context(self) -> RoutingContext:
         scales = {"router_loss_scale": 1.0 / self.count, "loss_scale": self.loss_scale}
-        self.contexts.append(RoutingContext(self.iteration, **scales, trace={} if self.traces else None))
+        check = None
+        if self.checks_routing:
+            check = partial(check_decision, f"iteration {self.iteration}, micro-batch {len(self.contexts)}")
+        self.contexts.append(RoutingContext(self.iteration, **scales, on_decision=check))
         return self.contexts[-1]
 
     def loss(self, losses: Tensor, batch: Batch) -> Tensor:
