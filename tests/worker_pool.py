@@ -172,8 +172,11 @@ def form_world(rank: int, world_size: int, store: str) -> None:
     """A new process group in the place of the old one, and nothing left of what was built on that."""
     import deepspeed
     import torch.distributed as dist
+    from deepspeed.runtime.zero.partition_parameters import Init
     from megatron.core import parallel_state
 
+    # ZeRO-3 numbers parameters over a process's life and compares the numbers over ranks; lives differ here.
+    Init.param_id = 0
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         if deepspeed.comm.comm.cdb is None:  # no engine was built
