@@ -152,6 +152,8 @@ def apply_step(engine: Engine, lr: float, clip_grad: float) -> StepOutcome:
         engine.step()
         applied = engine.was_step_applied()
         norm = float(engine.get_global_grad_norm()) if applied else math.inf
+        if not applied:
+            discard_gradients(engine)  # DeepSpeed forgets them everywhere but in the shares of an offloaded optimizer
         can_give_way = engine.fp16_enabled() and scale > engine.optimizer.loss_scaler.min_scale
         return StepOutcome(norm, applied, overflow=not applied and can_give_way)
     if parallel_state.get_data_parallel_world_size() > 1:  # alone, DeepSpeed would copy every gradient twice
