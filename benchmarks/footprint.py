@@ -92,9 +92,10 @@ class Traffic:
     @contextlib.contextmanager
     def installed(self) -> Iterator[Traffic]:
         """Replace the methods of `ProcessGroup` for the time of the block."""
-        originals = {name: getattr(dist.ProcessGroup, name) for name in _SENT}
-        for name, original in originals.items():
-            setattr(dist.ProcessGroup, name, self._counting(name, original))
+        # Out of the class's own dictionary: read as attributes, they would come without what binds them to a group.
+        originals = {name: vars(dist.ProcessGroup)[name] for name in _SENT}
+        for name in _SENT:
+            setattr(dist.ProcessGroup, name, self._counting(name, getattr(dist.ProcessGroup, name)))
         try:
             yield self
         finally:

@@ -74,15 +74,19 @@ def measure_footprints(layouts: list[Layout], settings: Settings) -> list[dict]:
 
 def measure_bubble(layout: Layout, settings: Settings) -> tuple[Bubble, list[list[Event]]]:
     """Idle shares of a pipeline, and its events, one list an iteration."""
-    by_rank = [iterations([Event(**event) for event in rank["events"]]) for rank in run_ranks(CLOCK, layout, settings)]
-    # The first iteration starts cold: buffers, connections, the optimizer's state.
-    runs = [[event for events in same for event in events] for same in zip(*by_rank, strict=True)][1:]
+    runs = recorded_iterations(run_ranks(CLOCK, layout, settings))
     fitted = [run for run in runs if overruns(run, *settings.clock_seconds(layout)) == 0]
     shares = [idle_shares(run) for run in fitted or runs]
     chunks = 1 if layout.tied else settings.num_recursions
     formula = (layout.pp - 1) / (settings.clock_microbatches * chunks + layout.pp - 1)
     measured = {rank: statistics.median(share[rank] for share in shares) for rank in shares[0]}
     return Bubble(layout.name, formula, measured, len(fitted), len(runs)), fitted or runs
+
+
+def recorded_iterations(reports: list[dict]) -> list[list[Event]]:
+    """Events of all ranks, one list an iteration, without the first, which starts cold."""
+    by_rank = [iterations([Event(**event) for event in report["events"]]) for report in reports]
+    return [[event for events in same for event in events] for same in zip(*by_rank, strict=True)][1:]
 
 
 def print_footprints(rows: list[dict]) -> None:

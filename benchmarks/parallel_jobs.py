@@ -9,6 +9,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -38,6 +39,7 @@ from mor_megatron.training.train_step import num_microbatches, train_step
 
 FOOTPRINT, CLOCK = "footprint", "clock"
 LEARNING_RATE = 1e-3
+TIMEOUT = timedelta(minutes=3)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,6 @@ class Settings:
                     micro_batch_size=1,
                     global_batch_size=layout.dp * self.clock_microbatches if tiny else self.global_batch_size,
                     zero_stage=layout.zero,
-                    distributed_timeout_minutes=3,
                 ),
                 parallel=ParallelConfig(
                     tensor_model_parallel_size=layout.tp,
@@ -155,17 +156,19 @@ def run_ranks(job: str, layout: Layout, settings: Settings) -> list[dict]:
 def _rank(rank: int, job: str, layout: Layout, settings: Settings, directory: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(layout.world_size)}
-    config = settings.config(layout, tiny=job == CLOCK)
-    if layout.tied:
-        # Megatron-core's layers see ranks without parallelism; DeepSpeed makes the pipeline's groups.
-        dist.init_process_group("gloo")
-        initialize_distributed(Config())
-    else:
-        initialize_distributed(config)
-    report = (footprint if job == FOOTPRINT else clocked)(layout, settings, config)
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    report = perform(job, layout, settings)
     (Path(directory) / f"{rank}.json").write_text(json.dumps(report))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def perform(job: str, layout: Layout, settings: Settings) -> dict:
+    """One rank's part of a job, in a process group of the layout's size; what it reports can be JSON."""
+    config = settings.config(layout, tiny=job == CLOCK)
+    # Our layers in DeepSpeed's pipeline see a world without model parallelism; DeepSpeed makes its own groups.
+    initialize_distributed(Config() if layout.tied else config)
+    return (footprint if job == FOOTPRINT else clocked)(layout, settings, config)
 
 
 class Run:

@@ -48,7 +48,7 @@ class Block(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         layer_config = transformer_config(config)
-        self.layer = build_module(layer_spec(), config=layer_config, layer_number=1)
+        self.layer = build_module(layer_spec(config), config=layer_config, layer_number=1)
         model = config.model
         self.rotary = RotaryTable(layer_config.kv_channels, model.max_position_embeddings, model.rotary_base)
 

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections import Counter
 
-import pytest
-from small_runs import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
 import parallel
-from parallel_jobs import FOOTPRINT, Layout, Settings, run_ranks
+import pytest
+from parallel_jobs import CLOCK, FOOTPRINT, Layout, Settings, perform
 from schedule_clock import BACKWARD, FORWARD
 
 SMALL = Settings(
@@ -30,8 +25,10 @@ TURNS = SMALL.num_recursions
 
 
 @pytest.fixture(scope="module")
-def footprints():
-    return {layout.name: run_ranks(FOOTPRINT, layout, SMALL) for layout in LAYOUTS}
+def footprints(workers):
+    return {
+        layout.name: workers.run(layout.world_size, layout, perform, FOOTPRINT, layout, SMALL) for layout in LAYOUTS
+    }
 
 
 def test_all_layouts_train_the_same_model(footprints):
@@ -68,9 +65,14 @@ def test_tied_stages_sum_the_gradients_of_block_and_embedding(footprints):
 
 
 @pytest.fixture(scope="module")
-def traces():
+def traces(workers):
     """One iteration of each."""
-    return {layout: parallel.measure_bubble(layout, SMALL)[1][0] for layout in (LAYOUTS[2], ROUTED)}
+
+    def trace(layout):
+        reports = workers.run(layout.world_size, layout, perform, CLOCK, layout, SMALL)
+        return parallel.recorded_iterations(reports)[0]
+
+    return {layout: trace(layout) for layout in (LAYOUTS[2], ROUTED)}
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS[2], ROUTED], ids=lambda layout: layout.name)

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
+import draw_schedule
 import pytest
 import torch
 import torch.distributed as dist
+from footprint import _SENT, Traffic, nbytes, nbytes_of
+from schedule_clock import BACKWARD, FORWARD, Event, idle_shares, iterations, overruns
 from torch import nn
-
-BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-from footprint import _SENT, Traffic, nbytes, nbytes_of  # noqa: E402
-from schedule_clock import BACKWARD, FORWARD, Event, idle_shares, iterations, overruns  # noqa: E402
 
 
 def perfect_pipeline(stages: int, micro_batches: int) -> list[Event]:
@@ -84,16 +79,20 @@ def test_bytes_that_a_rank_of_four_sends(method, arguments, expected):
     assert _SENT[method](4, arguments) == expected
 
 
-def test_counting_leaves_no_trace():
-    before = {name: getattr(dist.ProcessGroup, name) for name in _SENT}
-    with Traffic().installed():
-        assert all(getattr(dist.ProcessGroup, name) is not method for name, method in before.items())
-    assert all(getattr(dist.ProcessGroup, name) is method for name, method in before.items())
+def test_counting_counts_groups_of_several_only_and_leaves_no_trace(process_group):
+    before = {name: vars(dist.ProcessGroup)[name] for name in _SENT}
+    ones = torch.ones(3)
+    traffic = Traffic()
+    with traffic.installed():
+        assert all(vars(dist.ProcessGroup)[name] is not method for name, method in before.items())
+        dist.all_reduce(ones)
+    assert not traffic.sent
+    assert all(vars(dist.ProcessGroup)[name] is method for name, method in before.items())
+    dist.all_reduce(ones)
+    assert ones.tolist() == [1.0, 1.0, 1.0]
 
 
 def test_the_picture_has_a_box_for_every_chunk(tmp_path, monkeypatch):
-    import draw_schedule
-
     drawn = []
 
     def count(axes, *args):
