@@ -160,6 +160,12 @@ def _pipeline_only(config: Config) -> Problem | None:
             f"schedule of pipeline-model-parallel-size={stages}",
             "--zero-stage 0 or 1",
         )
+    if config.parallel.overlap_p2p_comm == "on" and not is_ring(config):
+        return (
+            f"overlap-p2p-comm=on needs a ring, and pipeline-model-parallel-size={stages} is an ordinary pipeline with "
+            "num-recursions=1 or without cycle sharing",
+            "--overlap-p2p-comm auto",
+        )
     if training.fp16:
         return (
             f"fp16=True scales the loss inside DeepSpeed's backward pass, which the schedule of "

@@ -181,6 +181,12 @@ class TrainingConfig:
     """bf16 compute with fp32 master weights and fp32 gradient accumulation; default fp32."""
     fp16: bool = False
     """fp16 compute with fp32 master weights and dynamic loss scaling; without pipeline parallelism."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Linear layers and norms: Megatron-core's own, or Transformer Engine's. auto: the latter where it is installed,
+    with CUDA, bf16 or fp16, and zero-stage below 3."""
+    attention_backend: Literal["auto", "flash", "sdpa"] = "auto"
+    """flash-attn where attention is plainly causal, or PyTorch's fused attention everywhere. auto: flash where it is
+    installed and the GPU, the precision and the head width allow it."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """What the backward pass computes again: full: all of a recompute-unit; selective: core attention."""
     recompute_unit: Literal["layer", "recursion"] = "layer"
@@ -228,6 +234,8 @@ class ParallelConfig:
     pipeline_layers: tuple[int, ...] | None = None
     """Layers of the shared block on each pipeline rank (of the whole model where nothing is shared); default:
     balanced by FLOPs, the head counted."""
+    overlap_p2p_comm: Literal["auto", "on", "off"] = "auto"
+    """Send and receive between the ranks of the ring while they compute. auto: in every ring."""
     check_routing_consistency: int | None = None
     """Every so many iterations, compare routing decisions over tensor-parallel ranks, and stop if they differ."""
 
@@ -239,9 +247,22 @@ class CheckpointConfig:
     save: str | None = None
     """Directory of checkpoints, metrics.jsonl and the resolved config."""
     load: str | None = None
-    """Directory to resume from; an empty one starts from scratch with a notice."""
+    """Directory to resume from, in any layout; an empty one starts from scratch with a notice."""
+    load_strict: bool = False
+    """Stop if the newest checkpoint is damaged, instead of resuming from the newest intact one."""
+    finetune: bool = False
+    """Load weights only and start at iteration 0. Optimizer, routing and the order in which the stored layers run may
+    be new; a router of another kind starts untrained."""
     save_interval: int | None = None
     """Iterations between checkpoints; the last iteration is always saved when --save is given."""
+    async_save: bool = False
+    """Train on while a checkpoint is written, from a copy of the state in CPU memory."""
+    on_save_failure: Literal["continue", "stop"] = "continue"
+    """What a checkpoint that cannot be written does to the run; one of the last iteration always fails it."""
+    keep_last: int | None = None
+    """Keep this many newest checkpoints and delete older ones; default: keep all."""
+    keep_every: int | None = None
+    """Keep also those whose iteration is a multiple of this."""
 
 
 @dataclass(frozen=True)

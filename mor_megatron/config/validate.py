@@ -20,6 +20,9 @@ from mor_megatron.recursion.plan import default_capacities, effective_depth
 
 logger = logging.getLogger(__name__)
 
+FLASH_LARGEST_HEAD = 256
+"""Widest head that flash-attn computes."""
+
 
 def validate(config: Config, world_size: int = 1) -> Config:
     """Check a configuration and fill in what follows from other fields. Validating twice changes nothing.
@@ -45,7 +48,7 @@ def validate(config: Config, world_size: int = 1) -> Config:
 
 _AT_LEAST_1 = """num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels
     max_position_embeddings vocab_size make_vocab_size_divisible_by num_recursions seq_length lr_decay_iters
-    micro_batch_size global_batch_size train_iters eval_interval save_interval log_interval
+    micro_batch_size global_batch_size train_iters eval_interval save_interval keep_last keep_every log_interval
     tensor_model_parallel_size pipeline_model_parallel_size check_routing_consistency
     initial_loss_scale loss_scale_window min_loss_scale hysteresis"""
 _AT_LEAST_0 = """init_method_std capacity_warmup_iters router_aux_loss_coeff router_aux_lr_mult router_z_loss_coeff
@@ -219,9 +222,28 @@ def _training(config: Config, world_size: int) -> Config:
     training = config.training
     if training.bf16 and training.fp16:
         raise ValueError("bf16=True and fp16=True exclude each other: use --bf16, or --fp16 alone")
+    _check_kernels(config)
     check_layout(config, world_size)
     check_batch(config, world_size)
     return replace(config, training=replace(training, global_batch_size=default_batch(config, world_size)))
+
+
+def _check_kernels(config: Config) -> None:
+    """Refuse kernels that are asked for and cannot compute this run on any machine."""
+    training = config.training
+    if training.bf16 or training.fp16:
+        if training.attention_backend == "flash" and config.model.kv_channels > FLASH_LARGEST_HEAD:
+            raise ValueError(
+                f"attention-backend=flash has heads of up to {FLASH_LARGEST_HEAD}, and kv-channels="
+                f"{config.model.kv_channels}: use auto or sdpa, or more attention heads"
+            )
+        return
+    if training.attention_backend == "flash":
+        raise ValueError("attention-backend=flash computes in 16 bits, and this run in fp32: add --bf16, or use auto")
+    if training.transformer_impl == "transformer_engine":
+        raise ValueError(
+            "transformer-impl=transformer_engine multiplies fp32 as TF32, which keeps 10 bits: add --bf16, or use auto"
+        )
 
 
 def _without_effect_off(config: Config) -> Config:
@@ -264,7 +286,7 @@ _READERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ),
     ("sequence_parallel", lambda c: c.parallel.tensor_model_parallel_size > 1, "--tensor-model-parallel-size above 1"),
     (
-        "pipeline_layers",
+        "pipeline_layers overlap_p2p_comm",
         lambda c: c.parallel.pipeline_model_parallel_size > 1,
         "--pipeline-model-parallel-size above 1",
     ),
@@ -279,8 +301,11 @@ _READERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("sgd_momentum", lambda c: c.optimizer.optimizer == "sgd", "--optimizer sgd"),
     ("fused_optimizer", lambda c: c.optimizer.optimizer == "adam", "--optimizer adam"),
     ("initial_loss_scale loss_scale_window min_loss_scale hysteresis", lambda c: c.training.fp16, "--fp16"),
+    ("recompute_unit", lambda c: c.training.recompute_granularity == "full", "--recompute-granularity full"),
     ("eval_fixed_depths", lambda c: c.training.eval_iters > 0, "--eval-iters above 0"),
-    ("save_interval", lambda c: c.checkpoint.save is not None, "--save"),
+    ("save_interval async_save on_save_failure keep_last", lambda c: c.checkpoint.save is not None, "--save"),
+    ("keep_every", lambda c: c.checkpoint.keep_last is not None, "--keep-last"),
+    ("load_strict finetune", lambda c: c.checkpoint.load is not None, "--load"),
     ("wandb_exp_name", lambda c: c.logging.wandb_project is not None, "--wandb-project"),
 )
 

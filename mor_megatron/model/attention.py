@@ -211,19 +211,18 @@ class MoRSelfAttention(SelfAttention):
 
     def _queries(self, hidden_states: Tensor) -> Tensor:
         """Query projection alone, [R, C, N, D]: the key and value rows of the fused weight are not multiplied."""
-        linear = self.linear_qkv
         groups, width = self.num_query_groups_per_partition, self.key_hidden_size
-        weight = linear.weight.view(groups, -1, width, linear.weight.shape[-1])[:, :-2].reshape(
-            -1, hidden_states.shape[-1]
-        )
+        weight = self.linear_qkv.weight
+        weight = weight.view(groups, -1, width, weight.shape[-1])[:, :-2].reshape(-1, weight.shape[-1])
+        sequence_parallel = self.config.sequence_parallel
         query = linear_with_grad_accumulation_and_async_allreduce(
             hidden_states,
             weight,
             None,
             gradient_accumulation_fusion=False,
-            allreduce_dgrad=linear.allreduce_dgrad,
-            sequence_parallel=linear.sequence_parallel,
-            tp_group=linear.tp_group,
+            allreduce_dgrad=self.config.tensor_model_parallel_size > 1 and not sequence_parallel,
+            sequence_parallel=sequence_parallel,
+            tp_group=self.pg_collection.tp,
         )
         return query.view(*query.shape[:2], -1, width)
 

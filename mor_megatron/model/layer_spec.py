@@ -1,4 +1,6 @@
-"""The Transformer layer: Megatron-core's, with our norm, activation and attention in its slots."""
+"""The Transformer layer: Megatron-core's, with our norm, activation and attention in its slots.
+
+With Transformer Engine, its linears and norms instead."""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from torch import Tensor, nn
 
 from mor_megatron.config.schema import Config
 from mor_megatron.model.attention import CoreAttention, MoRSelfAttention
+from mor_megatron.model.flash import FlashAttention
 from mor_megatron.model.functional import RMSNormFunction, SwiGLUFunction
+from mor_megatron.model.kernels import uses_flash_attention, uses_transformer_engine
 
 
 class RMSNorm(nn.Module):
@@ -63,7 +67,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,
-        # The slot of this name takes any activation module; nothing of Transformer Engine is used.
+        # The slot of this name takes any activation module, here ours.
         use_te_activation_func=True,
         bias_activation_fusion=False,
         add_bias_linear=False,
@@ -93,26 +97,40 @@ def _leave_alone(weight: Tensor) -> None:
     pass
 
 
-def layer_spec() -> ModuleSpec:
-    """TransformerLayer with Megatron-core's parallel linears and our parts between them."""
+def layer_spec(config: Config) -> ModuleSpec:
+    """TransformerLayer with parallel linears and norms from Megatron-core's backend and our parts between them.
+
+    Transformer Engine's module of a norm and a linear in one is not used: queries alone are projected from the
+    normalised rows where recursions share keys, it names the norm's weight in another way, and it saves time only in
+    fp8. So parameter names are the same for every backend. (Transformer Engine: reasoned, not run.)
+
+    Raises:
+        ValueError: a flag asks for a library that cannot be used here.
+    """
+    column, row, norm = ColumnParallelLinear, RowParallelLinear, RMSNorm
+    if uses_transformer_engine(config):
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        backend = TESpecProvider()
+        column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
+        norm = backend.layer_norm(rms_norm=True)
+    core_attention = CoreAttention
+    if uses_flash_attention(config):
+        core_attention = FlashAttention
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=MoRSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear
-                ),
+                submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=core_attention, linear_proj=row),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU
-                ),
+                submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=SwiGLU),
             ),
             mlp_bda=get_bias_dropout_add,
         ),

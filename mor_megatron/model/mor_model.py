@@ -32,6 +32,7 @@ from mor_megatron.parallel.cpu import device
 from mor_megatron.parallel.row_exchange import ShardedRows
 from mor_megatron.parallel.stages import PipelinePlan, pipeline_plan
 from mor_megatron.recursion import context as names
+from mor_megatron.recursion.accounting import padded_vocab_size
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.dispatch import ActiveTokens, LocalRows
 from mor_megatron.recursion.expert_choice import ExpertChoice
@@ -78,7 +79,7 @@ class MoRModel(MegatronModule):
         if layer_config.sequence_parallel:
             self.rows = ShardedRows(parallel_state.get_tensor_model_parallel_group())
 
-        spec = layer_spec()
+        spec = layer_spec(config)
         self.layers = PhysicalLayers(
             {
                 str(physical): build_module(spec, config=layer_config, layer_number=1 + physical)
@@ -260,12 +261,6 @@ class MoRModel(MegatronModule):
         if recursion.routing == "token_choice":
             return TokenChoice(recursion, self.plan, make_router, self.rows)
         return None
-
-
-def padded_vocab_size(vocab_size: int, divisor: int, tensor_parallel_size: int = 1) -> int:
-    """The vocabulary rounded up to a multiple of `divisor` on every tensor-parallel rank, as Megatron-LM does."""
-    unit = divisor * tensor_parallel_size
-    return -(-vocab_size // unit) * unit
 
 
 def build_model(config: Config, vocab_size: int) -> MoRModel:

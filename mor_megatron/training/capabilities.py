@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import torch
 import torch.distributed as dist
 
 from mor_megatron.config.deepspeed_settings import overlaps_reduction
 from mor_megatron.config.schema import Config
+from mor_megatron.model.kernels import uses_flash_attention, uses_transformer_engine
 from mor_megatron.parallel.cpu import device
+from mor_megatron.parallel.schedule import overlaps_messages
 from mor_megatron.training.engine import choose_driver
 from mor_megatron.training.optimizer import uses_fused_adam
 
@@ -18,19 +22,36 @@ def capabilities(config: Config) -> dict[str, str]:
     Raises:
         ValueError: a flag forces what is not there.
     """
-    cuda = torch.cuda.is_available()
+    training, cuda = config.training, torch.cuda.is_available()
     optimizer = "SGD"
     if config.optimizer.optimizer == "adam":
         optimizer = "fused AdamW" if uses_fused_adam(config.optimizer) else "AdamW"
-    if config.training.optimizer_cpu_offload:
+    if training.optimizer_cpu_offload:
         optimizer += " in CPU memory"
-    return {
+    found = {
         "device": torch.cuda.get_device_name() if cuda else device().type,
         "communication": dist.get_backend(),
+        "precision": _precision(config),
+        "layers": "Megatron-core",
+        "attention": "PyTorch",
         "optimizer": optimizer,
         "gradient reduction": "overlapped" if overlaps_reduction(config, cuda) else "after backward",
         "micro-batches driven by": {"schedule": "Megatron-core", "engine": "DeepSpeed"}[choose_driver(config)],
     }
+    if uses_transformer_engine(config):
+        found["layers"] = f"Transformer Engine {version('transformer-engine')}"
+    if uses_flash_attention(config):
+        found["attention"] = f"flash-attn {version('flash-attn')}"
+    if config.parallel.pipeline_model_parallel_size > 1:
+        found["pipeline messages"] = "overlapped" if overlaps_messages(config) else "waited for"
+    return found
+
+
+def _precision(config: Config) -> str:
+    training = config.training
+    if training.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(f"bf16=True, but {torch.cuda.get_device_name()} has no bf16: use --fp16, or fp32")
+    return "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
 
 
 def capability_line(config: Config) -> str:

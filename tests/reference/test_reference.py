@@ -1,6 +1,6 @@
 """Our model against the authors' numbers: logits, losses, gradients, selections, decoding.
 
-`pytest tests/reference --reference-dir DIR` runs any other directory of such files.
+`pytest tests/reference --reference-dir DIR` runs any other directory of such files. With CUDA, ours runs there.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from authors import Case, gradients_of, load_case, model_of, unique_storages
 
 from mor_megatron.data.batch import Batch
+from mor_megatron.parallel.cpu import device
 from mor_megatron.recursion import context as names
 from mor_megatron.recursion.context import RoutingContext
 
@@ -34,11 +35,11 @@ def case(request, process_group) -> Case:
 
 
 def _ids(case: Case) -> torch.Tensor:
-    return case["input_ids"].long()
+    return case["input_ids"].long().to(device())
 
 
 def _close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, what: str) -> None:
-    error = (ours.detach().double() - theirs.double()).abs().max().item()
+    error = (ours.detach().double().cpu() - theirs.double()).abs().max().item()
     assert error <= tolerance, f"{what} differs by {error:.3g}"
 
 
@@ -52,7 +53,7 @@ def _check_selections(case: Case, context: RoutingContext, mode: str) -> None:
     for r in range(case.config.recursion.num_recursions):
         if f"{mode}.rec{r}.selected" in case:
             selected = case[f"{mode}.rec{r}.selected"]
-            ours = torch.stack([m.nonzero().view(-1) for m in context.trace[f"active_{r}"].unbind(1)])
+            ours = torch.stack([m.nonzero().view(-1) for m in context.trace[f"active_{r}"].cpu().unbind(1)])
             assert torch.equal(ours, selected.long()), f"{mode}: recursion {r} selects other tokens"
 
 
@@ -84,21 +85,21 @@ def test_training_router(case):
         _close(metrics[names.Z_LOSS], case["train.router_z_loss"], LOSS_TOL, "train.router_z_loss")
     if case.routing == "token_choice":
         _close(context.trace["router_logits"].transpose(0, 1), case["train.routertok.logits"], LOGITS_TOL, "logits")
-        assert torch.equal(context.trace["depth"].t(), case["train.tok.depth_index"].long())
+        assert torch.equal(context.trace["depth"].t().cpu(), case["train.tok.depth_index"].long())
         fractions = torch.stack([metrics[names.DEPTH_FRACTION.format(r)] for r in range(recursion.num_recursions)])
         _close(fractions, case["train.balancing_ratio"], LOSS_TOL, "train.balancing_ratio")
         if recursion.router_balance == "loss":
             _close(metrics[names.BALANCE_LOSS], case["train.balancing_loss"], LOSS_TOL, "train.balancing_loss")
         return
     for r in range(recursion.num_recursions):
-        logits = context.trace[f"router_logits_{r}"].transpose(0, 1)
+        logits = context.trace[f"router_logits_{r}"].transpose(0, 1).cpu()
         _close(logits, case[f"train.router{r}.logits"], LOGITS_TOL, f"train.router{r}.logits")
         _close(context.trace[f"aux_loss_{r}"], case[f"train.rec{r}.sampling_loss"], LOSS_TOL, f"sampling_loss {r}")
         accuracy = context.trace[f"selection_accuracy_{r}"]
         if recursion.router_func == "none":
             # The authors compare the logit, not its sigmoid, with 0.5 here (docs/mor.md, sec. 3.2): redo it their way.
-            target = context.trace[f"active_{r}"].t()
-            candidates = torch.ones_like(target) if r == 0 else context.trace[f"active_{r - 1}"].t()
+            target = context.trace[f"active_{r}"].t().cpu()
+            candidates = torch.ones_like(target) if r == 0 else context.trace[f"active_{r - 1}"].t().cpu()
             chosen = target[candidates].view(logits.shape[0], -1)
             accuracy = ((logits.squeeze(-1) >= 0.5) == chosen).float().mean()
         _close(accuracy, case[f"train.rec{r}.sampling_acc"], LOSS_TOL, f"sampling_acc {r}")
