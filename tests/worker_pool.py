@@ -172,12 +172,16 @@ def form_world(rank: int, world_size: int, store: str) -> None:
     """A new process group in the place of the old one, and nothing left of what was built on that."""
     import deepspeed
     import torch.distributed as dist
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.partition_parameters import Init
     from megatron.core import parallel_state
 
-    # ZeRO-3 numbers parameters over a process's life and compares the numbers over ranks; lives differ here.
+    # ZeRO-3 numbers parameters and modules over a process's life and compares the numbers over ranks, whose lives
+    # differ here. The count of modules is a default argument.
     Init.param_id = 0
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
     if dist.is_initialized():
+        release_engines()
         parallel_state.destroy_model_parallel()
         if deepspeed.comm.comm.cdb is None:  # no engine was built
             dist.destroy_process_group()
@@ -191,3 +195,16 @@ def form_world(rank: int, world_size: int, store: str) -> None:
         world_size=world_size,
         timeout=timedelta(seconds=TIMEOUT),
     )
+
+
+def release_engines() -> None:
+    """Let go of DeepSpeed's engines, which their hooks on gradient accumulators keep alive for ever.
+
+    With them live their process groups, and each of gloo's has threads that wake a hundred times a second.
+    """
+    import deepspeed
+
+    for thing in gc.get_objects():
+        if isinstance(thing, deepspeed.DeepSpeedEngine):
+            thing.destroy()
+    gc.collect()
