@@ -10,8 +10,8 @@ import pytest
 from mor_megatron.config.schema import Config, DataConfig, ModelConfig, RecursionConfig, TrainingConfig
 from mor_megatron.config.validate import validate
 from mor_megatron.recursion.accounting import executed_flops_per_token
-from mor_megatron.training.checkpoint import Progress
 from mor_megatron.training.metrics import JsonLines, TensorBoard, log_line, training_record, validation_line
+from mor_megatron.training.progress import Progress
 from mor_megatron.training.train_step import StepReport
 
 ROUTING = {"aux_loss": 2.0, "tokens_per_recursion_0": 1.0, "tokens_per_recursion_1": 0.5, "mean_depth": 1.5}
@@ -43,6 +43,14 @@ def test_log_line_has_megatrons_fields_in_megatrons_order():
         rf"mean depth: 1\.5000 \| tokens per second: 1024 \| utilisation: ({number})% \|$"
     )
     assert re.match(pattern, line), line
+
+
+def test_the_loss_scale_is_the_real_one():
+    report = StepReport(7.0, 1.25, True, (), ROUTING, loss_scale=32768.0)
+    progress = Progress(10, 80)
+    got = training_record(CONFIG, 100, progress, report, lr=3e-3, seconds=0.5, ranks=2, peak_tflops=2e-3)
+    assert got["loss_scale"] == 32768.0
+    assert "| loss scale: 32768.0 |" in log_line([record(9), got], train_iters=100, now=datetime.now())
 
 
 def test_log_line_averages_and_leaves_out_what_was_not_finite():

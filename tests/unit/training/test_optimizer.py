@@ -1,10 +1,11 @@
 """Parameter groups and their rates."""
 
+import pytest
 import torch
 from torch import nn
 
 from mor_megatron.config.schema import OptimizerConfig
-from mor_megatron.training.optimizer import build_optimizer, parameter_groups, set_learning_rate
+from mor_megatron.training.optimizer import build_optimizer, parameter_groups, set_learning_rate, uses_fused_adam
 
 
 class Net(nn.Module):
@@ -66,3 +67,40 @@ def test_step_matches_adamw_by_hand():
         weight = weight * (1 - lr * 0.1)
         weight -= lr * (first / (1 - 0.9**step)) / ((second / (1 - 0.95**step)).sqrt() + 1e-8)
     torch.testing.assert_close(net.weight.detach().double(), weight, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("fused", ["auto", "on", "off"])
+def test_a_fused_step_is_the_same_step(fused):
+    config = OptimizerConfig(fused_optimizer=fused, weight_decay=0.1)
+    assert uses_fused_adam(config) == (fused != "off")  # PyTorch has fused AdamW for CPUs and CUDA
+    torch.manual_seed(0)
+    net = Net()
+    trained = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+    reference = {name: parameter.detach().clone().requires_grad_() for name, parameter in trained.items()}
+    optimizer = build_optimizer(net, config)
+    plain = torch.optim.AdamW(reference.values(), lr=0.1, betas=(0.9, 0.95), weight_decay=0.0, fused=False)
+    assert {group["fused"] for group in optimizer.param_groups} == {fused != "off"}
+    for group in optimizer.param_groups:
+        group["weight_decay"], group["lr_mult"] = 0.0, 1.0
+    for name, parameter in trained.items():
+        parameter.grad = torch.randn_like(parameter)
+        reference[name].grad = parameter.grad.clone()
+    set_learning_rate(optimizer.param_groups, 0.1)
+    optimizer.step()
+    plain.step()
+    for name, parameter in trained.items():
+        torch.testing.assert_close(parameter, reference[name], rtol=1e-6, atol=1e-7)
+
+
+def test_a_missing_fused_adam_is_noticed(monkeypatch):
+    adam = torch.optim.AdamW
+
+    def without_fused(*args, fused=False, **kwargs):
+        if fused:
+            raise RuntimeError("`fused=True` requires all the params to be floating point Tensors of supported devices")
+        return adam(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "AdamW", without_fused)
+    assert not uses_fused_adam(OptimizerConfig())
+    with pytest.raises(ValueError, match="fused-optimizer=on, but cpu has no fused AdamW: use auto or off"):
+        uses_fused_adam(OptimizerConfig(fused_optimizer="on"))
