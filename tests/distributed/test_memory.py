@@ -1,0 +1,73 @@
+"""The table of bytes in parallel/memory.py, and its count of parameters, against what real engines hold."""
+
+from __future__ import annotations
+
+import footprint
+import pytest
+from layout_runs import my_batches
+from table import LAYOUTS, VOCABULARY, build_config
+from torch import Tensor
+
+from mor_megatron.config.schema import Config
+from mor_megatron.model import build_model
+from mor_megatron.parallel.distributed import initialize_distributed
+from mor_megatron.parallel.memory import rank_parameters, rank_state
+from mor_megatron.parallel.stages import pipeline_plan
+from mor_megatron.training.engine import build_engine
+from mor_megatron.training.train_step import train_step
+
+PADDING = 0.02  # of these small models; DeepSpeed rounds what it divides up, and Adam keeps a step count a tensor
+BY_NAME = {layout.name: layout for layout in LAYOUTS}
+CASES = [
+    *((name, "expert-nr3", "adam", False) for name in ("dp2-zero0", "dp2", "dp2-zero2", "dp2-zero3")),
+    *((name, "expert-nr3", "adam", True) for name in ("dp2-zero0", "dp2", "dp2-zero2", "dp2-zero3")),
+    ("dp2", "vanilla", "sgd", False),
+    ("pp2-uneven", "token-balance", "adam", False),
+    ("tp2", "expert-gqa", "adam", False),
+    ("tp2-pp2", "expert-untied", "adam", False),
+    ("pp4", "expert-aux-router", "adam", False),
+]
+
+
+def measure(config: Config) -> tuple[int, int, int, int]:
+    """Parameters, and bytes of weights, gradients and optimizer state just before the second update."""
+    initialize_distributed(config)
+    model = build_model(config, VOCABULARY)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    engine = build_engine(model, config)
+    engine.module.train()
+    held = []
+    step = engine.step
+
+    def look_and_step() -> None:
+        tensors = footprint.weights(model), gradients(engine), optimizer_state(engine)
+        held[:] = [footprint.nbytes(part) for part in tensors]
+        step()
+
+    engine.step = look_and_step
+    for iteration in (1, 2):
+        train_step(engine, my_batches(config, iteration), config, iteration, 0.01)
+    return parameters, *held
+
+
+def gradients(engine) -> list[Tensor]:
+    shares = getattr(engine.optimizer, "all_grad_tensors", {})  # ZeRO-2
+    return footprint.gradients(engine) + [tensor for share in shares.values() for tensor in share or ()]
+
+
+def optimizer_state(engine) -> list[Tensor]:
+    # ZeRO-3 hands its fp32 copies to the optimizer only during the update.
+    return footprint.optimizer_state(engine) + list(getattr(engine.optimizer, "fp32_partitioned_groups_flat", ()))
+
+
+@pytest.mark.parametrize(("name", "model", "optimizer", "bf16"), CASES, ids=lambda value: str(value))
+def test_the_table_is_what_engines_hold(workers, name, model, optimizer, bf16):
+    layout = BY_NAME[name]
+    config = build_config(model, layout, optimizer, bf16=bf16)
+    pipeline = pipeline_plan(config, VOCABULARY)
+    for rank, measured in enumerate(workers.run(layout.world_size, layout.groups, measure, config)):
+        stage = rank * layout.pp // layout.world_size
+        expected = rank_state(config, rank_parameters(config, VOCABULARY, pipeline, stage), layout.world_size)
+        assert measured[0] == expected.parameters, f"rank {rank}"
+        planned = (expected.weights, expected.gradients, expected.optimizer)
+        assert measured[1:] == pytest.approx(planned, rel=PADDING), f"rank {rank}"

@@ -1,0 +1,67 @@
+"""Training processes as srun starts them; one is killed in the middle, and the others stop and name it."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_runs import ROOT
+
+FLAGS = """--num-layers 8 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 2 --num-recursions 3
+    --routing expert_choice --vocab-size 64 --seq-length 24 --split 80,20,0 --micro-batch-size 2 --global-batch-size 8
+    --train-iters 1000000 --eval-iters 0 --log-interval 5 --peak-tflops 1"""
+LIMIT = 120.0  # seconds until a rank counts as hung; 10 are the rule
+
+
+def a_job() -> str:
+    """A job number whose port is free."""
+    with socket.socket() as probe:
+        for port in range(10000 + os.getpid() % 20000, 30000):
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return str(port - 10000)
+    raise AssertionError("no port is free")
+
+
+@pytest.mark.parametrize(
+    ("count", "victim", "layout"),
+    [
+        pytest.param(2, 1, "", id="dp2"),
+        pytest.param(4, 2, "--pipeline-model-parallel-size 2", id="pp2-dp2", marks=pytest.mark.slow),
+    ],
+)
+def test_the_others_stop_and_name_it(corpus, tmp_path, count, victim, layout):
+    command = [sys.executable, str(ROOT / "pretrain_mor.py"), *FLAGS.split(), *layout.split(), "--data-path", corpus]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MASTER", "LOCAL_"))}
+    job = {"SLURM_JOB_ID": a_job(), "SLURM_NTASKS": str(count), "OMP_NUM_THREADS": "1"}
+    outputs = [tmp_path / f"{rank}.log" for rank in range(count)]
+    processes = []
+    try:
+        for rank in range(count):
+            task = clean | job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+            with outputs[rank].open("w") as output:
+                pipes = {"stdout": subprocess.PIPE if rank == 0 else output, "stderr": output}
+                processes.append(subprocess.Popen(command, env=task, **pipes))
+        for line in processes[0].stdout:
+            if b"iteration       10/" in line:
+                break
+        else:
+            pytest.fail("training did not begin: " + outputs[0].read_text()[-2000:])
+        processes[victim].kill()
+        for rank, process in enumerate(processes):
+            process.communicate(timeout=LIMIT)
+            assert rank == victim or process.returncode == 1, outputs[rank].read_text()[-2000:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    reports = re.findall(r"^error: .*", "\n".join(map(Path.read_text, outputs)), re.MULTILINE)
+    assert len(reports) == 1
+    assert re.match(rf"error: lost rank {victim} \(\S+, process {processes[victim].pid}\) of {count}; ", reports[0])

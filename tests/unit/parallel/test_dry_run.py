@@ -1,0 +1,107 @@
+"""--dry-run: the plan, the layout and its numbers, without torch and without a process group."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mor_megatron.config.cli import parse_config, read_config
+from mor_megatron.config.validate import validate
+from mor_megatron.parallel.layout import describe_layout, stage_work
+from mor_megatron.parallel.stages import pipeline_plan
+
+MOR = (
+    "--num-layers 14 --num-recursions 3 --routing expert_choice --hidden-size 64 --ffn-hidden-size 176 --seq-length 128"
+)
+
+
+def describe(flags: str, ranks: int, vocab_size: int = 1000) -> str:
+    return describe_layout(validate(read_config(flags.split()), ranks), vocab_size, ranks)
+
+
+def test_the_ring_of_four_processes():
+    flags = f"{MOR} --pipeline-model-parallel-size 2 --pipeline-layers 3 1 --global-batch-size 32 --bf16"
+    lines = describe(flags, 4).splitlines()
+    assert lines[0] == "layout: 4 ranks = TP 1 x PP 2 x DP 2, ZeRO 1, bf16"
+    layer = 4 * 64 * 64 + 3 * 64 * 176 + 2 * 64
+    first, last = 1024 * 64 + 3 * 64 + 4 * layer, 2 * layer + 64 + 1024 * 64
+    assert re.match(rf"0-1 +embedding, routers, layers 0-3 +{first:,} ", lines[2])
+    assert re.match(rf"2-3 +layers 4-5, head \(copy of the embedding\) +{last:,} ", lines[3])
+    assert lines[4].startswith("split: 3 + 1 of the block's 4 layers, as given; stage 0 has ")
+    assert lines[5] == "batch: 32 sequences of 128 tokens = 4 a micro-batch x 4 micro-batches x 2 data-parallel ranks"
+    assert lines[6] == (
+        "schedule: ring, 3 turns of a micro-batch (one a recursion), 2 micro-batches a turn; "
+        "a rank waits 7.7% of the time = (2 - 1) / (4 x 3 + 2 - 1)"
+    )
+
+
+def test_one_process():
+    lines = describe(MOR, 1).splitlines()
+    assert lines[0] == "layout: 1 rank = TP 1 x PP 1 x DP 1, ZeRO 1, fp32"
+    assert re.match(r"0 +embedding, routers, layers 0-5, head \(the embedding\) +\d", lines[2])
+    assert lines[-1] == "schedule: no pipeline, micro-batches one after another"
+
+
+def test_an_ordinary_pipeline():
+    lines = describe("--pipeline-model-parallel-size 2 --global-batch-size 16", 2).splitlines()
+    assert (
+        lines[-1] == "schedule: one forward, one backward; a rank waits 20.0% of the time = (2 - 1) / (4 x 1 + 2 - 1)"
+    )
+
+
+def test_the_default_split_is_the_best_of_all_for_the_slowest_rank():
+    config = validate(read_config(f"{MOR} --pipeline-model-parallel-size 2".split()), 2)
+    slowest = {}
+    for first in (1, 2, 3):
+        flags = f"{MOR} --pipeline-model-parallel-size 2 --pipeline-layers {first} {4 - first}"
+        given = validate(read_config(flags.split()), 2)
+        slowest[first, 4 - first] = max(stage_work(given, 30000, pipeline_plan(given, 30000)))
+    chosen = pipeline_plan(config, 30000)
+    assert chosen.block_layers == min(slowest, key=slowest.get)
+    assert sum(stage_work(config, 30000, chosen)) == pytest.approx(1.0)
+    assert chosen.block_layers[1] < chosen.block_layers[0], "a head of 30,000 words weighs more than a layer"
+
+
+@pytest.mark.parametrize(("world_size", "shown"), [(None, "2 ranks = TP 1 x PP 2 x DP 1"), ("8", "8 ranks")])
+def test_world_size_is_the_launchers_or_one_copy_of_the_model(monkeypatch, capsys, world_size, shown):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world_size is not None:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+    flags = f"{MOR} --pipeline-model-parallel-size 2 --vocab-size 1000 --dry-run"
+    with pytest.raises(SystemExit) as stop:
+        parse_config(flags.split())
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("middle_cycle, Nr=3: 14 virtual layers on 6 unique ones (block of 4)\n")
+    assert f"layout: {shown}" in printed
+
+
+REFUSED = {
+    "no vocabulary": (f"{MOR}", "vocab-size is not set: give it, or --tokenizer-type"),
+    "no layout": (f"{MOR} --vocab-size 100 --pipeline-model-parallel-size 9", "does not fit a block of 4 layers"),
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_one_line_and_exit_code_2(monkeypatch, capsys, flags, message):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        parse_config([*flags.split(), "--dry-run"])
+    assert stop.value.code == 2
+    assert re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err)
+
+
+def test_it_does_not_load_torch():
+    program = (
+        "import sys; from mor_megatron.config.cli import parse_config\n"
+        "try: parse_config(['--dry-run', '--vocab-size', '100'])\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    root = Path(__file__).parents[3]
+    process = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "layout: 1 rank" in process.stdout
