@@ -25,6 +25,7 @@ def main() -> int:
     # After the flags: --help and a wrong flag need not wait for torch.
     import torch.distributed as dist
 
+    from mor_megatron.checkpointing.save import SaveError
     from mor_megatron.parallel.consistency import RoutingMismatchError
     from mor_megatron.parallel.roll_call import hold_roll_call
     from mor_megatron.training.loop import NonFiniteError, pretrain
@@ -34,10 +35,10 @@ def main() -> int:
     except RoutingMismatchError as error:  # not on every rank, so that each that knows says it
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    except (ValueError, NonFiniteError) as error:
+    except (ValueError, NonFiniteError, SaveError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, NonFiniteError) else 2
+        return 2 if isinstance(error, ValueError) else 1
     except RuntimeError as error:
         hold_roll_call(error)  # returns if this rank's own work failed
         raise

@@ -12,6 +12,8 @@ from functools import partial
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from mor_megatron.checkpointing.load import load_checkpoint
+from mor_megatron.checkpointing.save import SaveError, Saver
 from mor_megatron.config.schema import Config, DataConfig
 from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
@@ -23,7 +25,6 @@ from mor_megatron.parallel.launch import launched_world_size
 from mor_megatron.parallel.layout import describe_layout
 from mor_megatron.recursion.accounting import count_parameters, executed_flops_per_token
 from mor_megatron.training.capabilities import capability_line
-from mor_megatron.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from mor_megatron.training.engine import Engine, build_engine
 from mor_megatron.training.evaluate import evaluate
 from mor_megatron.training.metrics import (
@@ -35,6 +36,7 @@ from mor_megatron.training.metrics import (
     validation_line,
 )
 from mor_megatron.training.peak import device_peak
+from mor_megatron.training.progress import Progress
 from mor_megatron.training.schedule import learning_rate
 from mor_megatron.training.train_step import StepReport, train_step
 
@@ -59,6 +61,7 @@ def pretrain(config: Config) -> None:
     Raises:
         ValueError: the settings, data or checkpoint do not fit; the message names field, value and remedy.
         NonFiniteError: more than `max_skipped_steps` steps in a row were not finite.
+        SaveError: the last checkpoint, or with `on_save_failure` stop any, could not be written.
     """
     config = validate(config, dist.get_world_size() if dist.is_initialized() else launched_world_size() or 1)
     initialize_distributed(config)
@@ -82,7 +85,13 @@ def train(engine: Engine, config: Config, progress: Progress, batches: Batches, 
         writers = open_writers(config, progress.iteration) if dist.get_rank() == 0 else []
         for writer in writers:
             stack.callback(writer.close)
-        _iterate(engine, config, progress, batches, vocab_size, peak, writers)
+        saver = stack.enter_context(Saver(engine, config, vocab_size)) if config.checkpoint.save is not None else None
+        try:
+            _iterate(engine, config, progress, batches, vocab_size, peak, writers, saver)
+        except NonFiniteError:
+            if saver is not None:
+                saver.finish()  # all ranks are here, so that a checkpoint in flight need not be lost
+            raise
 
 
 def _iterate(
@@ -93,8 +102,9 @@ def _iterate(
     vocab_size: int,
     peak: float,
     writers: list[Writer],
+    saver: Saver | None,
 ) -> None:
-    training, checkpoint = config.training, config.checkpoint
+    training = config.training
     train_batches = batches.training(progress.consumed_samples)
     window: list[Record] = []
     engine.module.train()
@@ -126,9 +136,15 @@ def _iterate(
             record = {"iteration": progress.iteration, "consumed_samples": progress.consumed_samples} | losses
             _write(writers, record)
             _say(validation_line(record))
-        interval = checkpoint.save_interval
-        if checkpoint.save is not None and (last or (interval is not None and progress.iteration % interval == 0)):
-            _say(f"saved {save_checkpoint(engine, config, progress, vocab_size)}")
+        if saver is not None:
+            saver.poll()
+            interval = config.checkpoint.save_interval
+            if last or (interval is not None and progress.iteration % interval == 0):
+                saver.save(progress)
+    if saver is not None:
+        saver.finish()
+        if saver.last_failed is not None:
+            raise SaveError(saver.last_failed)
 
 
 def advance(progress: Progress, report: StepReport, config: Config) -> None:

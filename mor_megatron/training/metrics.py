@@ -17,7 +17,7 @@ from typing import Protocol
 from mor_megatron.config.schema import Config
 from mor_megatron.recursion.accounting import executed_flops_per_token
 from mor_megatron.recursion.context import TOKENS_PER_RECURSION
-from mor_megatron.training.checkpoint import Progress
+from mor_megatron.training.progress import Progress
 from mor_megatron.training.train_step import StepReport
 
 Record = dict[str, float | int | None]

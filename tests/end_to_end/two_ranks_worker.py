@@ -17,9 +17,9 @@ from small_runs import MODES, VOCABULARY, mode_name, small_config
 from mor_megatron.config.validate import validate
 from mor_megatron.model import build_model
 from mor_megatron.parallel.distributed import initialize_distributed
-from mor_megatron.training.checkpoint import Progress
 from mor_megatron.training.engine import build_engine
 from mor_megatron.training.loop import NonFiniteError, build_data, pretrain, train
+from mor_megatron.training.progress import Progress
 from mor_megatron.training.train_step import train_step
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints that prove themselves intact and resume in any layout."""

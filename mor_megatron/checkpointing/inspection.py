@@ -1,0 +1,86 @@
+"""What a checkpoint is, in words, and everything that is wrong with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from mor_megatron.checkpointing.manifest import Manifest, damage, read_manifest
+from mor_megatron.checkpointing.pieces import BUFFER, STEP, WEIGHT, Piece
+from mor_megatron.checkpointing.reader import WHOLE
+
+
+def verify(directory: str | Path) -> Iterator[str]:
+    """Read a whole checkpoint and describe what is wrong with it: nothing, for an intact one.
+
+    Beyond what loading looks at (size and checksum of every file), the pieces must make up every parameter once.
+    """
+    directory = Path(directory)
+    try:
+        manifest = read_manifest(directory)
+    except ValueError as error:
+        yield str(error)
+        return
+    lengths: dict[str, int] = {}
+    for name, stored in manifest.files.items():
+        problem = damage(directory, manifest, [name])
+        if problem is not None:
+            yield problem
+        elif stored.pieces:
+            try:
+                with safe_open(directory / name, "pt") as file:
+                    lengths |= {key: file.get_slice(key).get_shape()[0] for key in stored.pieces}
+            except (SafetensorError, IndexError) as error:
+                yield f"{directory / name} does not hold what the manifest lists ({error})"
+    yield from _gaps(directory, manifest, lengths)
+
+
+def _gaps(directory: Path, manifest: Manifest, lengths: dict[str, int]) -> Iterator[str]:
+    runs: dict[tuple[str, str, int], list[tuple[int, int]]] = {}
+    for key, length in lengths.items():
+        piece = Piece.parse(key)
+        runs.setdefault((piece.kind, piece.name, piece.share), []).append((piece.offset, piece.offset + length))
+    kinds = {(kind, name) for kind, name, _ in runs}
+    for name, cut in manifest.parameters.items():
+        wanted = {kind for kind, other in kinds if other == name}
+        if not wanted & {WEIGHT, BUFFER} and WHOLE[WEIGHT] not in manifest.files:
+            yield f"{directory} has no weights of {name}"
+        for kind in sorted(wanted):
+            for share in range(1 if kind == STEP else cut.shares):
+                spans = sorted(runs.get((kind, name, share), []))
+                end = 1 if kind == STEP else cut.share_numel
+                edges = [(0, 0), *spans, (end, end)]
+                bad = next((a[1] for a, b in pairwise(edges) if a[1] != b[0]), None)
+                if bad is not None:
+                    yield f"{directory}: {kind}/{name}, share {share}, is not whole at element {bad}"
+
+
+def describe(directory: str | Path) -> str:
+    """Model, progress, layout, sizes.
+
+    Raises:
+        ValueError: it has no intact manifest.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    weights = sum(math.prod(cut.unpadded) for cut in manifest.parameters.values())
+    size = sum(stored.size for stored in manifest.files.values())
+    kinds = sorted({Piece.parse(key).kind for stored in manifest.files.values() for key in stored.pieces})
+
+    def shown(values: dict) -> str:
+        return "  ".join(f"{name}={value}" for name, value in values.items())
+
+    rows = {
+        "progress": shown(manifest.progress),
+        "model": shown(manifest.model),
+        "optimizer": manifest.optimizer,
+        "parameters": f"{weights:,} in {len(manifest.parameters)} tensors; {' '.join(kinds) or 'weights only'}",
+        "written by": shown(manifest.layout),
+        "versions": shown(manifest.versions),
+        "files": f"{len(manifest.files)}, {size / 1e6:,.1f} MB",
+    }
+    return "\n".join([str(directory), *(f"  {name:10}  {value}" for name, value in rows.items())])

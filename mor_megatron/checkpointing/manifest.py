@@ -1,0 +1,178 @@
+"""The manifest: what a checkpoint consists of, written last, and the only thing that makes a directory a checkpoint.
+
+It lists every file with size and checksum, and carries a checksum of itself, so that damage anywhere is noticed. It is
+no protection against someone who forges both.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from mor_megatron.checkpointing.pieces import STEP, Cut, Piece
+from mor_megatron.checkpointing.tensor_file import Written, checksum_of
+from mor_megatron.training.progress import Progress
+
+FORMAT = "mor-megatron checkpoint 2"
+MANIFEST, CONFIG = "manifest.json", "config.yaml"
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of a checkpoint."""
+
+    size: int
+    checksum: str
+    """XXH3, 128 bits, hexadecimal."""
+    pieces: tuple[str, ...] = ()
+    """Names of the tensors in it; none if it is no tensor file."""
+
+    @classmethod
+    def of(cls, written: Written, pieces: tuple[str, ...] = ()) -> StoredFile:
+        return cls(written.size, written.checksum, pieces)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of a checkpoint but its tensors."""
+
+    progress: dict[str, int]
+    """Fields of `Progress`."""
+    model: dict[str, Any]
+    """What decides which parameters there are: `model_shape`."""
+    layout: dict[str, Any]
+    """How the run that wrote it was divided; for people, since any layout can read it."""
+    optimizer: str
+    versions: dict[str, str]
+    loss_scaler: dict[str, float] | None
+    """fp16 only."""
+    random: dict[str, Any]
+    """`random_state()`."""
+    parameters: dict[str, Cut]
+    """Of the whole model, buffers included, and how the writer cut them."""
+    files: dict[str, StoredFile]
+
+    @property
+    def iteration(self) -> int:
+        return self.progress["iteration"]
+
+    def to_json(self) -> str:
+        """Text that `parse` turns back into an equal manifest."""
+        content = {"format": FORMAT, **asdict(self)}
+        return json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint, whole and undamaged; its files are not looked at.
+
+    Raises:
+        ValueError: there is none, it is damaged, or of another format; names the file, and the field at fault.
+    """
+    path = directory / MANIFEST
+    try:
+        text = path.read_bytes().decode()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): the checkpoint is not complete") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged at byte {error.start}: it is no UTF-8 text") from error
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or of another version: {error}") from error
+
+
+def parse(text: str) -> Manifest:
+    """Raises ValueError that names the field at fault."""
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno} is no JSON ({error.msg})") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError("it is no JSON object")
+    if content.get("format") != FORMAT:
+        raise ValueError(f"format is {content.get('format')!r:.80}, and this version reads {FORMAT!r}")
+    stated = content.pop("checksum", None)
+    if stated != _checksum(content):
+        raise ValueError("its content does not have the checksum that it states")
+    del content["format"]
+    _expect(set(content) == {field.name for field in fields(Manifest)}, "its fields")
+    for name in ("progress", "model", "layout", "versions", "random", "parameters", "files"):
+        _expect(isinstance(content[name], dict), name)
+    _expect(isinstance(content["optimizer"], str), "optimizer")
+    _expect(set(content["progress"]) == {field.name for field in fields(Progress)}, "progress")
+    _expect(all(_whole(count) for count in content["progress"].values()), "progress")
+    scaler = content["loss_scaler"]
+    _expect(scaler is None or (isinstance(scaler, dict) and all(map(_number, scaler.values()))), "loss_scaler")
+    content["parameters"] = {name: _cut(name, entry) for name, entry in content["parameters"].items()}
+    content["files"] = {name: _file(name, entry) for name, entry in content["files"].items()}
+    return Manifest(**content)
+
+
+def damage(directory: Path, manifest: Manifest, names: list[str], contents: bool = True) -> str | None:
+    """What is wrong with some of a checkpoint's files, in words; None if nothing is.
+
+    Args:
+        names: which of `manifest.files`.
+        contents: read them and compare checksums, not just sizes.
+    """
+    for name in names:
+        path, stored = directory / name, manifest.files[name]
+        try:
+            size = path.stat().st_size
+            if size != stored.size:
+                return f"{path} has {size} bytes instead of {stored.size}"
+            if contents and checksum_of(path) != stored.checksum:
+                return f"{path} does not have the content it was written with: its checksum differs"
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror})"
+    return None
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _expect(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(f"{what:.200} is not as it should be")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _cut(name: str, entry: Any) -> Cut:
+    what = f"parameters: {name}"
+    _expect(isinstance(entry, dict) and set(entry) == {field.name for field in fields(Cut)}, what)
+    shape, dim, stride, size, rows = (entry[field.name] for field in fields(Cut))
+    _expect(isinstance(shape, list) and len(shape) > 0 and all(map(_whole, shape)), what)
+    _expect(_whole(stride) and _whole(size) and stride > 0 and size > 0, what)
+    _expect(dim is None or (_whole(dim) and dim < len(shape) and shape[dim] % (stride * size) == 0), what)
+    _expect(rows is None or (_whole(rows) and rows <= shape[0]), what)
+    return Cut(tuple(shape), dim, stride, size, rows)
+
+
+def _file(name: str, entry: Any) -> StoredFile:
+    what = f"files: {name}"
+    _expect(isinstance(entry, dict) and set(entry) == {field.name for field in fields(StoredFile)}, what)
+    _expect(name == Path(name).name, what)  # a name, and no path to another place
+    size, checksum, pieces = (entry[field.name] for field in fields(StoredFile))
+    _expect(_whole(size) and isinstance(checksum, str), what)
+    _expect(isinstance(pieces, list) and all(isinstance(piece, str) for piece in pieces), what)
+    for piece in pieces:
+        try:
+            parsed = Piece.parse(piece)
+        except ValueError as error:
+            raise ValueError(f"{what}: {piece!r:.80} is no name of a piece") from error
+        _expect(parsed.kind != STEP or parsed.offset == 0, f"{what}: {piece}")
+    return StoredFile(size, checksum, tuple(pieces))

@@ -1,0 +1,265 @@
+"""Saving: all ranks write their pieces, agree that they are on the disk, and only then is there a checkpoint.
+
+1. rank 0 makes `iter_N.partial`;
+2. every rank writes its pieces there, flushed to the disk; with `--async-save`, a thread does, from a copy;
+3. all ranks exchange what they wrote, or what went wrong;
+4. rank 0 writes config and manifest, renames the directory, points `latest` to it, deletes what retention gives up.
+
+Whatever fails, older checkpoints stay as they are. Collectives are the main thread's alone: the writing thread only
+writes files, and an asynchronous save is completed between two iterations (`poll`).
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from mor_megatron.checkpointing.agreement import from_all_ranks, from_rank_0
+from mor_megatron.checkpointing.directory import PARTIAL, checkpoint_name, delete, publish, superfluous
+from mor_megatron.checkpointing.engine_state import loss_scaler_state, saved_runs, torch_optimizer
+from mor_megatron.checkpointing.identity import layout, model_shape
+from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, Manifest, StoredFile
+from mor_megatron.checkpointing.pieces import BUFFER, STEP, Cut, Piece, cut_of, is_copy
+from mor_megatron.checkpointing.randomness import random_state
+from mor_megatron.checkpointing.tensor_file import write_tensors, write_text
+from mor_megatron.config.cli import to_yaml
+from mor_megatron.config.schema import Config
+from mor_megatron.training.gradients import Engine
+from mor_megatron.training.progress import Progress
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; older ones are as they were."""
+
+
+@dataclass
+class _Save:
+    """One that is under way."""
+
+    partial: Path
+    manifest: Manifest
+    file: StoredFile | None = None
+    """What this rank wrote."""
+    error: str | None = "it was not written"
+    """Why it did not; None once it did."""
+    thread: threading.Thread | None = None
+
+    @property
+    def is_written(self) -> bool:
+        return self.thread is None or not self.thread.is_alive()
+
+
+class Saver:
+    """Writes the checkpoints of a run under `config.checkpoint.save`. All ranks call the same methods together.
+
+    Args:
+        vocab_size: before padding.
+    """
+
+    def __init__(self, engine: Engine, config: Config, vocab_size: int):
+        self.engine = engine
+        self.config = config
+        self.vocab_size = vocab_size
+        self.root = Path(config.checkpoint.save)
+        self.cuts = united_cuts(engine)
+        self.last_failed: str | None = None
+        """Why the most recent save failed; None if it did not. Equal on all ranks."""
+        self._in_flight: _Save | None = None
+        self._buffers: dict[str, Tensor] = {}
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint; with `async_save`, return as soon as the state is copied.
+
+        Raises:
+            SaveError: this save or the one before failed, and `on_save_failure` is `stop`.
+        """
+        self.finish()
+        partial = self.root / f"{checkpoint_name(progress.iteration)}{PARTIAL}"
+        error = None
+        if dist.get_rank() == 0:
+            error = _failure(lambda: _make_empty(partial))
+        error = from_rank_0(error)
+        if error is not None:
+            self._report(partial, [error])
+            return
+        pieces = local_pieces(self.engine)
+        save = _Save(partial, self._manifest(progress))
+        self._in_flight = save
+        if self.config.checkpoint.async_save:
+            pieces = self._copy(pieces)
+            save.thread = threading.Thread(target=_write, args=(save, pieces), name="checkpoint")
+            save.thread.start()
+        else:
+            _write(save, pieces)
+            self._complete()
+
+    def poll(self) -> None:
+        """Complete an asynchronous save that all ranks have written; call it once an iteration.
+
+        Raises:
+            SaveError: it failed, and `on_save_failure` is `stop`.
+        """
+        if self._in_flight is not None and all(from_all_ranks(self._in_flight.is_written)):
+            self._complete()
+
+    def finish(self) -> None:
+        """Wait for the save in flight, if there is one, and complete it.
+
+        Raises:
+            SaveError: it failed, and `on_save_failure` is `stop`.
+        """
+        if self._in_flight is not None:
+            self._complete()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Leave no thread behind. A run that breaks down cannot complete a save: other ranks may be gone."""
+        if self._in_flight is not None and self._in_flight.thread is not None:
+            self._in_flight.thread.join()
+
+    def _complete(self) -> None:
+        save, self._in_flight = self._in_flight, None
+        if save.thread is not None:
+            save.thread.join()
+        outcomes = from_all_ranks((save.file, save.error))
+        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error is not None]
+        if not errors and dist.get_rank() == 0:
+            files = {_file_name(rank): file for rank, (file, _) in enumerate(outcomes) if file is not None}
+            error = _failure(lambda: self._publish(save, files))
+            errors = [] if error is None else [f"rank 0: {error}"]
+        errors = from_rank_0(errors)
+        self._report(save.partial, errors)
+        if not errors and dist.get_rank() == 0:
+            self._retain()
+
+    def _publish(self, save: _Save, files: dict[str, StoredFile]) -> None:
+        save.manifest.files.update(files)
+        save.manifest.files[CONFIG] = StoredFile.of(write_text(save.partial / CONFIG, to_yaml(self.config)))
+        write_text(save.partial / MANIFEST, save.manifest.to_json())
+        publish(save.partial)
+
+    def _retain(self) -> None:
+        checkpoint = self.config.checkpoint
+        if checkpoint.keep_last is None:
+            return
+        error = _failure(lambda: delete(superfluous(self.root, checkpoint.keep_last, checkpoint.keep_every)))
+        if error is not None:
+            print(f"old checkpoints in {self.root} could not be deleted: {error}", file=sys.stderr, flush=True)
+
+    def _report(self, partial: Path, errors: list[str]) -> None:
+        final = partial.with_suffix("")
+        self.last_failed = None
+        if not errors:
+            if dist.get_rank() == 0:
+                print(f"saved {final}", flush=True)
+            return
+        self.last_failed = f"{final} was not saved ({'; '.join(errors)}); older checkpoints are untouched"
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        if self.config.checkpoint.on_save_failure == "stop":
+            raise SaveError(self.last_failed)
+        if dist.get_rank() == 0:
+            print(f"{self.last_failed}; training goes on", file=sys.stderr, flush=True)
+
+    def _manifest(self, progress: Progress) -> Manifest:
+        return Manifest(
+            progress=asdict(progress),
+            model=model_shape(self.config, self.vocab_size),
+            layout=layout(self.config, self.vocab_size),
+            optimizer=self.config.optimizer.optimizer,
+            versions={package: version(package) for package in ("torch", "megatron-core", "deepspeed")},
+            loss_scaler=loss_scaler_state(self.engine),
+            random=random_state(),
+            parameters=self.cuts,
+            files={},
+        )
+
+    def _copy(self, pieces: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+        """The pieces in memory of our own on the CPU, which the next save uses again."""
+        on_device = any(piece.is_cuda for _, piece in pieces)
+        copies = []
+        for key, piece in pieces:
+            buffer = self._buffers.get(key)
+            if buffer is None or buffer.numel() != piece.numel():
+                buffer = self._buffers[key] = torch.empty(piece.numel(), pin_memory=piece.is_cuda)
+            buffer.copy_(piece, non_blocking=True)
+            copies.append((key, buffer))
+        if on_device:
+            torch.cuda.synchronize()
+        return copies
+
+
+def local_pieces(engine: Engine) -> list[tuple[str, Tensor]]:
+    """What this rank writes: names of pieces and fp32 views [n] of the engine's own state."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    optimizer = torch_optimizer(engine)
+    pieces: list[tuple[str, Tensor]] = []
+    for run in saved_runs(engine):
+        share = rank if getattr(run.parameter, "tensor_model_parallel", False) else 0
+        for kind, value in run.states(optimizer).items():
+            if kind != STEP:
+                pieces.append((str(Piece(kind, run.name, share, run.offset)), value))
+            elif share == 0 and run.offset == 0:
+                pieces.append((str(Piece(kind, run.name, 0, 0)), value))
+    if parallel_state.get_data_parallel_rank() == 0 and rank == 0:
+        pieces += [(str(Piece(BUFFER, name, 0, 0)), buffer) for name, buffer in _flat_buffers(engine)]
+    return pieces
+
+
+def united_cuts(engine: Engine) -> dict[str, Cut]:
+    """How all parameters and buffers of the whole model are cut, copies left out; collective over all ranks."""
+    model = engine.module
+    named = model.named_parameters()
+    cuts = {name: cut_of(name, parameter, model) for name, parameter in named if not is_copy(parameter)}
+    cuts |= {name: Cut(tuple(buffer.shape)) for name, buffer in persistent_buffers(engine)}
+    return {name: cut for part in from_all_ranks(cuts) for name, cut in part.items()}
+
+
+def persistent_buffers(engine: Engine) -> list[tuple[str, Tensor]]:
+    """Buffers that are state: the balancing bias of token-choice."""
+    kept = engine.module.state_dict(keep_vars=True).keys()
+    return [(name, buffer) for name, buffer in engine.module.named_buffers() if name in kept]
+
+
+def _flat_buffers(engine: Engine) -> list[tuple[str, Tensor]]:
+    return [(name, buffer.detach().float().reshape(-1)) for name, buffer in persistent_buffers(engine)]
+
+
+def _write(save: _Save, pieces: list[tuple[str, Tensor]]) -> None:
+    def write() -> None:
+        if pieces:
+            written = write_tensors(save.partial / _file_name(dist.get_rank()), pieces)
+            save.file = StoredFile.of(written, tuple(key for key, _ in pieces))
+
+    save.error = _failure(write)
+
+
+def _file_name(rank: int) -> str:
+    return f"state_{rank:05d}.safetensors"
+
+
+def _make_empty(partial: Path) -> None:
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+
+
+def _failure(action: Callable[[], None]) -> str | None:
+    """Do it; what the operating system had against it, in words, or None."""
+    try:
+        action()
+    except OSError as error:
+        return f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
+    return None

@@ -1,0 +1,102 @@
+"""One file of fp32 runs in the safetensors format: written to the disk and hashed in one pass, and hashed again.
+
+The library's own writer wants each tensor as bytes first, which would be a second copy of the state, and the file read
+once more for its checksum. Reading is the library's (`safetensors.safe_open`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+
+ITEM_BYTES = 4
+_CHUNK = 1 << 22  # what is hashed is still in the cache when it is written
+
+
+@dataclass(frozen=True)
+class Written:
+    """What went to the disk."""
+
+    size: int
+    """Bytes."""
+    checksum: str
+    """XXH3, 128 bits, hexadecimal."""
+
+
+def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> Written:
+    """Write runs of elements, and return when they are on the disk.
+
+    Args:
+        path: must not exist.
+        tensors: key and [n] fp32, on any device; moved to the CPU one at a time.
+    Raises:
+        OSError: no space, no rights.
+    """
+    tensors = list(tensors)
+    header, end = {}, 0
+    for key, tensor in tensors:
+        assert tensor.dtype == torch.float32, key
+        assert tensor.ndim == 1, key
+        begin, end = end, end + ITEM_BYTES * tensor.numel()
+        header[key] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    digest = xxhash.xxh3_128()
+    with path.open("xb") as file:
+        for part in (len(text).to_bytes(8, "little"), text):
+            digest.update(part)
+            file.write(part)
+        for _, tensor in tensors:
+            data = memoryview(tensor.detach().cpu().contiguous().numpy()).cast("B")
+            for begin in range(0, len(data), _CHUNK):
+                chunk = data[begin : begin + _CHUNK]
+                digest.update(chunk)
+                file.write(chunk)
+        flush(file)
+        size = file.tell()
+    return Written(size, digest.hexdigest())
+
+
+def write_text(path: Path, text: str) -> Written:
+    """The same for a file of text."""
+    data = text.encode()
+    with path.open("xb") as file:
+        file.write(data)
+        flush(file)
+    return Written(len(data), xxhash.xxh3_128_hexdigest(data))
+
+
+def checksum_of(path: Path) -> str:
+    """XXH3 of a whole file, as in `Written.checksum`.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(_CHUNK))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def flush(file) -> None:
+    """Return when everything written so far is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def flush_directory(path: Path) -> None:
+    """Return when the names in a directory are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,138 @@
+"""A checkpoint of any layout resumes in any other: the same state, bit for bit, and the same curve."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_jobs import Curve, copy_through, differing, resume, save_halfway
+from layout_runs import FP32_LAYOUT_TOL
+from table import LAYOUTS, ONE, Layout, build_config
+
+from mor_megatron.checkpointing.pieces import STEP
+from mor_megatron.checkpointing.reader import open_checkpoint
+from mor_megatron.config.schema import Config
+
+BY_NAME = {layout.name: layout for layout in [ONE, *LAYOUTS]} | {
+    "one-zero0": replace(ONE, name="one-zero0", zero=0),
+    "one-zero3": replace(ONE, name="one-zero3", zero=3),
+    "dp4-zero2": replace(ONE, name="dp4-zero2", dp=4, zero=2),
+    "tp2-pp2-zero0": replace(ONE, name="tp2-pp2-zero0", tp=2, pp=2, zero=0),
+}
+NAMES = ["one", "one-zero0", "dp2-zero0", "dp2", "dp2-zero3", "dp4-zero2", "tp2", "pp2-uneven", "tp2-sp-dp2-zero3"]
+NAMES += ["tp2-sp-pp2", "tp2-pp2-zero0", "pp2-dp2", "pp4"]
+MODELS = {
+    # A second learning rate, routers that are MLPs, capacities that are still falling where the run is resumed.
+    "expert": ("expert-aux-router", {"capacity_warmup_iters": 4}),
+    # A bias that no optimizer holds.
+    "token": ("token-loss-free", {}),
+}
+
+
+def config_of(name: str, model: str = "token", bf16: bool = False) -> Config:
+    base, changes = MODELS[model]
+    return build_config(base, BY_NAME[name], "adam", bf16=bf16, **changes)
+
+
+@pytest.fixture(scope="module")
+def in_layout(workers, lone_worker):
+    """Run a job in a named layout; rank 0's result, or every rank's."""
+
+    def run(name: str, function, *args):
+        layout: Layout = BY_NAME[name]
+        pool = lone_worker if layout.world_size == 1 else workers
+        return pool.run(layout.world_size, layout.groups, function, *args)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def saved(in_layout, tmp_path_factory):
+    """A run that was saved halfway: its directory, and how it went on without a stop on each rank."""
+    known: dict[tuple, tuple[str, list[Curve]]] = {}
+
+    def get(name: str, model: str = "token", bf16: bool = False) -> tuple[str, list[Curve]]:
+        key = name, model, bf16
+        if key not in known:
+            directory = str(tmp_path_factory.mktemp("saved"))
+            known[key] = directory, in_layout(name, save_halfway, config_of(name, model, bf16), directory)
+        return known[key]
+
+    return get
+
+
+def contents(directory: str | Path) -> dict[str, torch.Tensor]:
+    """All of a checkpoint, whole, as if one process had written it."""
+    reader = open_checkpoint(Path(directory) / "iter_0000002")
+    return {
+        f"{kind} {name}": torch.tensor(reader.scalar(name)) if kind == STEP else reader.whole(kind, name)
+        for name, kinds in reader.kinds.items()
+        for kind in kinds
+    }
+
+
+QUICK_COPIES = [
+    ("one", "tp2-sp-pp2", False),
+    ("tp2-sp-pp2", "dp2-zero3", False),
+    ("dp2-zero3", "one-zero0", True),
+    ("tp2-sp-dp2-zero3", "pp4", True),
+]
+QUICK_CURVES = [("expert", "tp2-sp-pp2", "dp2-zero3"), ("token", "dp2-zero3", "pp2-uneven")]
+QUICK_SAME = [("tp2-sp-pp2", False), ("dp2", True), ("dp2-zero3", True)]
+
+
+def slow_beside(quick: list, everything: list) -> list:
+    rest = [pytest.param(*case, marks=pytest.mark.slow) for case in everything if case not in quick]
+    return quick + rest
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "bf16"),
+    slow_beside(QUICK_COPIES, [(a, b, f) for f in (False, True) for a in NAMES for b in NAMES if a != b]),
+)
+def test_state_passes_unchanged(in_layout, saved, tmp_path, source, target, bf16):
+    """Weights, moments, steps, bias: loaded in another layout and saved again, every bit is where it was."""
+    directory, _ = saved(source, bf16=bf16)
+    in_layout(target, copy_through, config_of(target, bf16=bf16), directory, str(tmp_path))
+    before, after = contents(directory), contents(tmp_path)
+    assert {key.split()[0] for key in before} == {"weight", "exp_avg", "exp_avg_sq", "step", "buffer"}
+    assert not differing(before, after)
+
+
+@pytest.mark.parametrize(("source", "target"), [("dp2", "one-zero3"), ("one-zero3", "dp2")])
+def test_fp32_and_bf16_take_each_other_up(in_layout, saved, tmp_path, source, target):
+    """The optimizer's weights are fp32 in both."""
+    from_bf16 = source == "dp2"
+    directory, _ = saved(source, bf16=from_bf16)
+    in_layout(target, copy_through, config_of(target, bf16=not from_bf16), directory, str(tmp_path))
+    assert not differing(contents(directory), contents(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("model", "source", "target"),
+    slow_beside(QUICK_CURVES, [(m, a, b) for m in MODELS for a, b in zip(NAMES, NAMES[5:] + NAMES[:5], strict=True)]),
+)
+def test_the_curve_goes_on(in_layout, saved, model, source, target):
+    directory, (expected, *_) = saved(source, model)
+    got = in_layout(target, resume, config_of(target, model), directory)[0]
+    for step, (a, b) in enumerate(zip(got.reports, expected.reports, strict=True), 3):
+        assert a.lm_loss == pytest.approx(b.lm_loss, rel=FP32_LAYOUT_TOL), f"loss of step {step}"
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=FP32_LAYOUT_TOL), f"norm of step {step}"
+        assert a.routing == pytest.approx(b.routing, rel=FP32_LAYOUT_TOL), f"step {step}"
+    for name, value in (expected.parameters | expected.buffers).items():
+        error = ((got.parameters | got.buffers)[name] - value).abs().max() / value.abs().max()
+        assert error <= FP32_LAYOUT_TOL, f"{name} differs by {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16"), slow_beside(QUICK_SAME, [(name, bf16) for name in NAMES for bf16 in (False, True)])
+)
+def test_the_same_layout_resumes_bit_for_bit(in_layout, saved, name, bf16):
+    """Into an engine that has trained on something else."""
+    directory, expected = saved(name, bf16=bf16)
+    got = in_layout(name, resume, config_of(name, bf16=bf16), directory, 1)
+    for rank, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert a.reports == b.reports, f"rank {rank}"
+        assert not differing(a.state, b.state), f"rank {rank}"

@@ -1,0 +1,93 @@
+"""Look at checkpoints, prove them intact, convert and prune them. See docs/reliability.md."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from mor_megatron.checkpointing.convert import convert
+from mor_megatron.checkpointing.directory import candidates, delete, superfluous
+from mor_megatron.checkpointing.inspection import describe, verify
+
+
+def named_checkpoints(path: Path) -> list[Path]:
+    """The checkpoint itself, or all of a run's directory, from the one to resume from to older ones.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (path / "manifest.json").exists() or path.name.startswith("iter_"):
+        return [path]
+    found = candidates(path)
+    if not found:
+        raise ValueError(f"{path} has no checkpoint: give a run's --save directory, or one checkpoint in it")
+    return found
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    failed = False
+    for path in named_checkpoints(args.path):
+        problems = list(verify(path))
+        print(f"{path}: {'intact' if not problems else 'DAMAGED'}", flush=True)
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+        failed |= bool(problems)
+    return int(failed)
+
+
+def run_info(args: argparse.Namespace) -> int:
+    for path in named_checkpoints(args.path):
+        print(describe(path))
+    return 0
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    (source, *_) = named_checkpoints(args.path)
+    print(f"{source} -> {convert(source, args.output, args.with_optimizer)}")
+    return 0
+
+
+def run_prune(args: argparse.Namespace) -> int:
+    if args.keep_last < 1 or (args.keep_every is not None and args.keep_every < 1):
+        raise ValueError("keep-last and keep-every are 1 or more: nothing would be left to resume from")
+    unwanted = superfluous(args.path, args.keep_last, args.keep_every)
+    for path in unwanted:
+        print(f"{'would delete' if args.dry_run else 'deleting'} {path}", flush=True)
+        if not args.dry_run:
+            delete([path])
+    return 0
+
+
+def main() -> int:
+    """0: done, intact; 1: damaged; 2: no such checkpoint, or a place that cannot be read or written."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=function)
+        sub.add_argument("path", type=Path, help="a run's --save directory, or one checkpoint in it")
+        return sub
+
+    command("verify", run_verify, "read everything and compare it with the manifest; exit status 1 if it is damaged")
+    command("info", run_info, "print what it is of, how far the run was, and who wrote it")
+    conversion = command("convert", run_convert, "write whole fp32 tensors into one new directory")
+    conversion.add_argument("output", type=Path, help="new directory")
+    conversion.add_argument("--with-optimizer", action="store_true", help="its states, too")
+    pruning = command("prune", run_prune, "delete checkpoints, and remains of saves that were never finished")
+    pruning.add_argument("--keep-last", type=int, required=True, help="keep so many newest complete ones")
+    pruning.add_argument("--keep-every", type=int, help="keep also iterations that are a multiple of this")
+    pruning.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    args = parser.parse_args()
+    try:
+        return args.run(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error.filename} ({error.strerror})", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
