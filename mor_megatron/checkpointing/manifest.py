@@ -63,7 +63,7 @@ class Manifest:
     def to_json(self) -> str:
         """Text that `parse` turns back into an equal manifest."""
         content = {"format": FORMAT, **asdict(self)}
-        return json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
+        return json.dumps({**content, "checksum": self_checksum(content)}, indent=1) + "\n"
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -98,7 +98,7 @@ def parse(text: str) -> Manifest:
     if content.get("format") != FORMAT:
         raise ValueError(f"format is {content.get('format')!r:.80}, and this version reads {FORMAT!r}")
     stated = content.pop("checksum", None)
-    if stated != _checksum(content):
+    if stated != self_checksum(content):
         raise ValueError("its content does not have the checksum that it states")
     del content["format"]
     _expect(set(content) == {field.name for field in fields(Manifest)}, "its fields")
@@ -134,7 +134,8 @@ def damage(directory: Path, manifest: Manifest, names: list[str], contents: bool
     return None
 
 
-def _checksum(content: dict[str, Any]) -> str:
+def self_checksum(content: dict[str, Any]) -> str:
+    """XXH3 of a manifest without its `checksum`, as sorted, compact JSON."""
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
@@ -155,7 +156,7 @@ def _cut(name: str, entry: Any) -> Cut:
     what = f"parameters: {name}"
     _expect(isinstance(entry, dict) and set(entry) == {field.name for field in fields(Cut)}, what)
     shape, dim, stride, size, rows = (entry[field.name] for field in fields(Cut))
-    _expect(isinstance(shape, list) and len(shape) > 0 and all(map(_whole, shape)), what)
+    _expect(isinstance(shape, list) and len(shape) > 0 and all(_whole(n) and n > 0 for n in shape), what)
     _expect(_whole(stride) and _whole(size) and stride > 0 and size > 0, what)
     _expect(dim is None or (_whole(dim) and dim < len(shape) and shape[dim] % (stride * size) == 0), what)
     _expect(rows is None or (_whole(rows) and rows <= shape[0]), what)

@@ -37,5 +37,5 @@ def set_random_state(state: dict[str, Any]) -> None:
         name, keys, *rest = state["numpy"]
         np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
         torch.set_rng_state(torch.tensor(list(base64.b64decode(state["torch"], validate=True)), dtype=torch.uint8))
-    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"the random state cannot be restored ({error})") from error
