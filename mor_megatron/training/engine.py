@@ -20,6 +20,9 @@ Where the schedule drives, each rank looks at its loss and its whole gradient be
 rank that broke is known. Where the engine drives, gradients are mixed with other ranks' as they arise: each rank looks
 at its loss before the step, which names the rank, and the step looks at the global norm, which does not.
 
+ZeRO 3 gathers a module's weights before it runs. Weights that another module reads (the embedding as head, the query
+part of a fused projection, a router's list) are gathered where they are read: DeepSpeed notices.
+
 fp16: the loss and the router losses are multiplied by the loss scale. A norm that is not finite is an overflow: no
 rank updates, and the scale falls.
 """
@@ -58,7 +61,6 @@ from mor_megatron.training.gradients import (
     whole_gradients,
 )
 from mor_megatron.training.optimizer import build_optimizer, set_learning_rate
-from mor_megatron.training.zero3 import register_borrowed_weights
 
 Driver = Literal["schedule", "engine"]
 
@@ -115,8 +117,6 @@ def build_engine(model: nn.Module, config: Config) -> Engine:
         optimizer.clipping = ShardedClipping(optimizer)
     else:
         engine.enable_backward_allreduce = False  # apply_step reduces, to see the norm before it is clipped
-    if training.zero_stage == 3:
-        register_borrowed_weights(model)
     if training.bf16 or training.fp16:
         _sum_in_fp32(engine)
     if training.fp16:
