@@ -10,20 +10,24 @@ from layout_runs import DECISION_MARGIN, Result, train
 from table import GLOBAL_BATCH, ONE, build_config
 from worker_pool import WorkerPool
 
+SEEDS = range(10)
+"""The first whose routing decisions are all clear ones is taken: the same on every machine, but for rounding."""
+
 
 @pytest.fixture(scope="session")
 def single(lone_worker: WorkerPool) -> Callable[..., Result]:
-    """single(model, optimizer, global_batch, bf16) -> the run that layouts are compared with."""
+    """single(model, optimizer, global_batch, bf16) -> the run, with its seed, that layouts are compared with."""
     known: dict[tuple, Result] = {}
 
     def run(model: str, optimizer: str = "sgd", global_batch: int = GLOBAL_BATCH, bf16: bool = False) -> Result:
         key = (model, optimizer, global_batch, bf16)
-        if key not in known:
-            layout = replace(ONE, global_batch=global_batch)
-            config = build_config(model, layout, optimizer, bf16=bf16)
-            (known[key],) = lone_worker.run(1, ONE.groups, train, config)
-            closest = known[key].margin
-            assert bf16 or closest > DECISION_MARGIN, f"{model}, {optimizer}: a decision is {closest:.1g} close"
+        layout = replace(ONE, global_batch=global_batch)
+        for seed in SEEDS if key not in known else ():
+            config = build_config(model, layout, optimizer, bf16=bf16, seed=seed)
+            (result,) = lone_worker.run(1, ONE.groups, train, config)
+            if bf16 or result.margin > DECISION_MARGIN:
+                known[key] = result
+                break
         return known[key]
 
     return run

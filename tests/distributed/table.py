@@ -24,8 +24,8 @@ SEQ_LENGTH = 24
 BLOCK = 4
 """Layers of the shared block, so that four pipeline ranks have one each."""
 MICRO_BATCH = 2
-GLOBAL_BATCH = 16
-"""Eight micro-batches for one replica, four for two of them: a ring of two or four ranks is full."""
+GLOBAL_BATCH = 8
+"""Four micro-batches for one replica, which fill a ring of four; layouts that need more have more."""
 STEPS = 5
 
 
@@ -67,16 +67,16 @@ LAYOUTS = [
     Layout("tp2-sp", tp=2, sequence_parallel=True),
     Layout("pp2", pp=2),
     Layout("pp2-uneven", pp=2, pipeline_layers=(3, 1)),
-    Layout("pp2-odd", pp=2, global_batch=14),  # seven micro-batches: turns of other lengths
+    Layout("pp2-odd", pp=2, global_batch=10),  # five micro-batches: turns of unequal lengths
     Layout("pp2-zero0", pp=2, zero=0),
-    Layout("dp4", dp=4),
+    Layout("dp4", dp=4, global_batch=16),
     Layout("tp2-dp2", tp=2, dp=2),
     Layout("tp2-dp2-zero2", tp=2, dp=2, zero=2),
     Layout("tp2-dp2-zero3", tp=2, dp=2, zero=3),
     Layout("tp2-sp-dp2-zero3", tp=2, dp=2, zero=3, sequence_parallel=True),
     Layout("tp2-pp2", tp=2, pp=2),
     Layout("tp2-sp-pp2", tp=2, pp=2, sequence_parallel=True),
-    Layout("pp2-dp2", pp=2, dp=2),
+    Layout("pp2-dp2", pp=2, dp=2, global_batch=16),
     Layout("pp4", pp=4),
 ]
 

@@ -1,0 +1,50 @@
+"""Errors that a parallel implementation could well have, put into a model on purpose: the comparison must see each."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from torch import Tensor
+
+from mor_megatron.model import MoRModel
+from mor_megatron.recursion.plan import VirtualLayer
+
+
+def without_one_recursion(model: MoRModel) -> None:
+    """The second use of a tied layer adds nothing to its gradient; forward and all other gradients stay."""
+    run = model.run
+
+    def spoiled(layers: tuple[VirtualLayer, ...], rows: Tensor, *rest) -> Tensor:
+        for recursion, group in groupby(layers, key=lambda layer: layer.recursion):
+            group = tuple(group)
+            weights = [weight for layer in group for weight in model.layers[layer.physical].parameters()]
+            for weight in weights:
+                weight.requires_grad_(recursion != 1)
+            rows = run(group, rows, *rest)
+            for weight in weights:
+                weight.requires_grad_(True)
+        return rows
+
+    model.run = spoiled
+
+
+def doubled_norm_gradient(model: MoRModel) -> None:
+    """One replicated weight's gradient is summed over two tensor-parallel ranks that each had the whole of it."""
+    layer = model.layers[min(int(number) for number in model.layers)]
+    layer.pre_mlp_layernorm.weight.register_hook(lambda gradient: 2 * gradient)
+
+
+def unreduced_norm_gradient(model: MoRModel) -> None:
+    """One norm weight is forgotten when gradients are summed over the ranks of sequence parallelism."""
+    model.final_layernorm.weight.sequence_parallel = False
+
+
+def unreduced_router_gradient(model: MoRModel) -> None:
+    """The same of a router of one output."""
+    model.router.routers[1].weights[0].sequence_parallel = False
+
+
+def copy_counted_twice(model: MoRModel) -> None:
+    """The tied embedding enters the global norm on both ends of the pipeline."""
+    if model.is_last_stage:
+        model.output_layer.weight.ds_pipe_replicated = False
