@@ -21,7 +21,7 @@ def main() -> int:
     adopt_srun()
     config = parse_config()
     # Megatron-core and DeepSpeed tell every rank of every run that GPU packages are missing and calls are old.
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|full scope|all_gather_into_tensor).*")
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|full scope|_tensor` is deprecated).*")
     # After the flags: --help and a wrong flag need not wait for torch.
     import torch.distributed as dist
 

@@ -5,6 +5,7 @@ and 1, DeepSpeed's backward with ZeRO 2 and 3. After 1, 2, 4, ... micro-batches 
 is used Nr times in each, is compared with that of the fp32 run: |g - g_fp32| / |g_fp32|. Beside it stand
 
 - `naive`: the same bf16 run with gradients summed as PyTorch does by default, in bf16;
+- `untied`: a model of as many layers, each with weights of its own, so used once;
 - `sum`: how far the largest branch is from the fp64 sum of its own micro-batches' gradients, so that the rest of the
   error is known to be bf16 arithmetic in forward and backward.
 
@@ -40,11 +41,11 @@ from mor_megatron.training.gradients import is_sharded, sharded_gradients, whole
 
 VOCABULARY, HIDDEN, SEQ_LENGTH, BLOCK = 512, 128, 64, 2
 BRANCHES = {"schedule, ZeRO 0": 0, "schedule, ZeRO 1": 1, "engine, ZeRO 2": 2, "engine, ZeRO 3": 3}
-NAIVE, SUM = "naive", "sum"
+NAIVE, UNTIED, SUM = "naive", "untied", "sum"
 
 
-def make_config(num_recursions: int, zero_stage: int, bf16: bool, deepspeed_config: str) -> Config:
-    """A recursive model whose block of BLOCK layers is used `num_recursions` times."""
+def make_config(num_recursions: int, zero_stage: int, bf16: bool, deepspeed_config: str, tied: bool = True) -> Config:
+    """A recursive model whose block of BLOCK layers is used `num_recursions` times, or one as deep without sharing."""
     return validate(
         Config(
             model=ModelConfig(
@@ -54,7 +55,7 @@ def make_config(num_recursions: int, zero_stage: int, bf16: bool, deepspeed_conf
                 num_attention_heads=4,
                 vocab_size=VOCABULARY,
             ),
-            recursion=RecursionConfig(num_recursions=num_recursions),
+            recursion=RecursionConfig(num_recursions=num_recursions if tied else 1),
             data=DataConfig(seq_length=SEQ_LENGTH),
             optimizer=OptimizerConfig(optimizer="sgd"),
             training=TrainingConfig(
@@ -74,14 +75,14 @@ def micro_batches(count: int) -> Iterator[Batch]:
 
 
 def build(config: Config, naive: bool = False) -> tuple[Engine, list[nn.Parameter]]:
-    """An engine in training mode, and the parameters of its shared block."""
+    """An engine in training mode, and the parameters of the layers between the first and the last."""
     model = build_model(config, VOCABULARY)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())
     engine = build_engine(model, config)
     engine.module.train()
-    block = [parameter for layer in range(1, 1 + BLOCK) for parameter in model.layers[layer].parameters()]
+    block = [parameter for layer in list(model.layers.values())[1:-1] for parameter in layer.parameters()]
     if naive:
         for parameter in model.parameters():
             parameter.grad_dtype = parameter.dtype
@@ -144,10 +145,12 @@ def measure(recursions: list[int], counts: list[int], say: Callable[[str], None]
             for name, stage in BRANCHES.items():
                 runs[name], sums[name] = gradients_after(counts, make_config(nr, stage, True, str(file)))
             runs[NAIVE], _ = gradients_after(counts, make_config(nr, 0, True, str(file)), naive=True)
+            untied = [gradients_after(counts, make_config(nr, 0, b, str(file), tied=False))[0] for b in (True, False)]
             own_sum = sums["schedule, ZeRO 0"]
             for count in counts:
                 errors = {name: relative(snapshots[count], exact[count]) for name, snapshots in runs.items()}
                 if count == counts[-1]:
+                    errors[UNTIED] = relative(untied[0][count], untied[1][count])
                     errors[SUM] = max(relative(runs[name][count], own_sum) for name in BRANCHES)
                 rows.append({"num_recursions": nr, "micro_batches": count, "errors": errors})
             say(f"Nr={nr}: {time.perf_counter() - start:.0f} s")
@@ -156,7 +159,7 @@ def measure(recursions: list[int], counts: list[int], say: Callable[[str], None]
 
 def table(rows: list[dict]) -> str:
     """Rows as text."""
-    names = [*BRANCHES, NAIVE, SUM]
+    names = [*BRANCHES, NAIVE, UNTIED, SUM]
     lines = [f"{'Nr':>2} {'micro-batches':>13} " + " ".join(f"{name:>16}" for name in names)]
     for row in rows:
         cells = [f"{row['errors'][name]:16.2e}" if name in row["errors"] else " " * 16 for name in names]
@@ -172,27 +175,23 @@ def plot(rows: list[dict], path: str) -> None:
     from matplotlib import pyplot
 
     recursions = sorted({row["num_recursions"] for row in rows})
-    figure, axes = pyplot.subplots(1, len(recursions), figsize=(2.6 * len(recursions), 2.8), sharey=True, squeeze=False)
+    counts = sorted({row["micro_batches"] for row in rows})
+    figure, axes = pyplot.subplots(1, len(recursions), figsize=(2.4 * len(recursions), 2.9), sharey=True, squeeze=False)
     styles = dict(zip(BRANCHES, ("o-", "s--", "^:", "x-."), strict=True)) | {NAIVE: "k-"}
     for axis, nr in zip(axes[0], recursions, strict=True):
         these = [row for row in rows if row["num_recursions"] == nr]
         for name, style in styles.items():
+            percent = [100 * row["errors"][name] for row in these]
             label = "summed in bf16 (naive)" if name == NAIVE else name
-            axis.plot(
-                [row["micro_batches"] for row in these],
-                [row["errors"][name] for row in these],
-                style,
-                label=label,
-                markersize=4,
-                linewidth=1,
-            )
-        axis.set(title=f"Nr = {nr}", xscale="log", yscale="log", xlabel="micro-batches")
-        axis.set_xscale("log", base=2)
+            axis.plot(counts, percent, style, label=label, markersize=4, linewidth=1)
+        axis.set(title=f"Nr = {nr}", xlabel="micro-batches", xscale="log")
+        axis.set_xticks(counts[::2], [str(count) for count in counts[::2]])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("relative error")
-    axes[0][-1].legend(fontsize=6)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    axes[0][0].set(ylabel="relative error, %", ylim=(0, None))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncol=len(styles), fontsize=7)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:
