@@ -3,10 +3,14 @@
 Megatron-core shuffles all epochs of a run together, so the samples a run sees first change when `--train-iters` does,
 and a run that is prolonged sees other data than it would have seen. Here every epoch has a shuffle of its own, drawn
 from (seed, epoch): sample i is a function of the corpus, the seed and i alone. Reading samples is Megatron-core's.
+
+The index of an epoch is built when the first of its samples is read, so that start-up takes as long at sample 10^9 as at
+sample 0, and memory and disk hold no epoch that nobody has come to.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import math
 import os
@@ -37,54 +41,64 @@ class EpochDataset(GPTDataset):
     """Samples of sequence_length + 1 neighbouring tokens from shuffled, concatenated documents, epoch after epoch."""
 
     def __len__(self) -> int:
-        return len(self.shuffle_index)
+        return self._epochs() * len(self.shuffle_index)
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Indexes of all epochs, from the cache or into it.
+        """The index of the first epoch; Megatron-core's constructor keeps it."""
+        self.epoch = 0
+        return self._epoch_index(0)
+
+    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
+        epoch, within = divmod(int(idx), len(self.shuffle_index))  # all epochs have equally many samples
+        if epoch != self.epoch:
+            self.document_index, self.sample_index, self.shuffle_index = self._epoch_index(epoch)
+            self.epoch = epoch
+        return super()._query_document_sample_shuffle_indices(within)
+
+    def _epoch_index(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The index of one epoch, from the cache or into it.
 
         Returns:
-            Documents in the order they are concatenated, [documents x epochs]; the begin of every sample as (position
-            in that order, token offset), [samples + epochs, 2], each epoch closed by its end; the row of that table
-            where sample i begins, [samples].
+            Documents in the order they are concatenated, [documents]; the begin of every sample as (position in that
+            order, token offset), closed by the end of the epoch, [samples + 1, 2]; the row of that table where the
+            epoch's sample i begins, [samples].
         """
-        folder = Path(self.config.index_cache or Path(self.dataset_path).parent / "index-cache") / self._cache_name()
+        root = Path(self.config.index_cache or Path(self.dataset_path).parent / "index-cache")
+        name = self._cache_name(epoch)
+        folder = root / name
         if not folder.is_dir():
-            # Only the first rank gets here: the others wait for it in the builder. A node that does not share the
-            # directory builds the same index again.
-            _save(folder, dict(zip(_PARTS, self._build_epochs(), strict=True)))
+            root.mkdir(parents=True, exist_ok=True)
+            # All ranks of a node come to an epoch together, and one index in memory is enough.
+            with (root / f"{name}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not folder.is_dir():
+                    _save(folder, dict(zip(_PARTS, self._build_epoch(epoch), strict=True)))
+            Path(lock.name).unlink(missing_ok=True)
         return tuple(np.load(folder / f"{part}.npy", mmap_mode="r") for part in _PARTS)
 
-    def _build_epochs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        documents, samples, shuffle = [], [], []
+    def _build_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         tokens = self._get_num_tokens_per_epoch()
         # A split with fewer tokens than one sample is repeated until it fills one; that is then an epoch.
         repeats = math.ceil((self.config.sequence_length + 1) / tokens)
         lengths = np.array(self.dataset.sequence_lengths)
-        first_document = first_row = 0
-        for epoch in range(self._epochs()):
-            random = np.random.RandomState([self.config.random_seed, epoch])
-            order = np.concatenate([random.permutation(self.indices) for _ in range(repeats)]).astype(np.int32)
-            rows = helpers.build_sample_idx(lengths, order, self.config.sequence_length, repeats, tokens, True, True)
-            documents.append(order)
-            samples.append(rows.astype(np.int64) + np.array([first_document, 0]))
-            shuffle.append(random.permutation(len(rows) - 1) + first_row)
-            first_document += len(order)
-            first_row += len(rows)
-        return np.concatenate(documents), np.concatenate(samples), np.concatenate(shuffle)
+        random = np.random.RandomState([self.config.random_seed, epoch])
+        order = np.concatenate([random.permutation(self.indices) for _ in range(repeats)]).astype(np.int32)
+        rows = helpers.build_sample_idx(lengths, order, self.config.sequence_length, repeats, tokens, True, True)
+        return order, rows, random.permutation(len(rows) - 1)
 
     def _epochs(self) -> int:
         tokens = self._get_num_tokens_per_epoch()
         per_epoch = max(1, (tokens - 1) // self.config.sequence_length)
         return math.ceil(max(1, self.num_samples or 1) / per_epoch)
 
-    def _cache_name(self) -> str:
+    def _cache_name(self, epoch: int) -> str:
         """A name that changes with all that the index depends on, the state of the corpus's files included."""
         files = [os.stat(f"{self.dataset_path}{suffix}") for suffix in (".bin", ".idx")]
         dependencies = (
             os.path.abspath(self.dataset_path),
             [(file.st_size, file.st_mtime_ns) for file in files],
             (int(self.indices[0]), int(self.indices[-1])),
-            (self.config.sequence_length, self.config.random_seed, self._epochs()),
+            (self.config.sequence_length, self.config.random_seed, epoch),
         )
         return f"{self.index_split.name}-{hashlib.sha256(repr(dependencies).encode()).hexdigest()[:16]}"
 
