@@ -110,7 +110,8 @@ def print_footprints(rows: list[dict]) -> None:
     print("\n| layout | sent in an iteration, MiB a rank |")
     print("|---|---|")
     for row in rows:
-        purposes = sorted({purpose for sent in row["sent"] for purpose in sent})
+        # Counts, flags and losses of a few bytes are left out.
+        purposes = sorted({purpose for sent in row["sent"] for purpose, size in sent.items() if size > 0.005 * MIB})
         cells = [f"{purpose} {_mib([sent.get(purpose, 0) for sent in row['sent']], digits=2)}" for purpose in purposes]
         print(f"| {row['layout']} | {'; '.join(cells) or 'nothing'} |")
 
@@ -173,8 +174,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=[layout.name for layout in LAYOUTS], help="these layouts")
     parser.add_argument("--json", type=Path, help="write everything that was measured here")
     parser.add_argument("--no-clock", action="store_true", help="leave out idle shares and messages")
-    parser.add_argument("--forward-ms", type=float, default=60.0, help="set time of a forward chunk of the ring")
-    parser.add_argument("--backward-ms", type=float, default=120.0, help="set time of a backward chunk of the ring")
+    parser.add_argument("--forward-ms", type=float, default=150.0, help="set time of a forward chunk of the ring")
+    parser.add_argument("--backward-ms", type=float, default=300.0, help="set time of a backward chunk of the ring")
     return parser.parse_args(argv)
 
 

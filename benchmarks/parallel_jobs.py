@@ -66,8 +66,8 @@ class Layout:
 class Settings:
     """The models: one large enough that weights dominate memory, one so small that the clock covers its work."""
 
-    forward_ms: float = 60.0
-    backward_ms: float = 120.0
+    forward_ms: float = 150.0
+    backward_ms: float = 300.0
     num_recursions: int = 3
     num_layers: int = 14
     hidden_size: int = 384
@@ -78,7 +78,7 @@ class Settings:
     clock_hidden_size: int = 64
     clock_seq_length: int = 48
     clock_microbatches: int = 8
-    clock_iterations: int = 6
+    clock_iterations: int = 4
 
     def config(self, layout: Layout, tiny: bool) -> Config:
         """The validated run of a layout: middle_cycle with a block of four layers, micro-batches of one sequence."""
