@@ -63,6 +63,12 @@ REFUSED = {
         "pipeline-layers=4 0 leaves a rank without a layer",
         "--pipeline-layers 2 2",
     ),
+    "overlap without a ring": (
+        "--num-layers 8 --pp 2 --overlap-p2p-comm on",
+        2,
+        "overlap-p2p-comm=on needs a ring, and pipeline-model-parallel-size=2 is an ordinary pipeline",
+        r"use TP=1 PP=1 \(DP=2\) or TP=2 PP=1 \(DP=1\), or --overlap-p2p-comm auto",
+    ),
     "heads": (
         f"{MOR} --tp 3 --ffn-hidden-size 96",
         6,

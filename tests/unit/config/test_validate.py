@@ -47,6 +47,17 @@ REFUSED = {
         "use 8 or 11, or --depth-rounding down or up",
     ),
     "too shallow": ("--num-layers 3 --num-recursions 3", "num-layers=3", "use at least 5"),
+    "flash in fp32": ("--attention-backend flash", "attention-backend=flash computes in 16 bits", "add --bf16"),
+    "flash with wide heads": (
+        "--attention-backend flash --bf16 --kv-channels 512",
+        "attention-backend=flash .*256, and kv-channels=512",
+        "use auto or sdpa",
+    ),
+    "Transformer Engine in fp32": (
+        "--transformer-impl transformer_engine",
+        "transformer-impl=transformer_engine multiplies fp32 as TF32",
+        "add --bf16, or use auto",
+    ),
     "routing without recursion": (
         "--routing expert_choice",
         "routing=expert_choice .*num-recursions",
@@ -166,6 +177,14 @@ IGNORED = {
     "sequence of one rank": ("--sequence-parallel", "sequence-parallel=True is ignored.*--tensor-model-parallel-size"),
     "split of one rank": ("--pipeline-layers 4 4", "pipeline-layers=.* is ignored.*--pipeline-model-parallel-size"),
     "consistency of one rank": (f"{EXPERT} --check-routing-consistency 5", "check-routing-consistency=5 is ignored"),
+    "overlap of one rank": (
+        "--overlap-p2p-comm off",
+        "overlap-p2p-comm=off is ignored.*--pipeline-model-parallel-size",
+    ),
+    "unit of core attention": (
+        "--recompute-granularity selective --recompute-unit recursion",
+        "recompute-unit=recursion is ignored.*--recompute-granularity full",
+    ),
     "name without project": ("--wandb-exp-name a", "wandb-exp-name=a is ignored.*--wandb-project"),
     "untrained threshold": (f"{EXPERT} --router-aux-loss-coeff 0", "leaves the causal threshold untrained"),
     "untrained depths": (f"{TOKEN} --router-gating additive --router-balance none", "without a gradient"),
