@@ -55,6 +55,7 @@ def draw_run(axes: Axes, events: list[Event], title: str) -> None:
     )
     axes.set_yticks(sorted(idle), [f"rank {rank}" for rank in sorted(idle)], fontsize=8)
     axes.invert_yaxis()
+    axes.margins(x=0.005)
     axes.tick_params(axis="x", labelsize=7)
     axes.set_facecolor("#f2f2f2")
     for side in ("top", "right", "left"):
@@ -88,7 +89,7 @@ def draw_messages(messages: list[dict], footprints: list[dict], path: Path) -> N
     )
     left.set_ylabel("rows of hidden state", fontsize=8)
     left.set_title(
-        f"one micro-batch of {messages[0]['tokens']} tokens on its way round, expert-choice; line: S + k_r",
+        f"one micro-batch of {messages[0]['tokens']} tokens on its way round, expert-choice; line: S + k_r, to which mask and gate add",
         fontsize=9,
         loc="left",
     )
