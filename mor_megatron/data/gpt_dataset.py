@@ -4,8 +4,8 @@ Megatron-core shuffles all epochs of a run together, so the samples a run sees f
 and a run that is prolonged sees other data than it would have seen. Here every epoch has a shuffle of its own, drawn
 from (seed, epoch): sample i is a function of the corpus, the seed and i alone. Reading samples is Megatron-core's.
 
-The index of an epoch is built when the first of its samples is read, so that start-up takes as long at sample 10^9 as at
-sample 0, and memory and disk hold no epoch that nobody has come to.
+The index of an epoch is built when the first of its samples is read, so that start-up takes as long at sample 10^9 as
+at sample 0, and memory and disk hold no epoch that nobody has come to.
 """
 
 from __future__ import annotations

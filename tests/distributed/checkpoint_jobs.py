@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from layout_runs import run_steps
+from layout_runs import run_steps, unique_elements
 from table import VOCABULARY
 from torch import Tensor
 
@@ -33,6 +33,8 @@ class Curve:
     parameters: dict[str, Tensor]
     """Of the whole model; on rank 0."""
     buffers: dict[str, Tensor]
+    elements: int
+    """This rank's parameter elements, each storage once."""
 
 
 def with_directory(config: Config, directory: str, **changes) -> Config:
@@ -78,7 +80,8 @@ def copy_through(config: Config, source: str, target: str) -> None:
 
 def finish(engine: Engine, config: Config) -> Curve:
     reports = run_steps(engine, config, first=SAVED_AFTER + 1, count=UNTIL - SAVED_AFTER)
-    return Curve(reports, local_state(engine), gather_parameters(engine.module), gather_buffers(engine.module))
+    parameters, buffers = gather_parameters(engine.module), gather_buffers(engine.module)
+    return Curve(reports, local_state(engine), parameters, buffers, unique_elements(engine.module))
 
 
 def local_state(engine: Engine) -> dict[str, Tensor]:

@@ -135,4 +135,28 @@ def test_the_same_layout_resumes_bit_for_bit(in_layout, saved, name, bf16):
     got = in_layout(name, resume, config_of(name, bf16=bf16), directory, 1)
     for rank, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert a.reports == b.reports, f"rank {rank}"
+        assert a.elements == b.elements, f"rank {rank}: a storage was split or joined by loading"
         assert not differing(a.state, b.state), f"rank {rank}"
+
+
+MODES = {
+    "fp16-zero1": ({"fp16": True}, "one"),
+    "fp16-zero3": ({"fp16": True}, "one-zero3"),
+    "offloaded": ({"optimizer_cpu_offload": True}, "one"),
+    "offloaded-bf16-zero3": ({"optimizer_cpu_offload": True, "bf16": True}, "one-zero3"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_loss_scale_and_offloaded_state_are_kept(lone_worker, tmp_path, mode):
+    """fp16 begins with overflows here, so that its loss scale is no longer the initial one."""
+    changes, name = MODES[mode]
+    changes = {"initial_loss_scale": 2.0**40, "hysteresis": 1} | changes if "fp16" in changes else changes
+    bf16 = changes.pop("bf16", False)
+    config = build_config("token-loss-free", BY_NAME[name], "adam", bf16=bf16, **changes)
+    (expected,) = lone_worker.run(1, ONE.groups, save_halfway, config, str(tmp_path))
+    (got,) = lone_worker.run(1, ONE.groups, resume, config, str(tmp_path), 1)
+    assert got.reports == expected.reports
+    assert not differing(got.state, expected.state)
+    if "fp16" in mode:
+        assert expected.reports[0].loss_scale < 2.0**40

@@ -1,21 +1,18 @@
-"""Weights, storages and checkpoints of every rank; bf16."""
+"""Weights and storages of every rank; bf16."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
-from layout_runs import run_steps, train, unique_elements
+from layout_runs import train
 from table import LAYOUTS, VOCABULARY, Layout, build_config
-from worker_pool import WorkerError
 
-from mor_megatron.config.schema import CheckpointConfig, Config
+from mor_megatron.config.schema import Config
 from mor_megatron.model import build_model
 from mor_megatron.parallel.distributed import initialize_distributed
-from mor_megatron.training.checkpoint import Progress, load_checkpoint, save_checkpoint
-from mor_megatron.training.engine import build_engine
 
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 
@@ -56,64 +53,6 @@ def test_every_rank_holds_its_part_once(workers, single, layout):
         assert result.storages == {"built": expected, "wrapped": expected}, f"rank {rank}"
     for name, value in one.initial.items():
         assert torch.equal(results[0].initial[name], value), f"initial {name} depends on the layout"
-
-
-@dataclass
-class Resumed:
-    """What a rank saw of a run of four steps that was saved after two, and of the two steps from there."""
-
-    differing: list[str]
-    same_reports: bool
-    elements: tuple[int, int]
-
-
-def save_and_resume(config: Config, directory: str) -> Resumed:
-    config = replace(config, checkpoint=CheckpointConfig(save=directory, load=directory))
-    initialize_distributed(config)
-    whole = build_engine(build_model(config, VOCABULARY), config)
-    run_steps(whole, config, first=1, count=2)
-    save_checkpoint(whole, config, Progress(iteration=2), VOCABULARY)
-    reports = run_steps(whole, config, first=3, count=2)
-
-    other = replace(config, training=replace(config.training, seed=config.training.seed + 1))
-    resumed = build_engine(build_model(other, VOCABULARY), config)
-    before = unique_elements(resumed.module)
-    assert load_checkpoint(resumed, config, VOCABULARY).iteration == 2
-    elements = before, unique_elements(resumed.module)
-    again = run_steps(resumed, config, first=3, count=2)
-    pairs = zip(whole.module.state_dict().items(), resumed.module.state_dict().values(), strict=True)
-    differing = [name for (name, a), b in pairs if torch.is_tensor(a) and not torch.equal(a, b)]
-    return Resumed(differing, reports == again, elements)
-
-
-@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("layout", slow_but({"tp2", "pp2"}, ["tp2", "pp2", "tp2-sp", "tp2-pp2", "pp2-dp2"]))
-def test_resuming_is_exact(workers, tmp_path, layout, bf16):
-    config = build_config("token-loss-free", layout, "adam", bf16=bf16)
-    for rank, result in enumerate(
-        workers.run(layout.world_size, layout.groups, save_and_resume, config, str(tmp_path))
-    ):
-        assert not result.differing, f"rank {rank}: {result.differing[0]} and others"
-        assert result.same_reports, f"rank {rank}"
-        assert result.elements[0] == result.elements[1], f"rank {rank}: storages before and after loading"
-
-
-def resume_only(config: Config, directory: str) -> None:
-    config = replace(config, checkpoint=CheckpointConfig(load=directory))
-    initialize_distributed(config)
-    load_checkpoint(build_engine(build_model(config, VOCABULARY), config), config, VOCABULARY)
-
-
-def test_another_layout_is_refused(workers, tmp_path):
-    saved = replace(BY_NAME["pp2"], pipeline_layers=(2, 2))
-    config = build_config("recursive", saved)
-    workers.run(2, saved.groups, save_and_resume, config, str(tmp_path))
-    uneven = BY_NAME["pp2-uneven"]
-    with pytest.raises(WorkerError, match=r"pipeline-layers=\[3, 1\] does not fit .*=\[2, 2\]: resume in the layout"):
-        workers.run(2, uneven.groups, resume_only, build_config("recursive", uneven), str(tmp_path))
-    tensor = BY_NAME["tp2"]
-    with pytest.raises(WorkerError, match=r"tensor-model-parallel-size=2 does not fit .*=1: resume in the layout"):
-        workers.run(2, tensor.groups, resume_only, build_config("recursive", tensor), str(tmp_path))
 
 
 @pytest.mark.parametrize("model", ["recursive", "expert-nr3"])
