@@ -56,7 +56,7 @@ def test_launchers(start, tmp_path, launcher):
     assert [line["iteration"] for line in read_metrics(tmp_path)] == [1, 2, 3, 3]
     assert (tmp_path / "latest").read_text() == "iter_0000003\n"
     ranks = 1 if launcher == [sys.executable] else 2
-    assert len(list((tmp_path / "iter_0000003").glob("rng_*.pt"))) == ranks
+    assert len(list((tmp_path / "iter_0000003").glob("state_*.safetensors"))) == ranks
 
 
 def test_what_does_not_fit_is_one_line_and_exit_code_2(start, tmp_path):
