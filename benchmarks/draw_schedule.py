@@ -89,7 +89,8 @@ def draw_messages(messages: list[dict], footprints: list[dict], path: Path) -> N
     )
     left.set_ylabel("rows of hidden state", fontsize=8)
     left.set_title(
-        f"one micro-batch of {messages[0]['tokens']} tokens on its way round, expert-choice; line: S + k_r, to which mask and gate add",
+        f"one micro-batch of {messages[0]['tokens']} tokens on its way round, expert-choice; "
+        "line: S + k_r, to which mask and gate add",
         fontsize=9,
         loc="left",
     )

@@ -1,0 +1,209 @@
+"""What checkpoints cost: a run's stall, speed against plain writing, checksums; and start-up far into a corpus.
+
+    python benchmarks/checkpoint.py --rounds 5 --output checkpoint.json
+
+One process, fp32, Adam: 12 bytes a parameter. In every round each way of saving takes its turn, so that a drift of the
+disk's speed meets all alike; medians and ranges are over rounds.
+
+- plain: as many bytes, from memory, in one file, flushed to the disk;
+- sync: a whole save, from the call until `latest` points to it;
+- async: how long the call keeps training from going on, and how long until the checkpoint is complete;
+- checksum: XXH3 over the same bytes in memory, as the save computes it.
+
+Start-up: building the datasets and reading the first micro-batch at consumed sample 0 and at 10^9, of a corpus of 100,000
+documents whose index cache is empty. Each start is a fresh process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from footprint import processor
+
+from mor_megatron.checkpointing.save import Saver, local_pieces
+from mor_megatron.checkpointing.tensor_file import flush
+from mor_megatron.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    RecursionConfig,
+    TrainingConfig,
+)
+from mor_megatron.config.validate import validate
+from mor_megatron.data.batch import Batch
+from mor_megatron.model import build_model
+from mor_megatron.parallel.distributed import initialize_distributed
+from mor_megatron.training.engine import build_engine
+from mor_megatron.training.progress import Progress
+from mor_megatron.training.train_step import train_step
+
+VOCABULARY, SEQ_LENGTH = 8192, 32
+FAR = 10**9
+CHUNK = 1 << 22
+
+
+def build(args: argparse.Namespace, directory: str):
+    """An engine whose optimizer has states, and its configuration."""
+    config = validate(
+        Config(
+            model=ModelConfig(
+                num_layers=2 + 3 * args.block_layers,
+                hidden_size=args.hidden_size,
+                ffn_hidden_size=3 * args.hidden_size,
+                num_attention_heads=args.hidden_size // 64,
+                vocab_size=VOCABULARY,
+            ),
+            recursion=RecursionConfig(num_recursions=3, routing="expert_choice"),
+            data=DataConfig(seq_length=SEQ_LENGTH),
+            training=TrainingConfig(micro_batch_size=1, zero_stage=1),
+            checkpoint=CheckpointConfig(save=directory),
+        )
+    )
+    initialize_distributed(config)
+    engine = build_engine(build_model(config, VOCABULARY), config)
+    engine.module.train()
+    tokens = torch.randint(0, VOCABULARY, (1, SEQ_LENGTH))
+    train_step(engine, iter([Batch(tokens, tokens.roll(-1, dims=1))]), config, 1, 1e-6)
+    return engine, config
+
+
+def timed(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def write_plainly(path: Path, chunks: list[memoryview]) -> None:
+    with path.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        flush(file)
+
+
+def hash_all(chunks: list[memoryview]) -> None:
+    digest = xxhash.xxh3_128()
+    for chunk in chunks:
+        digest.update(chunk)
+
+
+def measure_saving(args: argparse.Namespace) -> dict:
+    """Seconds of each way of saving, a list over rounds, and the bytes saved."""
+    with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+        engine, config = build(args, directory)
+        pieces = [memoryview(piece.numpy()).cast("B") for _, piece in local_pieces(engine)]
+        chunks = [piece[at : at + CHUNK] for piece in pieces for at in range(0, len(piece), CHUNK)]
+        background = replace(config, checkpoint=replace(config.checkpoint, async_save=True))
+        savers = Saver(engine, config, VOCABULARY), Saver(engine, background, VOCABULARY)
+        times: dict[str, list[float]] = {name: [] for name in ("plain", "sync", "async stall", "async", "checksum")}
+        for number in range(args.rounds + 1):
+            os.sync()
+            round_times = {"plain": timed(lambda: write_plainly(Path(directory) / "plain", chunks))}
+            (Path(directory) / "plain").unlink()
+            os.sync()
+            round_times["sync"] = timed(lambda: savers[0].save(Progress(iteration=1)))
+            shutil.rmtree(Path(directory) / "iter_0000001")
+            os.sync()
+            stall = timed(lambda: savers[1].save(Progress(iteration=2)))
+            round_times |= {"async stall": stall, "async": stall + timed(savers[1].finish)}
+            shutil.rmtree(Path(directory) / "iter_0000002")
+            round_times["checksum"] = timed(lambda: hash_all(chunks))
+            if number > 0:  # the first round allocates the buffers that the others use again
+                for name, seconds in round_times.items():
+                    times[name].append(seconds)
+    return {"bytes": sum(map(len, pieces)), "seconds": times}
+
+
+START = """
+import sys, time
+sys.path.insert(0, {here!r})
+from checkpoint import startup_config
+from mor_megatron.parallel.distributed import initialize_distributed
+from mor_megatron.training.loop import build_data
+config = startup_config({prefix!r}, {cache!r})
+initialize_distributed(config)
+start = time.perf_counter()
+batch = next(build_data(config, None).training({consumed}))
+print(time.perf_counter() - start)
+"""
+
+
+def startup_config(prefix: str, cache: str) -> Config:
+    """A run that is longer than 10^9 samples."""
+    return validate(
+        Config(
+            model=ModelConfig(vocab_size=VOCABULARY),
+            data=DataConfig(data_path=(prefix,), split="1,0,0", seq_length=1024, data_cache_path=cache),
+            training=TrainingConfig(micro_batch_size=8, global_batch_size=8, train_iters=FAR // 4, eval_iters=0),
+        )
+    )
+
+
+def measure_startup(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds to the first micro-batch at either place, a list over rounds."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+        prefix = f"{directory}/corpus"
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+        generator = np.random.default_rng(0)
+        for length in generator.integers(100, 900, 100_000):
+            builder.add_document(torch.zeros(int(length), dtype=torch.int16), [int(length)])
+        builder.finalize(f"{prefix}.idx")
+        times: dict[str, list[float]] = {"at 0": [], "at 10^9": []}
+        for number in range(args.rounds):
+            for name, consumed in (("at 0", 0), ("at 10^9", FAR)):
+                cache = f"{directory}/{number}-{consumed}"
+                program = START.format(here=str(Path(__file__).parent), prefix=prefix, cache=cache, consumed=consumed)
+                command = [sys.executable, "-W", "ignore", "-c", program]
+                result = subprocess.run(command, capture_output=True, text=True, check=True)
+                times[name].append(float(result.stdout.split()[-1]))
+    return times
+
+
+def row(name: str, seconds: list[float], note: str = "") -> str:
+    return f"{name:14} {statistics.median(seconds):8.3f} s  ({min(seconds):.3f} - {max(seconds):.3f})  {note}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--hidden-size", type=int, default=768)
+    parser.add_argument("--block-layers", type=int, default=4, help="layers of the shared block")
+    parser.add_argument("--directory", help="where to write (default: the temporary directory)")
+    parser.add_argument("--output", help="write the numbers here as JSON")
+    args = parser.parse_args()
+
+    startup = measure_startup(args)
+    saving = measure_saving(args)
+    size, seconds = saving["bytes"], saving["seconds"]
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    where = f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
+    print(f"{where}; {size / 1e6:,.0f} MB, {args.rounds} interleaved rounds: median (range)")
+    for name in ("plain", "sync", "async"):
+        print(row(name, seconds[name], f"{size / medians[name] / 1e6:,.0f} MB/s"))
+    print(row("async stall", seconds["async stall"], f"{medians['async stall'] / medians['sync']:.1%} of sync"))
+    print(row("checksum", seconds["checksum"], f"{medians['checksum'] / medians['sync']:.1%} of sync"))
+    for name, values in startup.items():
+        print(row(f"start {name}", values))
+    if args.output:
+        Path(args.output).write_text(json.dumps({"machine": where, **saving, "startup": startup}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
