@@ -1,0 +1,224 @@
+"""Attention of a MoR model: which keys the rows of a pass see, and the layer that looks at them.
+
+This file travels with an exported model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .cache_mor import MoRCache
+from .configuration_mor import LayerUse, MoRConfig
+from .rows_mor import Rows
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values."""
+
+
+class Visibility:
+    """What the rows of one pass see. Made once, used by every layer of the pass.
+
+    Args:
+        rows: the tokens of the pass.
+        everything: all tokens of this call.
+        recursion: of the pass; None for the layers that run once.
+        reads: keys and values are those of recursion 0; with kv_mode sharing_update, the rows' own stand in their
+            places among these.
+        config: of the model.
+        cache: earlier tokens, and where new ones are stored; or none.
+        dtype: of the hidden states.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        everything: Rows,
+        recursion: int | None,
+        reads: bool,
+        config: MoRConfig,
+        cache: MoRCache | None,
+        dtype: torch.dtype,
+    ):
+        self.rows, self.everything, self.recursion, self.reads, self.cache = rows, everything, recursion, reads, cache
+        self.past = cache is not None and not cache.is_empty
+        self.updates = reads and config.kv_mode == "sharing_update"
+        self.projects = not reads or self.updates
+        """Whether keys and values of the rows themselves are needed."""
+        self.rotation = rotation_of(rows.position, config, dtype)
+        self._before = self._own_lengths()
+        self.places = None
+        if cache is not None and self.projects:
+            self.places = cache.append(recursion, rows)
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.sequence.device
+
+    @cached_property
+    def window(self):
+        """Stored rows that are seen: those of this recursion, or of recursion 0."""
+        return self.cache.window(0 if self.reads else self.recursion, self.rows.present, self.device)
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """[present, 1, Q, K], true where a key is seen; None: plain causal attention, or one query that sees all."""
+        lengths = self.window.lengths if self.past else None
+        if not self.past:
+            if not self.reads or self.rows is self.everything:
+                return None
+            lengths = tuple(self.everything.lengths[b] for b in self.rows.present)
+        elif self._sees_all(lengths):
+            return None
+        if self.reads:
+            visible = self.rows.position + 1
+        else:
+            visible = torch.tensor(self._before, device=self.device)[self.rows.sequence] + self.rows.offset + 1
+        visible = self.rows.pad(visible, fill=1)
+        return (torch.arange(max(lengths), device=self.device) < visible.unsqueeze(2)).unsqueeze(1)
+
+    def exchange(self, slot: int, own: Pair | None, source: Pair | None, source_slot: int) -> Pair:
+        """Store what is new, and give what is seen.
+
+        Args:
+            slot: position in the network.
+            own: keys and values of the rows, [T, G, D], if `projects`.
+            source: those of all tokens of this call at `source_slot`, if `reads`.
+        Returns:
+            Keys and values, [present, K, G, D].
+        """
+        if self.places is not None:
+            self.cache.write(slot, self.places, *own)
+        if self.past:
+            seen = tuple(self.window.read(buffer) for buffer in self.cache.buffers(source_slot))
+        elif self.reads:
+            seen = tuple(self._of_present(x) for x in source)
+        else:
+            return tuple(self.rows.pad(x) for x in own)
+        return self._updated(seen, slot, own) if self.updates else seen
+
+    def _own_lengths(self) -> tuple[int, ...]:
+        """Rows of this recursion that are stored already."""
+        if not self.past or self.reads:
+            return ()
+        return self.cache.counts()[self.recursion]
+
+    def _sees_all(self, lengths: tuple[int, ...]) -> bool:
+        new = self.everything.lengths if self.reads else self.rows.lengths
+        return self.rows.longest == 1 and len(set(lengths)) == 1 and all(new[b] == 1 for b in self.rows.present)
+
+    def _of_present(self, packed: Tensor) -> Tensor:
+        padded = self.everything.pad(packed)
+        if len(self.rows.present) == len(self.everything.present):
+            return padded
+        columns = [self.everything.present.index(b) for b in self.rows.present]
+        return padded[columns]
+
+    def _updated(self, seen: Pair, slot: int, own: Pair) -> Pair:
+        """sharing_update: a copy in which the active rows are replaced; nothing is written back."""
+        width = seen[0].shape[1]
+        target = self.rows.column * width + self.rows.position
+        if self.past:
+            source, old = self.cache.replaced(self.recursion, self.rows.present, width, self.device)
+            target = torch.cat([old, target])
+            own = tuple(torch.cat([b[source], new]) for b, new in zip(self.cache.buffers(slot), own, strict=True))
+        return tuple(
+            full.reshape(-1, *full.shape[2:]).index_copy(0, target, new).view_as(full)
+            for full, new in zip(seen, own, strict=True)
+        )
+
+
+class MoRAttention(nn.Module):
+    """Self-attention of packed rows, through the attention functions of transformers."""
+
+    is_causal = True
+
+    def __init__(self, config: MoRConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        width, groups = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, groups, bias=False)
+        self.v_proj = nn.Linear(width, groups, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=False)
+
+    def forward(
+        self, hidden: Tensor, visibility: Visibility, use: LayerUse, source: Pair | None
+    ) -> tuple[Tensor, Pair | None]:
+        """[T, H] -> [T, H], and the rows' own keys and values [T, G, D] if there are any."""
+        rows = visibility.rows
+        query = rotate(self._heads(self.q_proj(hidden)), visibility.rotation)
+        own = None
+        if visibility.projects:
+            own = (
+                rotate(self._heads(self.k_proj(hidden)), visibility.rotation),
+                self._heads(self.v_proj(hidden)),
+            )
+        seen = visibility.exchange(use.index, own, source, use.kv_source if visibility.reads else use.index)
+        keys, values = (x.transpose(1, 2) for x in seen)
+        mask = visibility.mask
+        out, _ = self._function(mask)(
+            self,
+            rows.pad(query).transpose(1, 2),
+            keys,
+            values,
+            mask,
+            dropout=0.0,
+            scaling=self.scaling,
+        )
+        return self.o_proj(rows.unpad(out.flatten(2))), own
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], -1, self.head_dim)
+
+    def _function(self, mask: Tensor | None) -> Callable:
+        name = self.config._attn_implementation
+        if mask is not None and name.startswith("flash"):
+            name = "sdpa"  # flash-attn knows no masks; it serves where attention is plainly causal
+        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
+
+
+def rotation_of(positions: Tensor, config: MoRConfig, dtype: torch.dtype) -> Pair:
+    """cos and sin of RoPE, computed in fp32, [T, D/2] of positions [T]."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
+    angles = torch.outer(positions.float(), 1.0 / config.rope_theta**exponents)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rotation: Pair) -> Tensor:
+    """RoPE in the rotate-half layout; x [T, N, D], rotation [T, D/2]."""
+    cos, sin = (part.unsqueeze(1) for part in rotation)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **unused,
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T) v written out; softmax in fp32. Gives [n, Q, N, D] and the weights."""
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is None and query.shape[2] > 1:
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, float("-inf"))
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+__all__ = ["MoRAttention", "Visibility"]

@@ -1,0 +1,122 @@
+"""Settings of a run -> configuration of its export, and back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mor_megatron.config.schema import Config, ModelConfig, RecursionConfig
+from mor_megatron.config.validate import validate
+from mor_megatron.huggingface.configuration_mor import MoRConfig
+from mor_megatron.huggingface.weights import num_groups
+from mor_megatron.recursion.plan import effective_depth
+
+SAME_NAME = (
+    "num_recursions",
+    "sharing_strategy",
+    "kv_mode",
+    "routing",
+    "router_type",
+    "router_func",
+    "router_alpha",
+    "router_temperature",
+    "router_gating",
+    "router_objective",
+    "router_balance",
+    "router_balance_scope",
+)
+"""Settings of the recursion that have one name and meaning in both."""
+COEFFICIENTS = {
+    "router_aux_loss_coef": "router_aux_loss_coeff",
+    "router_z_loss_coef": "router_z_loss_coeff",
+    "router_balance_coef": "router_balance_coeff",
+}
+
+
+def export_config(config: Config, vocab_size: int, **tokens: int | None) -> MoRConfig:
+    """The exported model's configuration.
+
+    Args:
+        config: of the run.
+        vocab_size: without padding.
+        tokens: bos_token_id, eos_token_id, pad_token_id.
+    """
+    config = validate(config)
+    model, recursion = config.model, config.recursion
+    settings = {name: getattr(recursion, name) for name in SAME_NAME}
+    settings |= {theirs: getattr(recursion, ours) for theirs, ours in COEFFICIENTS.items()}
+    if recursion.num_recursions == 1:
+        settings["sharing_strategy"] = "cycle"  # no layers are shared, so that no strategy applies
+    if recursion.routing == "none":
+        settings |= {"router_func": None, "router_alpha": None}
+    return MoRConfig(
+        vocab_size=vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.ffn_hidden_size,
+        num_hidden_layers=effective_depth(
+            model.num_layers, recursion.num_recursions, recursion.sharing_strategy, recursion.depth_rounding
+        ),
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=num_groups(model),
+        head_dim=model.kv_channels,
+        max_position_embeddings=model.max_position_embeddings,
+        rms_norm_eps=model.norm_epsilon,
+        rope_theta=model.rotary_base,
+        initializer_range=model.init_method_std,
+        tie_word_embeddings=not model.untie_embeddings_and_output_weights,
+        capacity=list(recursion.capacity) if recursion.routing == "expert_choice" else None,
+        **settings,
+        **tokens,
+    )
+
+
+def training_config(exported: MoRConfig, base: Config | None = None) -> Config:
+    """Settings of a run that trains an exported model on.
+
+    Args:
+        base: gives everything but the model: data, optimizer, batches.
+    Raises:
+        ValueError: settings do not fit each other.
+    """
+    base = base or Config()
+    heads, groups = exported.num_attention_heads, exported.num_key_value_heads
+    model = ModelConfig(
+        num_layers=exported.num_hidden_layers,
+        hidden_size=exported.hidden_size,
+        ffn_hidden_size=exported.intermediate_size,
+        num_attention_heads=heads,
+        group_query_attention=groups != heads,
+        num_query_groups=groups if groups != heads else None,
+        kv_channels=exported.head_dim,
+        max_position_embeddings=exported.max_position_embeddings,
+        norm_epsilon=exported.rms_norm_eps,
+        rotary_base=exported.rope_theta,
+        init_method_std=exported.initializer_range,
+        untie_embeddings_and_output_weights=not exported.tie_word_embeddings,
+        vocab_size=exported.vocab_size,
+        make_vocab_size_divisible_by=base.model.make_vocab_size_divisible_by,
+    )
+    return replace(base, model=model, recursion=_recursion(exported))
+
+
+def _recursion(exported: MoRConfig) -> RecursionConfig:
+    """Only what applies to this kind of model: a run refuses a setting that would do nothing."""
+    if exported.num_recursions == 1:
+        return RecursionConfig()
+    names = ["num_recursions", "sharing_strategy", "kv_mode", "routing"]
+    coefficients = []
+    if exported.routing != "none":
+        names += ["router_type", "router_func", "router_alpha", "router_temperature", "router_gating"]
+        coefficients += ["router_z_loss_coef"]
+    settings = {}
+    if exported.routing == "expert_choice":
+        names.append("router_objective")
+        coefficients.append("router_aux_loss_coef")
+        settings["capacity"] = tuple(exported.capacity)
+    elif exported.routing == "token_choice":
+        names.append("router_balance")
+        if exported.router_balance == "loss":
+            names.append("router_balance_scope")
+            coefficients.append("router_balance_coef")
+    settings |= {name: getattr(exported, name) for name in names}
+    settings |= {COEFFICIENTS[name]: getattr(exported, name) for name in coefficients}
+    return RecursionConfig(**settings)

@@ -1,0 +1,135 @@
+"""Weights under the names of the LLaMA family, and under ours: one table of names, used in both directions.
+
+Megatron-core keeps query, key and value of a layer in one tensor, group by group, and gate and up in another; the
+LLaMA family keeps them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mor_megatron.config.schema import ModelConfig
+from mor_megatron.model.mor_model import EMBEDDING, HEAD
+
+FINAL_NORM = "final_layernorm.weight"
+BALANCE_BIAS = "router.balance_bias"
+"""A buffer of the training model; it decides, so that it belongs to the weights here."""
+
+Names = dict[str, tuple[str, ...]]
+"""Our name -> their names of the tensors that make it up."""
+
+
+def outer_names(tied: bool) -> Names:
+    """Embedding, final norm and head."""
+    names: Names = {EMBEDDING: ("model.embed_tokens.weight",), FINAL_NORM: ("model.norm.weight",)}
+    return names if tied else {**names, HEAD: ("lm_head.weight",)}
+
+
+def layer_names(physical: int, theirs: str) -> Names:
+    """One layer.
+
+    Args:
+        physical: our number of it.
+        theirs: prefix of its tensors, `model.layers.0`.
+    """
+    ours = f"layers.{physical}"
+    return {
+        f"{ours}.input_layernorm.weight": (f"{theirs}.input_layernorm.weight",),
+        f"{ours}.pre_mlp_layernorm.weight": (f"{theirs}.post_attention_layernorm.weight",),
+        f"{ours}.self_attention.linear_qkv.weight": tuple(f"{theirs}.self_attn.{x}_proj.weight" for x in "qkv"),
+        f"{ours}.self_attention.linear_proj.weight": (f"{theirs}.self_attn.o_proj.weight",),
+        f"{ours}.mlp.linear_fc1.weight": tuple(f"{theirs}.mlp.{x}_proj.weight" for x in ("gate", "up")),
+        f"{ours}.mlp.linear_fc2.weight": (f"{theirs}.mlp.down_proj.weight",),
+    }
+
+
+def router_names(ours: str, theirs: str, router_type: str, parts: tuple[str, str]) -> Names:
+    """One router.
+
+    Args:
+        ours, theirs: prefixes.
+        parts: their names of the inner layer (mlp only) and of the last one.
+    """
+    suffixes = parts if router_type == "mlp" else parts[1:]
+    return {f"{ours}.weights.{i}": (f"{theirs}.{suffix}.weight",) for i, suffix in enumerate(suffixes)}
+
+
+def export_names(num_layers: int, tied: bool, recursion) -> Names:
+    """All names of an exported model.
+
+    Args:
+        num_layers: stored layers.
+        tied: whether the head is the embedding.
+        recursion: `RecursionConfig` of the model.
+    """
+    names = outer_names(tied)
+    for physical in range(num_layers):
+        names |= layer_names(physical, f"model.layers.{physical}")
+    routers = []
+    if recursion.routing == "expert_choice":
+        kinds = ("routers", "aux_routers") if recursion.router_objective == "aux_router" else ("routers",)
+        routers = [f"router.{kind}.{r}" for kind in kinds for r in range(recursion.num_recursions)]
+    elif recursion.routing == "token_choice":
+        routers = ["router.router"]
+        names[BALANCE_BIAS] = (f"model.{BALANCE_BIAS}",)
+    for router in routers:
+        names |= router_names(router, f"model.{router}", recursion.router_type, ("inner", "out"))
+    return names
+
+
+def to_theirs(parameters: Mapping[str, Tensor], names: Names, model: ModelConfig) -> dict[str, Tensor]:
+    """Our tensors -> theirs.
+
+    Raises:
+        ValueError: there is a tensor that `names` does not know, or one is missing.
+    """
+    _require(set(parameters), set(names))
+    theirs: dict[str, Tensor] = {}
+    for ours, parts in names.items():
+        theirs.update(zip(parts, split(ours, parameters[ours], len(parts), model), strict=True))
+    return theirs
+
+
+def to_ours(tensors: Mapping[str, Tensor], names: Names, model: ModelConfig) -> dict[str, Tensor]:
+    """Their tensors -> ours.
+
+    Raises:
+        ValueError: there is a tensor that `names` does not know, or one is missing.
+    """
+    _require(set(tensors), {part for parts in names.values() for part in parts})
+    return {ours: fuse(ours, [tensors[part] for part in parts], model) for ours, parts in names.items()}
+
+
+def fuse(name: str, tensors: list[Tensor], model: ModelConfig) -> Tensor:
+    """q, k, v -> for each key/value group its query heads, k, v; gate, up -> one below the other."""
+    if not name.endswith("linear_qkv.weight"):
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    width = tensors[0].shape[-1]
+    heads = [t.reshape(num_groups(model), -1, model.kv_channels, width) for t in tensors]
+    return torch.cat(heads, dim=1).reshape(-1, width)
+
+
+def split(name: str, tensor: Tensor, count: int, model: ModelConfig) -> list[Tensor]:
+    """The reverse of `fuse`."""
+    if not name.endswith("linear_qkv.weight"):
+        return [part.contiguous() for part in tensor.chunk(count)]
+    width = tensor.shape[-1]
+    heads = tensor.reshape(num_groups(model), -1, model.kv_channels, width)
+    parts = heads.split([heads.shape[1] - 2, 1, 1], dim=1)
+    return [part.reshape(-1, width) for part in parts]
+
+
+def num_groups(model: ModelConfig) -> int:
+    """Key/value heads."""
+    return model.num_query_groups if model.group_query_attention else model.num_attention_heads
+
+
+def _require(there: set[str], wanted: set[str]) -> None:
+    if there != wanted:
+        raise ValueError(
+            f"the weights are of another model: not known {sorted(there - wanted)[:5]}, missing "
+            f"{sorted(wanted - there)[:5]}: give the settings they were trained with"
+        )

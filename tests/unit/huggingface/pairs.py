@@ -1,0 +1,93 @@
+"""A small training model and its export in memory, for the tests of the exported format."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import torch
+from models import RECURSIONS, SEQ, VOCAB, random_ids, small_config
+from torch import Tensor
+
+from mor_megatron.data.batch import Batch
+from mor_megatron.huggingface.convert_config import export_config
+from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
+from mor_megatron.huggingface.weights import export_names, to_theirs
+from mor_megatron.model import MoRModel, build_model
+from mor_megatron.recursion.context import RoutingContext
+
+ALL = (*RECURSIONS, "expert_mlp_tanh", "expert_additive", "token_mlp")
+ROUTED = tuple(name for name in ALL if "expert" in name or "token" in name)
+DECODED = (
+    "vanilla",
+    "recursive",
+    "recursive_sharing",
+    "sequence_sharing",
+    "expert",
+    "expert_sharing",
+    "expert_sharing_update",
+    "expert_aux_router",
+    "token",
+    "token_loss_free",
+    "token_sharing",
+    "token_sharing_update",
+)
+EXTRA = {
+    "expert_mlp_tanh": {"router_type": "mlp", "router_func": "tanh", "router_temperature": 0.7},
+    "expert_additive": {"router_gating": "additive"},
+    "token_mlp": {"router_type": "mlp", "router_func": "sigmoid"},
+}
+TOLERANCE = 1e-5  # fp32, eight layers, other row counts in every product
+__all__ = ["ALL", "DECODED", "ROUTED", "SEQ", "TOLERANCE", "VOCAB", "exported", "pair", "random_ids", "training_logits"]
+
+
+@cache
+def pair(name: str) -> tuple[MoRModel, MoRForCausalLM]:
+    """Made once; tests do not change them."""
+    config = small_config(name.split("_mlp")[0].split("_additive")[0], group_query_attention=True, num_query_groups=2)
+    recursion = replace(config.recursion, **EXTRA.get(name, {}))
+    if "expert" in name:
+        recursion = replace(recursion, router_aux_loss_coeff=0.1)
+    model = build_model(replace(config, recursion=recursion), VOCAB)
+    spread_routing(model)
+    return model.eval(), exported(model)
+
+
+def spread_routing(model: MoRModel) -> None:
+    """Routers that disagree about tokens, as trained ones do; fresh ones send half of them each way at most."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("router."):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        for name, buffer in model.named_buffers():
+            if name.endswith("balance_bias"):
+                buffer.copy_(torch.linspace(0.1, -0.1, len(buffer)))
+
+
+def exported(model: MoRModel) -> MoRForCausalLM:
+    """The same model for transformers."""
+    config = export_config(model.run_config, model.vocab_size, eos_token_id=None)
+    state = model.state_dict()
+    parameters = {name: state[name] for name in state if not name.endswith("_extra_state")}
+    names = export_names(config.plan.num_physical_layers, config.tie_word_embeddings, model.run_config.recursion)
+    for name in parameters:
+        if "word_embeddings" in name or "output_layer" in name:
+            parameters[name] = parameters[name][: model.vocab_size]
+    result = MoRForCausalLM(config)
+    missing, unexpected = result.load_state_dict(to_theirs(parameters, names, model.run_config.model), strict=False)
+    assert set(missing) <= {"lm_head.weight"}, missing
+    assert not unexpected
+    result.tie_weights()
+    return result.eval()
+
+
+@torch.no_grad()
+def training_logits(model: MoRModel, ids: Tensor, **orders) -> tuple[Tensor, Tensor | None]:
+    """Logits [B, S, V] of the training stack by threshold, and how many recursions each token passed [B, S]."""
+    context = RoutingContext(selection="threshold", trace={}, **orders)
+    logits = model(Batch(ids), context)
+    if "depth" in context.trace:
+        return logits, context.trace["depth"].t() + 1
+    active = [mask for name, mask in context.trace.items() if name.startswith("active_")]
+    return logits, sum(mask.int() for mask in active).t() if active else None
