@@ -7,11 +7,12 @@ disk's speed meets all alike; medians and ranges are over rounds.
 
 - plain: as many bytes, from memory, in one file, flushed to the disk;
 - sync: a whole save, from the call until `latest` points to it;
-- async: how long the call keeps training from going on, and how long until the checkpoint is complete;
+- async: how long training waits, in the call and in the next optimizer step, while an iteration goes on; and how long
+  the checkpoint takes, that iteration included;
 - checksum: XXH3 over the same bytes in memory, as the save computes it.
 
-Start-up: building the datasets and reading the first micro-batch at consumed sample 0 and at 10^9, of a corpus of 100,000
-documents whose index cache is empty. Each start is a fresh process.
+Start-up: building the datasets and reading the first micro-batch at consumed sample 0 and at 10^9, of a corpus of
+100,000 documents whose index cache is empty.
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,15 +50,17 @@ from mor_megatron.data.batch import Batch
 from mor_megatron.model import build_model
 from mor_megatron.parallel.distributed import initialize_distributed
 from mor_megatron.training.engine import build_engine
+from mor_megatron.training.gradients import Engine
+from mor_megatron.training.loop import build_data
 from mor_megatron.training.progress import Progress
 from mor_megatron.training.train_step import train_step
 
-VOCABULARY, SEQ_LENGTH = 8192, 32
+VOCABULARY, SEQ_LENGTH = 8192, 256
 FAR = 10**9
 CHUNK = 1 << 22
 
 
-def build(args: argparse.Namespace, directory: str):
+def build(args: argparse.Namespace, directory: str) -> tuple[Engine, Config]:
     """An engine whose optimizer has states, and its configuration."""
     config = validate(
         Config(
@@ -78,9 +80,14 @@ def build(args: argparse.Namespace, directory: str):
     initialize_distributed(config)
     engine = build_engine(build_model(config, VOCABULARY), config)
     engine.module.train()
+    iterate(engine, config)
+    return engine, config
+
+
+def iterate(engine: Engine, config: Config) -> None:
+    """One iteration of training on random tokens."""
     tokens = torch.randint(0, VOCABULARY, (1, SEQ_LENGTH))
     train_step(engine, iter([Batch(tokens, tokens.roll(-1, dims=1))]), config, 1, 1e-6)
-    return engine, config
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -110,7 +117,9 @@ def measure_saving(args: argparse.Namespace) -> dict:
         chunks = [piece[at : at + CHUNK] for piece in pieces for at in range(0, len(piece), CHUNK)]
         background = replace(config, checkpoint=replace(config.checkpoint, async_save=True))
         savers = Saver(engine, config, VOCABULARY), Saver(engine, background, VOCABULARY)
-        times: dict[str, list[float]] = {name: [] for name in ("plain", "sync", "async stall", "async", "checksum")}
+        times: dict[str, list[float]] = {
+            name: [] for name in ("plain", "sync", "async stall", "async", "iteration", "checksum")
+        }
         for number in range(args.rounds + 1):
             os.sync()
             round_times = {"plain": timed(lambda: write_plainly(Path(directory) / "plain", chunks))}
@@ -119,28 +128,19 @@ def measure_saving(args: argparse.Namespace) -> dict:
             round_times["sync"] = timed(lambda: savers[0].save(Progress(iteration=1)))
             shutil.rmtree(Path(directory) / "iter_0000001")
             os.sync()
-            stall = timed(lambda: savers[1].save(Progress(iteration=2)))
-            round_times |= {"async stall": stall, "async": stall + timed(savers[1].finish)}
+            before, start = savers[1].stalled, time.perf_counter()
+            savers[1].save(Progress(iteration=2))
+            iterate(engine, config)
+            round_times["async stall"] = savers[1].stalled - before
+            savers[1].finish()
+            round_times["async"] = time.perf_counter() - start
+            round_times["iteration"] = timed(lambda: iterate(engine, config))
             shutil.rmtree(Path(directory) / "iter_0000002")
             round_times["checksum"] = timed(lambda: hash_all(chunks))
             if number > 0:  # the first round allocates the buffers that the others use again
                 for name, seconds in round_times.items():
                     times[name].append(seconds)
     return {"bytes": sum(map(len, pieces)), "seconds": times}
-
-
-START = """
-import sys, time
-sys.path.insert(0, {here!r})
-from checkpoint import startup_config
-from mor_megatron.parallel.distributed import initialize_distributed
-from mor_megatron.training.loop import build_data
-config = startup_config({prefix!r}, {cache!r})
-initialize_distributed(config)
-start = time.perf_counter()
-batch = next(build_data(config, None).training({consumed}))
-print(time.perf_counter() - start)
-"""
 
 
 def startup_config(prefix: str, cache: str) -> Config:
@@ -152,6 +152,10 @@ def startup_config(prefix: str, cache: str) -> Config:
             training=TrainingConfig(micro_batch_size=8, global_batch_size=8, train_iters=FAR // 4, eval_iters=0),
         )
     )
+
+
+def first_batch(config: Config, consumed: int) -> Batch:
+    return next(build_data(config, None).training(consumed))
 
 
 def measure_startup(args: argparse.Namespace) -> dict[str, list[float]]:
@@ -166,13 +170,13 @@ def measure_startup(args: argparse.Namespace) -> dict[str, list[float]]:
             builder.add_document(torch.zeros(int(length), dtype=torch.int16), [int(length)])
         builder.finalize(f"{prefix}.idx")
         times: dict[str, list[float]] = {"at 0": [], "at 10^9": []}
-        for number in range(args.rounds):
+        for number in range(args.rounds + 1):
             for name, consumed in (("at 0", 0), ("at 10^9", FAR)):
-                cache = f"{directory}/{number}-{consumed}"
-                program = START.format(here=str(Path(__file__).parent), prefix=prefix, cache=cache, consumed=consumed)
-                command = [sys.executable, "-W", "ignore", "-c", program]
-                result = subprocess.run(command, capture_output=True, text=True, check=True)
-                times[name].append(float(result.stdout.split()[-1]))
+                config = startup_config(prefix, f"{directory}/{number}-{consumed}")
+                initialize_distributed(config)
+                seconds = timed(partial(first_batch, config, consumed))
+                if number > 0:  # the first round reads the corpus from the disk
+                    times[name].append(seconds)
     return times
 
 
@@ -198,6 +202,7 @@ def main() -> None:
     for name in ("plain", "sync", "async"):
         print(row(name, seconds[name], f"{size / medians[name] / 1e6:,.0f} MB/s"))
     print(row("async stall", seconds["async stall"], f"{medians['async stall'] / medians['sync']:.1%} of sync"))
+    print(row("iteration", seconds["iteration"], f"of {SEQ_LENGTH} tokens"))
     print(row("checksum", seconds["checksum"], f"{medians['checksum'] / medians['sync']:.1%} of sync"))
     for name, values in startup.items():
         print(row(f"start {name}", values))

@@ -1,12 +1,13 @@
 """Saving: all ranks write their pieces, agree that they are on the disk, and only then is there a checkpoint.
 
 1. rank 0 makes `iter_N.partial`;
-2. every rank writes its pieces there, flushed to the disk; with `--async-save`, a thread does, from a copy;
+2. every rank writes its pieces there, flushed to the disk; with `--async-save`, a thread copies them and then writes;
 3. all ranks exchange what they wrote, or what went wrong;
 4. rank 0 writes config and manifest, renames the directory, points `latest` to it, deletes what retention gives up.
 
-Whatever fails, older checkpoints stay as they are. Collectives are the main thread's alone: the writing thread only
-writes files, and an asynchronous save is completed between two iterations (`poll`).
+Whatever fails, older checkpoints stay as they are. Collectives are the main thread's alone: the other thread copies
+and writes, and an asynchronous save is completed between two iterations (`poll`). The state changes in the optimizer's
+step only, so forward and backward passes run while it is copied, and the step waits for the copy.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from __future__ import annotations
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -53,6 +55,8 @@ class _Save:
     error: str | None = "it was not written"
     """Why it did not; None once it did."""
     thread: threading.Thread | None = None
+    copied: threading.Event = field(default_factory=threading.Event)
+    """The state may change."""
 
     @property
     def is_written(self) -> bool:
@@ -74,34 +78,24 @@ class Saver:
         self.cuts = united_cuts(engine)
         self.last_failed: str | None = None
         """Why the most recent save failed; None if it did not. Equal on all ranks."""
+        self.stalled = 0.0
+        """Seconds that training has waited for checkpoints; each rank's own."""
         self._in_flight: _Save | None = None
         self._buffers: dict[str, Tensor] = {}
+        self._hook = torch_optimizer(engine).register_step_pre_hook(self._await_copy)
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint; with `async_save`, return as soon as the state is copied.
+        """Write a checkpoint; with `async_save`, return at once: the next optimizer step waits until it is copied.
 
         Raises:
             SaveError: this save or the one before failed, and `on_save_failure` is `stop`.
         """
-        self.finish()
-        partial = self.root / f"{checkpoint_name(progress.iteration)}{PARTIAL}"
-        error = None
-        if dist.get_rank() == 0:
-            error = _failure(lambda: _make_empty(partial))
-        error = from_rank_0(error)
-        if error is not None:
-            self._report(partial, [error])
-            return
-        pieces = local_pieces(self.engine)
-        save = _Save(partial, self._manifest(progress))
-        self._in_flight = save
-        if self.config.checkpoint.async_save:
-            pieces = self._copy(pieces)
-            save.thread = threading.Thread(target=_write, args=(save, pieces), name="checkpoint")
-            save.thread.start()
-        else:
-            _write(save, pieces)
-            self._complete()
+        start = time.perf_counter()
+        try:
+            self.finish()
+            self._begin(progress)
+        finally:
+            self.stalled += time.perf_counter() - start
 
     def poll(self) -> None:
         """Complete an asynchronous save that all ranks have written; call it once an iteration.
@@ -126,8 +120,38 @@ class Saver:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         """Leave no thread behind. A run that breaks down cannot complete a save: other ranks may be gone."""
+        self._hook.remove()
         if self._in_flight is not None and self._in_flight.thread is not None:
             self._in_flight.thread.join()
+
+    def _begin(self, progress: Progress) -> None:
+        partial = self.root / f"{checkpoint_name(progress.iteration)}{PARTIAL}"
+        error = from_rank_0(_failure(lambda: _make_empty(partial)) if dist.get_rank() == 0 else None)
+        if error is not None:
+            self._report(partial, [error])
+            return
+        save = self._in_flight = _Save(partial, self._manifest(progress))
+        pieces = local_pieces(self.engine)
+        if self.config.checkpoint.async_save:
+            save.thread = threading.Thread(target=self._copy_and_write, args=(save, pieces), name="checkpoint")
+            save.thread.start()
+        else:
+            _write(save, pieces)
+            self._complete()
+
+    def _copy_and_write(self, save: _Save, pieces: list[tuple[str, Tensor]]) -> None:
+        try:
+            pieces = self._copy(pieces)
+        finally:
+            save.copied.set()
+        _write(save, pieces)
+
+    def _await_copy(self, *step: object) -> None:
+        save = self._in_flight
+        if save is not None and save.thread is not None:
+            start = time.perf_counter()
+            save.copied.wait()
+            self.stalled += time.perf_counter() - start
 
     def _complete(self) -> None:
         save, self._in_flight = self._in_flight, None

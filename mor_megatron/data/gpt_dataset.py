@@ -41,15 +41,15 @@ class EpochDataset(GPTDataset):
     """Samples of sequence_length + 1 neighbouring tokens from shuffled, concatenated documents, epoch after epoch."""
 
     def __len__(self) -> int:
-        return self._epochs() * len(self.shuffle_index)
+        return self._epochs() * self._samples_per_epoch()
 
-    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The index of the first epoch; Megatron-core's constructor keeps it."""
-        self.epoch = 0
-        return self._epoch_index(0)
+    def _build_document_sample_shuffle_indices(self) -> tuple[None, None, None]:
+        """What Megatron-core's constructor keeps: no index yet."""
+        self.epoch = None
+        return None, None, None
 
     def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
-        epoch, within = divmod(int(idx), len(self.shuffle_index))  # all epochs have equally many samples
+        epoch, within = divmod(int(idx), self._samples_per_epoch())
         if epoch != self.epoch:
             self.document_index, self.sample_index, self.shuffle_index = self._epoch_index(epoch)
             self.epoch = epoch
@@ -87,9 +87,10 @@ class EpochDataset(GPTDataset):
         return order, rows, random.permutation(len(rows) - 1)
 
     def _epochs(self) -> int:
-        tokens = self._get_num_tokens_per_epoch()
-        per_epoch = max(1, (tokens - 1) // self.config.sequence_length)
-        return math.ceil(max(1, self.num_samples or 1) / per_epoch)
+        return math.ceil(max(1, self.num_samples or 1) / self._samples_per_epoch())
+
+    def _samples_per_epoch(self) -> int:
+        return max(1, (self._get_num_tokens_per_epoch() - 1) // self.config.sequence_length)
 
     def _cache_name(self, epoch: int) -> str:
         """A name that changes with all that the index depends on, the state of the corpus's files included."""

@@ -8,6 +8,7 @@ import resource
 import runpy
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -175,8 +176,13 @@ def test_a_directory_without_rights(corpus, tmp_path):
     open_checkpoint(tmp_path / "iter_0000002")
 
 
-def test_saving_in_the_background_saves_the_same(whole, corpus, tmp_path):
-    """Training changes the weights while they are written; what is written are those of the iteration."""
+def test_saving_in_the_background_saves_the_same(whole, corpus, tmp_path, monkeypatch):
+    """Training goes on while the state is copied and written; what is written is that of the iteration.
+
+    Copying begins long after a step of this model would have changed it.
+    """
+    copy = saving.Saver._copy
+    monkeypatch.setattr(saving.Saver, "_copy", lambda saver, pieces: time.sleep(0.5) or copy(saver, pieces))
     pretrain(small_config(corpus, save=str(tmp_path), train_iters=9, save_interval=3, async_save=True))
     for iteration in (3, 6, 9):
         assert_same_checkpoint(tmp_path, whole, iteration)
