@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from layout_runs import train
+from checkpoint_jobs import new_engine, save_halfway, with_directory
+from layout_runs import train, unique_elements
 from table import LAYOUTS, VOCABULARY, Layout, build_config
 
+from mor_megatron.checkpointing.load import load_checkpoint
 from mor_megatron.config.schema import Config
 from mor_megatron.model import build_model
 from mor_megatron.parallel.distributed import initialize_distributed
@@ -53,6 +55,20 @@ def test_every_rank_holds_its_part_once(workers, single, layout):
         assert result.storages == {"built": expected, "wrapped": expected}, f"rank {rank}"
     for name, value in one.initial.items():
         assert torch.equal(results[0].initial[name], value), f"initial {name} depends on the layout"
+
+
+def elements_after_loading(config: Config, directory: str) -> int:
+    save_halfway(config, directory)
+    engine = new_engine(config, seed=config.training.seed + 1)
+    load_checkpoint(engine, with_directory(config, directory), VOCABULARY)
+    return unique_elements(engine.module)
+
+
+@pytest.mark.parametrize("layout", slow_but({"pp2-uneven"}, ["tp2", "tp2-dp2-zero3", "pp2-uneven"]))
+def test_loading_makes_no_copies(workers, tmp_path, layout):
+    config = build_config("expert-nr3", layout)
+    counts = workers.run(layout.world_size, layout.groups, elements_after_loading, config, str(tmp_path))
+    assert counts == [expected_elements(layout, rank // (layout.tp * layout.dp)) for rank in range(layout.world_size)]
 
 
 @pytest.mark.parametrize("model", ["recursive", "expert-nr3"])
