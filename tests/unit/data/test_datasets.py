@@ -264,9 +264,10 @@ def build_on_rank(rank: int, config: Config, folder: Path) -> None:
     training, validation, _ = build_datasets(config, None, (40, 10, 0))
     batches = list(build_batches(training, 0, 2, rank, 2, 8))
     np.save(folder / f"{rank}.npy", np.array(ids(batches)))
-    cache = Path(config.data.data_cache_path)
-    files = sorted((str(p), p.stat().st_ino) for p in cache.rglob("*.npy"))
-    (folder / f"{rank}.txt").write_text(repr((files, [sample(validation, i) for i in range(10)])))
+    validated = [sample(validation, i) for i in range(10)]
+    torch.distributed.barrier()  # now neither builds an index any more
+    files = sorted((str(p), p.stat().st_ino) for p in Path(config.data.data_cache_path).rglob("*.npy"))
+    (folder / f"{rank}.txt").write_text(repr((files, validated)))
     torch.distributed.destroy_process_group()
     os._exit(0)
 
@@ -288,6 +289,23 @@ def test_two_ranks_share_the_index(blended: bool, numbers: list[str], tmp_path: 
     alone = build_datasets(replace(config, data=replace(config.data, data_cache_path=None)), None, (40, 10, 0))[0]
     dealt = np.concatenate([np.load(tmp_path / f"{rank}.npy").reshape(-1, 1, 2) for rank in range(2)], axis=1)
     assert dealt.reshape(-1).tolist()[:40] == [sample(alone, i)[0] for i in range(40)]
+
+
+def test_a_sample_far_away_needs_its_own_epoch_only(numbers: list[str], tmp_path: Path) -> None:
+    """Nothing is indexed before a sample is read, and samples of every epoch are those of a run that began at 0."""
+    config = settings(numbers[0], cache=tmp_path)
+    dataset = train(config, 10**9)
+    indexes = lambda: [path for path in tmp_path.iterdir() if path.is_dir()]  # noqa: E731
+    assert not indexes()
+    assert len(dataset) >= 10**9
+    far = [sample(dataset, 10**9 - 1 - i) for i in range(3)]
+    assert len(indexes()) == 1
+    assert far == [
+        sample(train(settings(numbers[0], cache=tmp_path / "other"), 10**9), 10**9 - 1 - i) for i in range(3)
+    ]
+    in_turn = [sample(dataset, i) for i in range(300)]
+    assert in_turn == [sample(train(config, 300), i) for i in range(300)]
+    assert not list(tmp_path.glob("*.lock"))
 
 
 def test_mapped_tokens_are_those_of_the_index(numbers: list[str]) -> None:
