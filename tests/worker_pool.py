@@ -205,6 +205,8 @@ def release_engines() -> None:
     import deepspeed
 
     for thing in gc.get_objects():
-        if isinstance(thing, deepspeed.DeepSpeedEngine):
+        # ZeRO-3's outlive even that; a second time, they would ask for a world that is gone.
+        if isinstance(thing, deepspeed.DeepSpeedEngine) and not hasattr(thing, "released"):
             thing.destroy()
+            thing.released = True
     gc.collect()
