@@ -106,7 +106,7 @@ class Visibility:
         """Rows of this recursion that are stored already."""
         if not self.past or self.reads:
             return ()
-        return self.cache.counts()[self.recursion]
+        return self.cache.counts().get(self.recursion, (0,) * len(self.rows.lengths))
 
     def _sees_all(self, lengths: tuple[int, ...]) -> bool:
         new = self.everything.lengths if self.reads else self.rows.lengths
@@ -117,7 +117,7 @@ class Visibility:
         if len(self.rows.present) == len(self.everything.present):
             return padded
         columns = [self.everything.present.index(b) for b in self.rows.present]
-        return padded[columns]
+        return padded[columns, : max(self.everything.lengths[b] for b in self.rows.present)]
 
     def _updated(self, seen: Pair, slot: int, own: Pair) -> Pair:
         """sharing_update: a copy in which the active rows are replaced; nothing is written back."""

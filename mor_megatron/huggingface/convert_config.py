@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mor_megatron.config.schema import Config, ModelConfig, RecursionConfig
-from mor_megatron.config.validate import validate
 from mor_megatron.huggingface.configuration_mor import MoRConfig
 from mor_megatron.huggingface.weights import num_groups
-from mor_megatron.recursion.plan import effective_depth
 
 SAME_NAME = (
     "num_recursions",
@@ -36,11 +34,10 @@ def export_config(config: Config, vocab_size: int, **tokens: int | None) -> MoRC
     """The exported model's configuration.
 
     Args:
-        config: of the run.
+        config: of the run, validated.
         vocab_size: without padding.
         tokens: bos_token_id, eos_token_id, pad_token_id.
     """
-    config = validate(config)
     model, recursion = config.model, config.recursion
     settings = {name: getattr(recursion, name) for name in SAME_NAME}
     settings |= {theirs: getattr(recursion, ours) for theirs, ours in COEFFICIENTS.items()}
@@ -52,9 +49,7 @@ def export_config(config: Config, vocab_size: int, **tokens: int | None) -> MoRC
         vocab_size=vocab_size,
         hidden_size=model.hidden_size,
         intermediate_size=model.ffn_hidden_size,
-        num_hidden_layers=effective_depth(
-            model.num_layers, recursion.num_recursions, recursion.sharing_strategy, recursion.depth_rounding
-        ),
+        num_hidden_layers=model.num_layers,
         num_attention_heads=model.num_attention_heads,
         num_key_value_heads=num_groups(model),
         head_dim=model.kv_channels,

@@ -1,0 +1,92 @@
+"""The model card of an export: what it is, how it was trained, how to run it. Nothing about where or on what."""
+
+from __future__ import annotations
+
+from mor_megatron.huggingface.export import Checkpoint
+from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
+from mor_megatron.huggingface.verify import AnotherModelError, Comparison
+
+_KINDS = {
+    "none": "no routing: every token passes every recursion",
+    "expert_choice": "expert-choice routing: before each recursion a router decides which tokens go on",
+    "token_choice": "token-choice routing: a router picks the number of recursions of each token",
+}
+_HEADER = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [mor, recursive]
+---"""
+_USE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+model = AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+"""
+
+
+def write_card(model: MoRForCausalLM, checkpoint: Checkpoint, verified: Comparison | None) -> str:
+    """Text of README.md.
+
+    Args:
+        model: the export.
+        checkpoint: what it was made of.
+        verified: of this export; None if it was not compared.
+    Raises:
+        AnotherModelError: the comparison shows another model than was trained.
+    """
+    if verified is not None and not verified.agrees:
+        raise AnotherModelError(f"the export is not the model that was trained: {verified}")
+    config, run = model.config, checkpoint.config
+    stored = sum(p.numel() for p in model.parameters())
+    plan = config.plan
+    per_layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    unrolled = stored + per_layer * (len(plan.layers) - plan.num_physical_layers)
+    progress = checkpoint.manifest.progress
+    tokens = progress["consumed_samples"] * run.data.seq_length
+    facts = {
+        "parameters": f"{stored:,} stored; {unrolled:,} if no layer were shared",
+        "layers": f"{len(plan.layers)} positions on {plan.num_physical_layers} stored layers",
+        "recursions": f"{config.num_recursions} ({config.sharing_strategy})" if config.num_recursions > 1 else "1",
+        "routing": _KINDS[config.routing],
+        "keys and values": config.kv_mode,
+        "width, feed-forward, heads, key/value heads": (
+            f"{config.hidden_size}, {config.intermediate_size}, {config.num_attention_heads}, "
+            f"{config.num_key_value_heads}"
+        ),
+        "vocabulary, longest sequence": f"{config.vocab_size:,}, {config.max_position_embeddings:,}",
+        "trained on": f"{tokens:,} tokens in {progress['iteration']:,} iterations",
+        "global batch": f"{run.training.global_batch_size:,} sequences of {run.data.seq_length:,} tokens",
+        "optimizer": (
+            f"{checkpoint.manifest.optimizer}, peak rate {run.optimizer.lr:g}, {run.optimizer.lr_decay_style} "
+            f"schedule, weight decay {run.optimizer.weight_decay:g}, clipping {run.optimizer.clip_grad:g}"
+        ),
+        "precision": "bf16" if run.training.bf16 else "fp16" if run.training.fp16 else "fp32",
+        "seed": f"{run.training.seed}",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    parts = [
+        _HEADER,
+        "# Mixture-of-Recursions language model",
+        "A Transformer that runs a shared block of layers several times (arXiv 2507.10524).",
+        f"| | |\n|---|---|\n{table}",
+        "## Use",
+        _USE.rstrip(),
+        _advice(config),
+    ]
+    if verified is not None:
+        parts += ["## Verified", f"Against the training code, in fp32, on {verified}."]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _advice(config) -> str:
+    lines = []
+    if config.num_recursions > 1:
+        lines.append(f"`depth=n` (1 to {config.num_recursions}), given to `generate`, fixes the depth of all tokens.")
+    if config.routing == "expert_choice":
+        lines.append("`router_threshold=t` trades depth for speed: a token goes on if the router's sigmoid reaches t.")
+    return " ".join(lines)

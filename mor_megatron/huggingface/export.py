@@ -1,0 +1,134 @@
+"""From the weights of a run, in any layout, to a directory that transformers loads.
+
+Every shared layer is stored once, vocabulary padding not at all, and the code travels with the weights.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from mor_megatron.checkpointing.directory import candidates
+from mor_megatron.checkpointing.manifest import CONFIG, Manifest, read_manifest
+from mor_megatron.checkpointing.reader import read_buffers, read_parameters
+from mor_megatron.config.cli import read_config
+from mor_megatron.config.schema import Config
+from mor_megatron.config.validate import validate
+from mor_megatron.huggingface.convert_config import export_config
+from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
+from mor_megatron.huggingface.weights import export_names, to_theirs
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that an export needs of a run."""
+
+    path: Path
+    config: Config
+    """Validated."""
+    vocab_size: int
+    """Without padding."""
+    manifest: Manifest
+    weights: dict[str, Tensor]
+    """Whole, fp32, by our names; the balancing bias among them."""
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """A checkpoint of any layout, or the newest one of a run's directory.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    path = Path(path)
+    if not (path / "manifest.json").exists():
+        found = candidates(path)
+        if not found:
+            raise ValueError(f"load={path} has no checkpoint: give a run's --save directory, or one checkpoint in it")
+        path = found[0]
+    manifest = read_manifest(path)
+    config = validate(read_config(["--config", str(path / CONFIG)]), world_size=_world_size(manifest))
+    weights = read_parameters(path) | read_buffers(path)
+    return Checkpoint(path, config, manifest.model["vocab-size"], manifest, weights)
+
+
+def to_model(
+    weights: Mapping[str, Tensor], config: Config, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> MoRForCausalLM:
+    """The exported model in memory, fp32, in evaluation mode.
+
+    Args:
+        weights: whole tensors by our names, vocabulary without padding.
+        config: validated settings of the run.
+        vocab_size: without padding.
+        tokenizer: gives the special tokens.
+    Raises:
+        ValueError: the weights are not of this model.
+    """
+    tokens = {}
+    if tokenizer is not None:
+        tokens = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    exported = export_config(config, vocab_size, **tokens)
+    names = export_names(exported.plan.num_physical_layers, exported.tie_word_embeddings, config.recursion)
+    state = to_theirs(weights, names, config.model)
+    if exported.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    with torch.device("meta"):
+        model = MoRForCausalLM(exported)
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    model.generation_config = GenerationConfig(**tokens)
+    return model.eval()
+
+
+def export(
+    weights: Mapping[str, Tensor],
+    config: Config,
+    vocab_size: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+    output: str | Path,
+    dtype: str = "fp32",
+) -> Path:
+    """Write configuration, code, weights, generation settings and tokenizer.
+
+    Args:
+        weights, config, vocab_size, tokenizer: as in `to_model`.
+        output: a new directory; it appears when it is complete.
+        dtype: of the stored weights: fp32, bf16, fp16.
+    Raises:
+        ValueError: the output exists or cannot be written, or the weights are not of this model.
+    """
+    output = Path(output)
+    if output.exists():
+        raise ValueError(f"output={output} exists: name a new directory, or move it away")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype} is unknown: use one of {', '.join(DTYPES)}")
+    model = to_model(weights, config, vocab_size, tokenizer).to(DTYPES[dtype])
+    model.config.dtype = DTYPES[dtype]
+    partial = output.with_name(output.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        partial.rename(output)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ValueError(f"output={output} cannot be written ({error.strerror or error}): choose another") from error
+    return output
+
+
+def _world_size(manifest: Manifest) -> int:
+    layout = manifest.layout
+    sizes = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "data-parallel ranks")
+    size = 1
+    for name in sizes:
+        size *= layout.get(name, 1)
+    return size

@@ -1,0 +1,188 @@
+"""A run on two tensor-parallel ranks, exported, and used as people use models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import ROOT, run_program
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+
+from mor_megatron.data.tokenizer_training import train_tokenizer
+from mor_megatron.huggingface import verify
+from mor_megatron.huggingface.export import read_checkpoint
+
+sys.path.append(str(ROOT / "tools"))
+import export_hf
+
+SETTINGS = """num-layers: 8
+hidden-size: 32
+ffn-hidden-size: 48
+num-attention-heads: 4
+group-query-attention: true
+num-query-groups: 2
+num-recursions: 3
+routing: expert_choice
+router-aux-loss-coeff: 0.1
+tokenizer-type: HuggingFaceTokenizer
+seq-length: 24
+split: 80,20,0
+micro-batch-size: 2
+global-batch-size: 4
+train-iters: 12
+lr: 1e-2
+eval-iters: 0
+peak-tflops: 1
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules_of_exports(tmp_path_factory):
+    """Code that travels with an export is copied here and imported from here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory) -> Path:
+    """Trained with --tensor-model-parallel-size 2; its vocabulary is padded."""
+    directory = tmp_path_factory.mktemp("run")
+    text = directory / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": topic}) for topic in list(verify.topics.values())[:20]))
+    tokenizer = train_tokenizer([str(text)], 300, "hf-bpe", str(directory / "tokenizer"))
+    config = directory / "model.yaml"
+    config.write_text(SETTINGS + f"tokenizer-model: {tokenizer}\ndata-path: [{corpus}]\nsave: {directory / 'save'}\n")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = [str(ROOT / "pretrain_mor.py"), "--config", str(config), "--tensor-model-parallel-size", "2"]
+    done = run_program([*launcher, *program], timeout=500)
+    assert done.returncode == 0, done.stderr
+    return directory / "save"
+
+
+def call(monkeypatch, *words) -> int:
+    monkeypatch.setattr(sys, "argv", ["export_hf.py", *map(str, words)])
+    return export_hf.main()
+
+
+@pytest.fixture(scope="module")
+def export(run, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("export") / "model"
+    with pytest.MonkeyPatch.context() as patch:
+        assert call(patch, "--load", run, "--output", output, "--verify") == 0
+    return output
+
+
+def load(path: Path, **options):
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **options)
+
+
+def test_directory_holds_unique_parameters_and_the_code(export: Path):
+    weights = load_file(export / "model.safetensors")
+    model = load(export)
+    stored = sum(p.numel() for p in model.parameters())
+    assert sum(t.numel() for t in weights.values()) == stored
+    assert weights["model.embed_tokens.weight"].shape[0] == 300  # 384 with padding
+    assert (export / "model.safetensors").stat().st_size < 4 * stored + 20_000
+    names = {path.name for path in export.glob("*.py")}
+    assert {"configuration_mor.py", "modeling_mor.py", "attention_mor.py", "cache_mor.py"} <= names
+    for path in export.glob("*.py"):
+        assert "mor_megatron" not in path.read_text()
+    assert type(model).__module__.startswith("transformers_modules")
+    assert AutoConfig.from_pretrained(export, trust_remote_code=True).num_recursions == 3
+
+
+def test_card_tells_training_and_comparison(export: Path, run: Path):
+    card = (export / "README.md").read_text()
+    assert "1,152 tokens in 12 iterations" in card
+    assert "the same depth at 100.00 %" in card
+    assert str(run) not in card
+    assert "parallel" not in card
+
+
+def test_wrong_weights_get_no_card(run: Path, tmp_path: Path, monkeypatch, capsys):
+    """One weight changed between what is exported and what it is compared with."""
+
+    def spoilt(path):
+        checkpoint = read_checkpoint(path)
+        checkpoint.weights["layers.1.mlp.linear_fc2.weight"][0, 0] += 0.5
+        return checkpoint
+
+    honest = verify.training_model
+    monkeypatch.setattr(export_hf, "read_checkpoint", spoilt)
+    monkeypatch.setattr(verify, "training_model", lambda weights, *rest: honest(read_checkpoint(run).weights, *rest))
+    assert call(monkeypatch, "--load", run, "--output", tmp_path / "model", "--verify") == 1
+    assert "not the model that was trained" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
+def test_saved_again_it_is_the_same(export: Path, tmp_path: Path):
+    model = load(export)
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    ids = torch.arange(40).view(2, 20)
+    assert torch.equal(model(ids).logits, again(ids).logits)
+    size = (export / "model.safetensors").stat().st_size
+    assert abs((tmp_path / "again" / "model.safetensors").stat().st_size - size) < 1000
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"device_map": "cpu"}, {"device_map": "auto"}], ids=str)
+def test_other_ways_to_load_generate(export: Path, options: dict):
+    model = load(export, **options)
+    assert model.dtype == options.get("dtype", torch.float32)
+    tokens = model.generate(
+        torch.arange(10)[None].to(model.device), max_new_tokens=6, do_sample=False, min_new_tokens=6
+    )
+    assert tokens.shape == (1, 16)
+    if "device_map" in options:
+        plain = load(export).generate(torch.arange(10)[None], max_new_tokens=6, do_sample=False, min_new_tokens=6)
+        assert torch.equal(tokens.cpu(), plain)
+
+
+def test_pipeline_and_tokenizer(export: Path):
+    generator = pipeline("text-generation", model=str(export), trust_remote_code=True)
+    (out,) = generator("The import statement", max_new_tokens=8, do_sample=False)
+    assert out["generated_text"].startswith("The import statement")
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    texts = ["a longer prompt than the", "other"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    assert batch["attention_mask"][:, 0].min() == 0
+    model = load(export)
+    together = model.generate(**batch, max_new_tokens=5, do_sample=False)
+    for text, tokens in zip(texts, together, strict=True):
+        alone = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=5, do_sample=False)
+        assert torch.equal(tokens[-5:], alone[0][-5:])
+
+
+def test_bf16_export_and_refusals(run: Path, tmp_path: Path, monkeypatch, capsys):
+    assert call(monkeypatch, "--load", run, "--output", tmp_path / "half", "--dtype", "bf16") == 0
+    assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
+    assert call(monkeypatch, "--load", run, "--output", tmp_path / "half") == 2
+    assert "exists" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "half")
+    assert call(monkeypatch, "--load", tmp_path / "nothing", "--output", tmp_path / "half") == 2
+    assert "has no checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient_checkpointing"])
+def test_trainer_lowers_the_loss(export: Path, tmp_path: Path, checkpointing: bool):
+    model = load(export)
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.randint(64, 250, (16,), generator=generator)
+    samples = [{"input_ids": (start + torch.arange(24)), "labels": (start + torch.arange(24))} for start in starts]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=20, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        learning_rate=2e-2, logging_steps=1, report_to=[], save_strategy="no", use_cpu=True,
+        gradient_checkpointing=checkpointing, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=samples)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 20
+    assert losses[-1] < 0.7 * losses[0]

@@ -1,0 +1,70 @@
+"""Turn a checkpoint of any layout into a directory that transformers loads. See docs/inference.md."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from mor_megatron.huggingface.card import write_card
+from mor_megatron.huggingface.export import DTYPES, export, read_checkpoint, to_model
+from mor_megatron.huggingface.tokenizer import export_tokenizer
+from mor_megatron.huggingface.verify import EXTRACT, AnotherModelError, compare
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Export, verify, and only then write the card.
+
+    Raises:
+        ValueError: the checkpoint cannot be read, the output not be written, or the export is another model.
+    """
+    checkpoint = read_checkpoint(args.load)
+    config, vocab_size = checkpoint.config, checkpoint.vocab_size
+    tokenizer = None
+    if not args.no_tokenizer:
+        tokenizer = export_tokenizer(config.data, config.model.max_position_embeddings)
+    facts = (checkpoint.weights, config, vocab_size, tokenizer)
+    comparison = None
+    if args.verify:
+        trial = args.output.with_name(args.output.name + ".verify")
+        shutil.rmtree(trial, ignore_errors=True)
+        try:
+            export(*facts, trial)
+            text = EXTRACT if args.verify_text is None else args.verify_text.read_text()
+            comparison = compare(trial, *facts, text)
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
+        print(f"export and training stack on {comparison}", flush=True)
+    card = write_card(to_model(*facts), checkpoint, comparison)
+    output = export(*facts, args.output, args.dtype)
+    (output / "README.md").write_text(card)
+    return output
+
+
+def main() -> int:
+    """0: exported; 1: the export is another model; 2: something cannot be read or written."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--load", type=Path, required=True, help="a run's --save directory, or one checkpoint in it")
+    parser.add_argument("--output", type=Path, required=True, help="new directory")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the stored weights")
+    parser.add_argument("--no-tokenizer", action="store_true", help="weights and code only")
+    parser.add_argument("--verify", action="store_true", help="compare with the training stack on real text first")
+    parser.add_argument("--verify-text", type=Path, help="text file to compare on; default: Python's documentation")
+    args = parser.parse_args()
+    if args.verify_text is not None and not args.verify:
+        parser.error("--verify-text does nothing without --verify")
+    try:
+        output = run(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, AnotherModelError) else 2
+    except OSError as error:
+        print(f"error: {error.filename} ({error.strerror})", file=sys.stderr)
+        return 2
+    print(f"{args.load} -> {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
