@@ -74,13 +74,8 @@ def contents(directory: str | Path) -> dict[str, torch.Tensor]:
     }
 
 
-QUICK_COPIES = [
-    ("one", "tp2-sp-pp2", False),
-    ("tp2-sp-pp2", "dp2-zero3", False),
-    ("dp2-zero3", "one-zero0", True),
-    ("tp2-sp-dp2-zero3", "pp4", True),
-]
-QUICK_CURVES = [("expert", "tp2-sp-pp2", "dp2-zero3"), ("token", "dp2-zero3", "pp2-uneven")]
+QUICK_COPIES = [("tp2-sp-pp2", "dp2-zero3", False), ("dp2-zero3", "one-zero0", True)]
+QUICK_CURVES = [("expert", "tp2-sp-pp2", "dp2-zero3")]
 QUICK_SAME = [("tp2-sp-pp2", False), ("dp2", True), ("dp2-zero3", True)]
 
 

@@ -48,7 +48,7 @@ def start(config: Config):
         pytest.param(SEQUENCE3, "token-sharing", id="tp2-sp-zero3-token-sharing", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
+@pytest.mark.parametrize("offload", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "offload"])
 def test_partitions_train_as_one_process_does(workers, single, partitioned, layout, model, offload):
     settings = partitioned if layout.zero == 3 else {}
     expected = single(model)
