@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from mor_megatron.config.schema import Config, ModelConfig, RecursionConfig
+from mor_megatron.config.schema import Config, DataConfig, ModelConfig, RecursionConfig
+from mor_megatron.config.validate import validate
 from mor_megatron.huggingface.configuration_mor import MoRConfig
 from mor_megatron.huggingface.weights import num_groups
 
@@ -64,15 +63,22 @@ def export_config(config: Config, vocab_size: int, **tokens: int | None) -> MoRC
     )
 
 
-def training_config(exported: MoRConfig, base: Config | None = None) -> Config:
-    """Settings of a run that trains an exported model on.
+def run_config(model: ModelConfig, recursion: RecursionConfig) -> Config:
+    """Validated settings of a run with this model; everything else has its default, or what fits the model.
 
-    Args:
-        base: gives everything but the model: data, optimizer, batches.
     Raises:
         ValueError: settings do not fit each other.
     """
-    base = base or Config()
+    seq_length = min(DataConfig.seq_length, model.max_position_embeddings)
+    return validate(Config(model=model, recursion=recursion, data=DataConfig(seq_length=seq_length)))
+
+
+def training_config(exported: MoRConfig) -> Config:
+    """Validated settings of a run that trains an exported model on.
+
+    Raises:
+        ValueError: settings do not fit each other.
+    """
     heads, groups = exported.num_attention_heads, exported.num_key_value_heads
     model = ModelConfig(
         num_layers=exported.num_hidden_layers,
@@ -88,9 +94,8 @@ def training_config(exported: MoRConfig, base: Config | None = None) -> Config:
         init_method_std=exported.initializer_range,
         untie_embeddings_and_output_weights=not exported.tie_word_embeddings,
         vocab_size=exported.vocab_size,
-        make_vocab_size_divisible_by=base.model.make_vocab_size_divisible_by,
     )
-    return replace(base, model=model, recursion=_recursion(exported))
+    return run_config(model, _recursion(exported))
 
 
 def _recursion(exported: MoRConfig) -> RecursionConfig:

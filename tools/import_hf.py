@@ -1,0 +1,76 @@
+"""Turn a directory of transformers into a checkpoint to train on from, with --load DIR --finetune.
+
+Our exports come back as they were; models of the LLaMA family come as they are, or as the beginning of a recursive
+model; checkpoints of the paper's authors need the configuration of their run. See docs/inference.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import get_args
+
+from mor_megatron.config.schema import RecursionConfig, SharingStrategy
+from mor_megatron.huggingface.importing import kind_of, read_authors, read_export, read_llama, write_checkpoint
+from mor_megatron.huggingface.uptraining import INITIALIZATIONS
+
+_UP_TRAINING = ("num_recursions", "num_layers", "sharing_strategy", "initialization", "depth_rounding", "seed")
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Read, print where layers come from, write.
+
+    Raises:
+        ValueError: the model is of another kind, or a flag does not apply to it.
+    """
+    given = {name: getattr(args, name) for name in _UP_TRAINING if getattr(args, name) is not None}
+    kind = "authors" if args.authors_config is not None else kind_of(args.model)
+    if kind != "llama" and given:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} applies to models of the LLaMA family only")
+    if kind == "authors":
+        weights, config = read_authors(args.model, args.authors_config)
+    elif kind == "mor":
+        weights, config = read_export(args.model)
+    else:
+        if given.get("num_recursions", 1) == 1 and set(given) - {"num_recursions", "num_layers"}:
+            raise ValueError("sharing and its initialization need --num-recursions above 1")
+        names = ("num_recursions", "sharing_strategy", "depth_rounding")
+        recursion = RecursionConfig(**{name: given[name] for name in names if name in given})
+        weights, config, sources = read_llama(
+            args.model,
+            recursion,
+            given.get("num_layers"),
+            given.get("initialization", "stepwise"),
+            given.get("seed", 0),
+        )
+        for physical, chosen in sorted(sources.items()):
+            how = "mean of layers" if len(chosen) > 1 else "layer"
+            print(f"layer {physical}: {how} {', '.join(map(str, chosen))}")
+    return write_checkpoint(weights, config, args.output)
+
+
+def main() -> int:
+    """0: imported; 2: something cannot be read, or has no place in these models."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="directory with config.json and weights")
+    parser.add_argument("--output", type=Path, required=True, help="new directory of checkpoints")
+    parser.add_argument("--authors-config", type=Path, help="YAML of the authors' run; the model is theirs")
+    group = parser.add_argument_group("up-training of a LLaMA model")
+    group.add_argument("--num-recursions", type=int, help="default 1: nothing is shared")
+    group.add_argument("--num-layers", type=int, help="unrolled depth; default the model's")
+    group.add_argument("--sharing-strategy", choices=get_args(SharingStrategy))
+    group.add_argument("--depth-rounding", choices=("error", "down", "up"))
+    group.add_argument("--initialization", choices=INITIALIZATIONS, help="default stepwise")
+    group.add_argument("--seed", type=int, help="of --initialization random; default 0")
+    args = parser.parse_args()
+    try:
+        print(f"{args.model} -> {run(args)}")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
