@@ -21,7 +21,7 @@ _USE = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+tokenizer = AutoTokenizer.from_pretrained(DIRECTORY, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))

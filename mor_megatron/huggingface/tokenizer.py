@@ -40,7 +40,8 @@ def export_tokenizer(data: DataConfig, longest: int) -> PreTrainedTokenizerFast 
         exported.pad_token = exported.eos_token
     _require_same(original, exported, data)
     exported.model_max_length = longest
-    exported.padding_side = "left"  # where generation continues from; the model takes either
+    # Where generation continues from; the model takes either. Only what is among init_kwargs is saved.
+    exported.padding_side = exported.init_kwargs["padding_side"] = "left"
     return exported
 
 

@@ -1,0 +1,1 @@
+"""Running trained models: loading, generating, showing what was routed where."""

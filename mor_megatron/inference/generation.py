@@ -1,0 +1,98 @@
+"""Generation of one text as a stream of tokens with their depths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from mor_megatron.huggingface.cache_mor import MoRCache
+from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a text."""
+
+    id: int
+    depth: int
+    """Recursions that it passed."""
+    generated: bool
+
+
+class _Stream(BaseStreamer):
+    """Hands on each token once its depth is known: when the model has taken it in, to find the one after it."""
+
+    def __init__(self, cache: MoRCache, show: Callable[[Token], None]):
+        self.cache, self.show = cache, show
+        self.waiting: list[tuple[int, bool]] = []
+        self.shown = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        is_prompt = self.shown == 0 and not self.waiting
+        self.flush()
+        self.waiting += [(token, not is_prompt) for token in value.flatten().tolist()]
+
+    def end(self) -> None:
+        self.flush()
+
+    def flush(self) -> None:
+        """Show the tokens that the cache knows."""
+        known = self.cache.get_seq_length()
+        while self.waiting and self.shown < known:
+            token, generated = self.waiting.pop(0)
+            self.show(Token(token, int(self.cache.depths[0, self.shown]), generated))
+            self.shown += 1
+
+
+@torch.no_grad()
+def generate(
+    model: MoRForCausalLM,
+    prompt: list[int],
+    max_new_tokens: int,
+    show: Callable[[Token], None],
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    depth: int | None = None,
+    router_threshold: float | None = None,
+) -> MoRCache:
+    """Continue a text; `show` gets every token of the prompt and of the continuation as soon as its depth is known.
+
+    Args:
+        temperature: 0 takes the most likely token; otherwise tokens are drawn.
+        top_k, top_p: draw among the k most likely tokens; among those that make up the fraction p.
+        depth, router_threshold: see `MoRForCausalLM.forward`.
+    Returns:
+        Keys and values of the whole text.
+    Raises:
+        ValueError: a setting does not apply.
+    """
+    if temperature < 0.0:
+        raise ValueError(f"temperature={temperature} must be 0 (the most likely token) or more")
+    if temperature == 0.0 and (top_k is not None or top_p is not None):
+        raise ValueError("top-k and top-p choose among tokens to draw from: give a --temperature above 0")
+    sampling = {"do_sample": False}
+    if temperature > 0.0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
+    orders = {"depth": depth, "router_threshold": router_threshold}
+    orders = {name: value for name, value in orders.items() if value is not None}
+    cache = MoRCache(model.config)
+    stream = _Stream(cache, show)
+    ids = torch.tensor([prompt], device=model.device)
+    tokens = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        cache=cache,
+        streamer=stream,
+        pad_token_id=model.generation_config.pad_token_id or 0,
+        **sampling,
+        **orders,
+    )
+    model(tokens[:, cache.get_seq_length() :], cache=cache, **orders)  # the last token was chosen, but not taken in
+    stream.flush()
+    return cache

@@ -1,0 +1,95 @@
+"""A model to run, from an export or straight from a checkpoint of any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from mor_megatron.huggingface.export import DTYPES, read_checkpoint, to_model
+from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
+from mor_megatron.huggingface.tokenizer import export_tokenizer
+
+
+def load_model(
+    path: str | Path, dtype: str = "fp32", device: str | None = None
+) -> tuple[MoRForCausalLM, PreTrainedTokenizerBase | None]:
+    """The model in evaluation mode, and its tokenizer if it has one.
+
+    The code is this package's own: none that lies beside the weights is run.
+
+    Args:
+        path: an export, a run's directory, or one checkpoint in it.
+        dtype: fp32, bf16 or fp16.
+        device: default CUDA where there is one.
+    Raises:
+        ValueError: there is no model, or it is damaged.
+    """
+    path = Path(path)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if (path / "config.json").exists():
+        model = MoRForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
+        has_tokenizer = (path / "tokenizer_config.json").exists()
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path) if has_tokenizer else None
+    else:
+        checkpoint = read_checkpoint(path)
+        tokenizer = export_tokenizer(checkpoint.config.data, checkpoint.config.model.max_position_embeddings)
+        model = to_model(checkpoint.weights, checkpoint.config, checkpoint.vocab_size, tokenizer).to(DTYPES[dtype])
+    return model.to(device).eval(), tokenizer
+
+
+def encode(text: str, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> list[int]:
+    """Ids of a text; without a tokenizer, text is ids: decimal numbers separated by white space.
+
+    Raises:
+        ValueError: there is nothing in it, or something that is no id.
+    """
+    if tokenizer is not None:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        words = text.split()
+        wrong = [word for word in words if not word.isdecimal() or int(word) >= vocab_size]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is no id below {vocab_size}: the model has no tokenizer, give numbers")
+        ids = [int(word) for word in words]
+    if not ids:
+        raise ValueError("the text is empty: give at least one token")
+    return ids
+
+
+class Pieces:
+    """Text of tokens one at a time, in a stream.
+
+    A character may need several tokens: the last of them gets it.
+
+    Args:
+        tokenizer: None: the text of a token is its number.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None):
+        self.tokenizer = tokenizer
+        self._ids: list[int] = []  # of the characters not yet complete, after one token that is
+        self._shown = ""
+
+    def next(self, token: int) -> str:
+        """What a token adds to the text."""
+        if self.tokenizer is None:
+            return f"{token} "
+        self._ids.append(token)
+        text = self.tokenizer.decode(self._ids, skip_special_tokens=False)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        piece = text[len(self._shown) :]
+        # One token of context: some tokenizers strip a space at the beginning of a text.
+        self._ids = [token]
+        self._shown = self.tokenizer.decode(self._ids, skip_special_tokens=False)
+        if self._shown.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._ids, self._shown = [], ""
+        return piece
+
+    def rest(self) -> str:
+        """What the last tokens would have begun, at the end of a text: replacement characters."""
+        if self.tokenizer is None or not self._ids:
+            return ""
+        return self.tokenizer.decode(self._ids, skip_special_tokens=False)[len(self._shown) :]
