@@ -35,6 +35,15 @@ from mor_megatron.training.progress import Progress
 Imported = tuple[dict[str, Tensor], Config]
 """Whole fp32 tensors by our names, and the validated settings of a run with this model."""
 
+_CUTS = {
+    "word_embeddings": (0, 1),
+    "output_layer": (0, 1),
+    "linear_qkv": (0, 1),
+    "linear_fc1": (0, 2),
+    "linear_proj": (1, 1),
+    "linear_fc2": (1, 1),
+}
+"""Along which dimension, and in how many parts by themselves, tensor parallelism cuts a weight of this name."""
 _LLAMA = ("llama", "mistral")
 """Model types whose layers are these, as far as `_llama_config` lets them through."""
 
@@ -128,7 +137,7 @@ def write_checkpoint(weights: Mapping[str, Tensor], config: Config, root: Path) 
         versions={},
         loss_scaler=None,
         random=random_state(),
-        parameters={name: Cut(tuple(tensor.shape)) for name, tensor in weights.items()},
+        parameters={name: _cut(name, tensor) for name, tensor in weights.items()},
         files={},
     )
     try:
@@ -141,6 +150,16 @@ def write_checkpoint(weights: Mapping[str, Tensor], config: Config, root: Path) 
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ValueError(f"output={root} cannot be written ({error.strerror or error}): choose another") from error
+
+
+def _cut(name: str, tensor: Tensor) -> Cut:
+    """What a run on one rank would have written of it."""
+    part = name.split(".")[-2]
+    if part not in _CUTS:
+        return Cut(tuple(tensor.shape))
+    dim, stride = _CUTS[part]
+    rows = tensor.shape[0] if part in ("word_embeddings", "output_layer") else None
+    return Cut(tuple(tensor.shape), dim, stride, rows=rows)
 
 
 def kind_of(path: Path) -> str:

@@ -174,3 +174,16 @@ def test_growing_moves_nothing_out_of_place(model: MoRForCausalLM):
             output = model(ids[:, column : column + 1], cache=output.cache)
             logits.append(output.logits)
         torch.testing.assert_close(torch.cat(logits, 1), model(ids).logits, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio"), [("expert", 2 / 3), ("expert_sharing", 1 / 3), ("recursive_sharing", 1 / 3)]
+)
+def test_share_of_the_keys_that_a_vanilla_model_holds(name: str, ratio: float, process_group):
+    """At the capacities of training: (Nr+1)/(2Nr) of the block's rows, and 1/Nr with sharing."""
+    _, export = pair(name)
+    ids = torch.randint(1, VOCAB, (2, 30), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        cache = export(ids, selection="capacity", use_cache=True).cache
+    ends, block = 2 * ids.numel(), 6 * ids.numel()
+    assert cache.num_rows() - ends == ratio * block

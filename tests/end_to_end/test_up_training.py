@@ -1,0 +1,42 @@
+"""A LLaMA model becomes the beginning of a routed one, and trains."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from small_runs import ROOT, VOCABULARY, read_metrics, read_weights, small_config
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mor_megatron.training.loop import pretrain
+
+sys.path.append(str(ROOT / "tools"))
+import import_hf
+
+
+def test_up_training(corpus: str, tmp_path: Path, monkeypatch, capsys, process_group):
+    llama = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=2,
+        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
+    words = ["--model", tmp_path / "llama", "--output", tmp_path / "start", "--num-recursions", 3]
+    monkeypatch.setattr(sys, "argv", ["import_hf.py", *map(str, words)])
+    assert import_hf.main() == 0
+    start = read_weights(tmp_path / "start", 0)
+    config = small_config(
+        corpus, load=str(tmp_path / "start"), finetune=True, save=str(tmp_path / "run"), train_iters=6, eval_iters=0,
+        lr_decay_iters=6, lr_wsd_decay_iters=2, log_interval=1,
+    )  # fmt: skip
+    config = replace(config, optimizer=replace(config.optimizer, lr_warmup_iters=0))
+    pretrain(config)
+    assert "fine-tuning from the weights of" in capsys.readouterr().out
+    losses = [entry["lm_loss"] for entry in read_metrics(tmp_path / "run") if "lm_loss" in entry]
+    assert losses[-1] < losses[0]
+    end = read_weights(tmp_path / "run", 6)
+    assert not any(name.startswith("router.") for name in start)
+    assert any(name.startswith("router.") for name in end)
+    for name, weight in start.items():
+        assert not torch.equal(weight, end[name]), f"{name} was not trained"
