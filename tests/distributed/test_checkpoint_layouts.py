@@ -16,6 +16,8 @@ from mor_megatron.checkpointing.pieces import STEP
 from mor_megatron.checkpointing.reader import open_checkpoint
 from mor_megatron.config.schema import Config
 
+GLOBAL_BATCH = 16
+"""Fills a ring of four ranks, and four data-parallel ranks."""
 BY_NAME = {layout.name: layout for layout in [ONE, *LAYOUTS]} | {
     "one-zero0": replace(ONE, name="one-zero0", zero=0),
     "one-zero3": replace(ONE, name="one-zero3", zero=3),
@@ -34,7 +36,8 @@ MODELS = {
 
 def config_of(name: str, model: str = "token", bf16: bool = False) -> Config:
     base, changes = MODELS[model]
-    return build_config(base, BY_NAME[name], "adam", bf16=bf16, **changes)
+    layout = replace(BY_NAME[name], global_batch=GLOBAL_BATCH)  # the samples of an iteration are the same in all
+    return build_config(base, layout, "adam", bf16=bf16, **changes)
 
 
 @pytest.fixture(scope="module")
