@@ -46,6 +46,24 @@ class Segments:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where new rows go."""
+
+    index: Tensor | None
+    """[T] places in the buffer; None: every sequence gets equally many, at the same place of equal segments."""
+    sequences: int
+    begin: int
+
+    def write(self, buffer: Tensor, new: Tensor) -> None:
+        """Put [T, G, D] into a buffer [rows, G, D]."""
+        if self.index is not None:
+            buffer.index_copy_(0, self.index.to(buffer.device), new)
+            return
+        new = new.view(self.sequences, -1, *new.shape[1:])
+        buffer.view(self.sequences, -1, *buffer.shape[1:])[:, self.begin : self.begin + new.shape[1]] = new
+
+
+@dataclass(frozen=True)
 class Window:
     """A view of the rows of some sequences, right-padded."""
 
@@ -101,25 +119,27 @@ class MoRCache(Cache):
 
     # What the model does with it.
 
-    def append(self, group: int | None, rows: Rows) -> Tensor:
-        """Make room for new rows in the layers of a recursion; [T] places to write them to."""
+    def append(self, group: int | None, rows: Rows) -> Places:
+        """Make room for new rows in the layers of a recursion."""
         old = self._segments.get(group, Segments((0,) * len(rows.lengths), (0,) * len(rows.lengths)))
         lengths = tuple(a + b for a, b in zip(old.lengths, rows.lengths, strict=True))
         if any(length > room for length, room in zip(lengths, old.rooms, strict=True)):
             self._move(group, old, range(len(lengths)), tuple(length + CHUNK for length in lengths))
             old = self._segments[group]
         self._segments[group] = Segments(lengths, old.rooms)
+        if len(set(old.rooms)) == len(set(old.lengths)) == len(set(rows.lengths)) == 1:
+            return Places(None, len(lengths), old.lengths[0])
         device = rows.sequence.device
         ends = torch.tensor(old.starts, device=device) + torch.tensor(old.lengths, device=device)
-        return ends[rows.sequence] + rows.offset
+        return Places(ends[rows.sequence] + rows.offset, len(lengths), 0)
 
-    def write(self, slot: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
+    def write(self, slot: int, places: Places, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [T, G, D] of one position of the network."""
         if slot not in self._buffers:
             total = self._segments[self.plan.layers[slot].recursion].total
             self._buffers[slot] = tuple(x.new_zeros(total, *x.shape[1:]) for x in (keys, values))
         for buffer, new in zip(self._buffers[slot], (keys, values), strict=True):
-            buffer.index_copy_(0, places.to(buffer.device), new.detach())
+            places.write(buffer, new.detach())
 
     def buffers(self, slot: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one position of the network, each [rows, G, D]."""
