@@ -312,7 +312,7 @@ def real_columns(attention_mask: Tensor | None, batch: int, columns: int) -> Ten
     """[B, S] bool, true at real tokens; None: all of them.
 
     Raises:
-        ValueError: the mask is not [B, at least S].
+        ValueError: the mask is not [B, at least S], or there is nothing but padding.
     """
     if attention_mask is None:
         return None
@@ -321,6 +321,8 @@ def real_columns(attention_mask: Tensor | None, batch: int, columns: int) -> Ten
             f"attention_mask is {list(attention_mask.shape)}: give [{batch}, {columns} or more], 0 at padding"
         )
     real = attention_mask[:, -columns:].bool()
+    if not bool(real.any()):
+        raise ValueError("attention_mask has no real token among the new columns: give at least one")
     return None if bool(real.all()) else real
 
 

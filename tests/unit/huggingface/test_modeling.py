@@ -114,6 +114,7 @@ def test_threshold_trades_depth():
         ("expert", {"position_ids": torch.zeros(1)}, "position_ids follow"),
         ("expert", {"output_hidden_states": True}, "output_hidden_states is not known"),
         ("expert", {"attention_mask": torch.ones(3, 1, 8, 8)}, "attention_mask is"),
+        ("expert", {"attention_mask": torch.zeros(3, 32)}, "no real token"),
     ],
 )
 def test_nothing_is_silently_ignored(name: str, arguments: dict, message: str):
