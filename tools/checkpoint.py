@@ -9,6 +9,7 @@ from pathlib import Path
 from mor_megatron.checkpointing.convert import convert
 from mor_megatron.checkpointing.directory import candidates, delete, superfluous
 from mor_megatron.checkpointing.inspection import describe, verify
+from mor_megatron.command import exit_status
 
 
 def named_checkpoints(path: Path) -> list[Path]:
@@ -80,13 +81,7 @@ def main() -> int:
     pruning.add_argument("--keep-every", type=int, help="keep also iterations that are a multiple of this")
     pruning.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     args = parser.parse_args()
-    try:
-        return args.run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"error: {error.filename} ({error.strerror})", file=sys.stderr)
-    return 2
+    return exit_status(lambda: args.run(args))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from mor_megatron.command import exit_status
 from mor_megatron.huggingface.card import write_card
 from mor_megatron.huggingface.export import DTYPES, export, read_checkpoint, to_model
 from mor_megatron.huggingface.tokenizer import export_tokenizer
@@ -54,16 +55,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.verify_text is not None and not args.verify:
         parser.error("--verify-text does nothing without --verify")
-    try:
-        output = run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, AnotherModelError) else 2
-    except OSError as error:
-        print(f"error: {error.filename} ({error.strerror})", file=sys.stderr)
-        return 2
-    print(f"{args.load} -> {output}")
-    return 0
+    return exit_status(lambda: print(f"{args.load} -> {run(args)}"), failures=(AnotherModelError,))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+from mor_megatron.command import exit_status
 from mor_megatron.config.schema import RecursionConfig, SharingStrategy
 from mor_megatron.huggingface.importing import kind_of, read_authors, read_export, read_llama, write_checkpoint
 from mor_megatron.huggingface.uptraining import INITIALIZATIONS
@@ -64,12 +65,7 @@ def main() -> int:
     group.add_argument("--initialization", choices=INITIALIZATIONS, help="default stepwise")
     group.add_argument("--seed", type=int, help="of --initialization random; default 0")
     args = parser.parse_args()
-    try:
-        print(f"{args.model} -> {run(args)}")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: print(f"{args.model} -> {run(args)}"))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from mor_megatron.command import exit_status
 from mor_megatron.inference import show
 from mor_megatron.inference.loading import Pieces, encode, load_model
 
@@ -53,15 +54,7 @@ def main() -> int:
     parser.add_argument("--router-threshold", type=float, help="expert-choice: who goes on; default 0.5")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     args = parser.parse_args()
-    try:
-        run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename} ({error.strerror})", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from layout_runs import run_steps, unique_elements
 from table import VOCABULARY
 from torch import Tensor
@@ -45,6 +46,11 @@ def new_engine(config: Config, seed: int | None = None) -> Engine:
     initialize_distributed(config)
     other = config if seed is None else replace(config, training=replace(config.training, seed=seed))
     return build_engine(build_model(other, VOCABULARY), config)
+
+
+def allow_fp16() -> None:
+    """PyTorch computes fp16 on any CPU, slowly; DeepSpeed refuses those without fp16 instructions."""
+    get_accelerator().is_fp16_supported = lambda: True
 
 
 def save_halfway(config: Config, directory: str, **changes) -> Curve:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -174,7 +175,9 @@ def test_bf16_export_and_refusals(run: Path, tmp_path: Path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient_checkpointing"])
-def test_trainer_lowers_the_loss(export: Path, tmp_path: Path, checkpointing: bool):
+def test_trainer_lowers_the_loss(export: Path, tmp_path: Path, checkpointing: bool, monkeypatch):
+    # The Trainer leaves RANK and WORLD_SIZE behind, and programs that later tests start would look for their launcher.
+    monkeypatch.setattr(os, "environ", os.environ.copy())
     model = load(export)
     generator = torch.Generator().manual_seed(0)
     starts = torch.randint(64, 250, (16,), generator=generator)

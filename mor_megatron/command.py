@@ -1,0 +1,25 @@
+"""How the command lines in tools/ end: a user's error is one line on stderr and an exit status, not a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+def exit_status(work: Callable[[], int | None], failures: tuple[type[ValueError], ...] = ()) -> int:
+    """Run a command.
+
+    Args:
+        work: the command; returns its exit status, None for 0.
+        failures: errors that are an answer (1) rather than something the user has to put right (2).
+    Returns:
+        What `work` returned; 1 or 2 after a ValueError, whose message is printed; 2 after an OSError, with its file.
+    """
+    try:
+        return work() or 0
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, failures) else 2
+    except OSError as error:
+        print(f"error: {error.filename} ({error.strerror})", file=sys.stderr)
+        return 2
