@@ -17,7 +17,7 @@ from mor_megatron.parallel.launch import adopt_srun
 
 
 def main() -> int:
-    """0: trained; 1: training broke down; 2: the settings, data or checkpoint do not fit."""
+    """0: trained; 1: broke down; 2: settings, data or checkpoint do not fit; 85: stopped early, run it again."""
     adopt_srun()
     config = parse_config()
     # Megatron-core and DeepSpeed tell every rank of every run that GPU packages are missing and calls are old.
@@ -28,10 +28,12 @@ def main() -> int:
     from mor_megatron.checkpointing.save import SaveError
     from mor_megatron.parallel.consistency import RoutingMismatchError
     from mor_megatron.parallel.roll_call import hold_roll_call
-    from mor_megatron.training.loop import NonFiniteError, pretrain
+    from mor_megatron.training.loop import NonFiniteError
+    from mor_megatron.training.pretrain import pretrain
+    from mor_megatron.training.stopping import EXIT_STOPPED
 
     try:
-        pretrain(config)
+        finished = pretrain(config)
     except RoutingMismatchError as error:  # not on every rank, so that each that knows says it
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
@@ -45,7 +47,7 @@ def main() -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
+    return 0 if finished else EXIT_STOPPED
 
 
 if __name__ == "__main__":

@@ -49,9 +49,9 @@ from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
 from mor_megatron.model import build_model
 from mor_megatron.parallel.distributed import initialize_distributed
+from mor_megatron.training.batches import build_data
 from mor_megatron.training.engine import build_engine
 from mor_megatron.training.gradients import Engine
-from mor_megatron.training.loop import build_data
 from mor_megatron.training.progress import Progress
 from mor_megatron.training.train_step import train_step
 
@@ -155,7 +155,8 @@ def startup_config(prefix: str, cache: str) -> Config:
 
 
 def first_batch(config: Config, consumed: int) -> Batch:
-    return next(build_data(config, None).training(consumed))
+    progress = Progress(iteration=consumed // config.training.global_batch_size, consumed_samples=consumed)
+    return next(build_data(config, None).training(progress))
 
 
 def measure_startup(args: argparse.Namespace) -> dict[str, list[float]]:

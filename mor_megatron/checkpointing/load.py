@@ -18,12 +18,13 @@ from mor_megatron.checkpointing.engine_state import (
     updated_runs,
 )
 from mor_megatron.checkpointing.identity import model_shape, require_same_model, require_same_parameters
-from mor_megatron.checkpointing.manifest import Manifest, damage, read_manifest
+from mor_megatron.checkpointing.manifest import MANIFEST, Manifest, damage, read_manifest
 from mor_megatron.checkpointing.pieces import BUFFER, STEP, WEIGHT, Cut, cut_of, stored_name
 from mor_megatron.checkpointing.randomness import set_random_state
 from mor_megatron.checkpointing.reader import CheckpointReader
 from mor_megatron.checkpointing.save import persistent_buffers, united_cuts
 from mor_megatron.config.schema import Config
+from mor_megatron.parallel.distributed import print_rank_0
 from mor_megatron.training.gradients import Engine
 from mor_megatron.training.progress import Progress
 
@@ -31,18 +32,16 @@ from mor_megatron.training.progress import Progress
 def load_checkpoint(engine: Engine, config: Config, vocab_size: int) -> Progress:
     """Restore the newest intact checkpoint of `config.checkpoint.load`; collective over all ranks.
 
-    Without `--load`, or with a directory that has no checkpoint (rank 0 then says so), the run starts from scratch. A
-    damaged or incomplete one is named, and the one before it is taken, unless `load_strict`. With `finetune`, weights
-    are all that is loaded, and the run starts at iteration 0.
+    Without `--load`, or with a directory that has no checkpoint, the run begins with the one that `--branch-from` names,
+    else from scratch, and rank 0 says so. A damaged or incomplete one is named, and the one before it is taken, unless
+    `load_strict`. With `finetune`, weights are all that is loaded, and the run starts at iteration 0.
 
     Returns:
         How far the loaded run is.
     Raises:
         ValueError: the checkpoint is of another model (names setting and both values), or none is intact.
     """
-    if config.checkpoint.load is None:
-        return Progress()
-    found = find_checkpoint(Path(config.checkpoint.load), config.checkpoint.load_strict)
+    found = _find(config)
     if found is None:
         return Progress()
     directory, manifest = found
@@ -54,12 +53,25 @@ def load_checkpoint(engine: Engine, config: Config, vocab_size: int) -> Progress
     require_same_parameters(directory, manifest.parameters, parameters, finetune)
     restore(engine, CheckpointReader(directory, manifest), weights_only=finetune)
     if finetune:
-        _say(f"fine-tuning from the weights of {directory}")
+        print_rank_0(f"fine-tuning from the weights of {directory}")
         return Progress()
     set_loss_scaler_state(engine, manifest.loss_scaler)
     set_random_state(manifest.random)
-    _say(f"resuming from {directory}")
+    print_rank_0(f"resuming from {directory}")
     return Progress(**manifest.progress)
+
+
+def _find(config: Config) -> tuple[Path, Manifest] | None:
+    """The checkpoint to begin with: of the run itself, else of the one that it branches from."""
+    load, branch_from = config.checkpoint.load, config.checkpoint.branch_from
+    found = None if load is None else find_checkpoint(Path(load), config.checkpoint.load_strict)
+    if found is None and branch_from is not None:
+        found = find_checkpoint(Path(branch_from), config.checkpoint.load_strict)
+        if found is None:
+            raise ValueError(f"branch-from={branch_from} has no checkpoint: name one, or a run that has saved")
+    elif found is None and load is not None:
+        print_rank_0(f"no checkpoint in {load}: starting from scratch")
+    return found
 
 
 def find_checkpoint(root: Path, strict: bool = False) -> tuple[Path, Manifest] | None:
@@ -67,12 +79,14 @@ def find_checkpoint(root: Path, strict: bool = False) -> tuple[Path, Manifest] |
 
     Every rank reads an equal share of the files, so that all of a checkpoint is read once.
 
+    Args:
+        root: a run's directory, or one checkpoint in it.
+        strict: take the newest one or none.
     Raises:
         ValueError: there are checkpoints, and none is intact; with `strict`, the newest one is not.
     """
-    directories = from_rank_0(candidates(root) if dist.get_rank() == 0 else [])
+    directories = from_rank_0(_named(root) if dist.get_rank() == 0 else [])
     if not directories:
-        _say(f"no checkpoint in {root}: starting from scratch")
         return None
     for directory in directories:
         manifest, problem = _read(directory)
@@ -84,7 +98,7 @@ def find_checkpoint(root: Path, strict: bool = False) -> tuple[Path, Manifest] |
             return directory, manifest
         if strict:
             raise ValueError(f"{problem}: restore it, or leave out --load-strict to resume from an older checkpoint")
-        _say(f"{directory.name} is not used: {problem}")
+        print_rank_0(f"{directory.name} is not used: {problem}")
     raise ValueError(
         f"{root} has no intact checkpoint; the last one looked at: {problem}: leave out --load to start anew"
     )
@@ -140,6 +154,10 @@ def _is_stored(name: str, cut: Cut, reader: CheckpointReader) -> bool:
     return stored is not None and stored.unpadded == cut.unpadded
 
 
+def _named(root: Path) -> list[Path]:
+    return [root] if (root / MANIFEST).exists() else candidates(root)
+
+
 def _read(directory: Path) -> tuple[Manifest | None, str | None]:
     """Rank 0's reading of the manifest, or what is wrong with it."""
     manifest, problem = None, None
@@ -149,8 +167,3 @@ def _read(directory: Path) -> tuple[Manifest | None, str | None]:
         except ValueError as error:
             problem = str(error)
     return from_rank_0((manifest, problem))
-
-
-def _say(line: str) -> None:
-    if dist.get_rank() == 0:
-        print(line, flush=True)

@@ -7,6 +7,7 @@ no protection against someone who forges both.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class StoredFile:
 class Manifest:
     """All of a checkpoint but its tensors."""
 
-    progress: dict[str, int]
+    progress: dict[str, int | float | None]
     """Fields of `Progress`."""
     model: dict[str, Any]
     """What decides which parameters there are: `model_shape`."""
@@ -106,7 +107,9 @@ def parse(text: str) -> Manifest:
         _expect(isinstance(content[name], dict), name)
     _expect(isinstance(content["optimizer"], str), "optimizer")
     _expect(set(content["progress"]) == {field.name for field in fields(Progress)}, "progress")
-    _expect(all(_whole(count) for count in content["progress"].values()), "progress")
+    average = content["progress"]["loss_average"]
+    _expect(average is None or (_number(average) and math.isfinite(average)), "progress")
+    _expect(all(_whole(n) for name, n in content["progress"].items() if name != "loss_average"), "progress")
     scaler = content["loss_scaler"]
     _expect(scaler is None or (isinstance(scaler, dict) and all(map(_number, scaler.values()))), "loss_scaler")
     content["parameters"] = {name: _cut(name, entry) for name, entry in content["parameters"].items()}

@@ -247,7 +247,10 @@ class CheckpointConfig:
     save: str | None = None
     """Directory of checkpoints, metrics.jsonl and the resolved config."""
     load: str | None = None
-    """Directory to resume from, in any layout; an empty one starts from scratch with a notice."""
+    """Directory to resume from, or one checkpoint, in any layout; an empty one starts from scratch with a notice."""
+    branch_from: str | None = None
+    """Checkpoint of another run to go on from as long as --load has none: one iteration, or a run's newest. Steps,
+    optimizer and data go on as well; the schedule is this run's own."""
     load_strict: bool = False
     """Stop if the newest checkpoint is damaged, instead of resuming from the newest intact one."""
     finetune: bool = False
@@ -263,6 +266,22 @@ class CheckpointConfig:
     """Keep this many newest checkpoints and delete older ones; default: keep all."""
     keep_every: int | None = None
     """Keep also those whose iteration is a multiple of this."""
+
+
+@dataclass(frozen=True)
+class FaultConfig:
+    """When a run ends early, and what it does about loss spikes."""
+
+    exit_signal_handler: bool = True
+    """On SIGTERM, SIGUSR1 or SIGINT to any rank: finish the iteration, save, exit with status 85."""
+    exit_duration_in_mins: float | None = None
+    """Save and exit with status 85 after the first iteration that ends later than this."""
+    exit_interval: int | None = None
+    """Save and exit with status 85 after iterations that this divides."""
+    loss_spike_factor: float | None = None
+    """Report a loss above this many times its moving average; above 1. Default: none is looked for."""
+    max_rollbacks: int = 0
+    """After so many loss spikes, go back to the last checkpoint of --save and leave out the samples since."""
 
 
 @dataclass(frozen=True)
@@ -292,4 +311,5 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

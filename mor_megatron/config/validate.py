@@ -42,6 +42,7 @@ def validate(config: Config, world_size: int = 1) -> Config:
         config = step(config)
     config = _training(config, world_size)
     check_engine(config)
+    _check_faults(config)
     _warn_of_ignored(config)
     return _without_effect_off(config)
 
@@ -50,12 +51,12 @@ _AT_LEAST_1 = """num_layers hidden_size ffn_hidden_size num_attention_heads num_
     max_position_embeddings vocab_size make_vocab_size_divisible_by num_recursions seq_length lr_decay_iters
     micro_batch_size global_batch_size train_iters eval_interval save_interval keep_last keep_every log_interval
     tensor_model_parallel_size pipeline_model_parallel_size check_routing_consistency
-    initial_loss_scale loss_scale_window min_loss_scale hysteresis"""
+    initial_loss_scale loss_scale_window min_loss_scale hysteresis exit_interval"""
 _AT_LEAST_0 = """init_method_std capacity_warmup_iters router_aux_loss_coeff router_aux_lr_mult router_z_loss_coeff
     router_balance_coeff router_bias_update_rate router_balance_warmup_iters num_workers min_lr lr_warmup_iters
-    lr_wsd_decay_iters weight_decay clip_grad seed eval_iters max_skipped_steps"""
+    lr_wsd_decay_iters weight_decay clip_grad seed eval_iters max_skipped_steps max_rollbacks"""
 _ABOVE_0 = """norm_epsilon rotary_base router_alpha router_temperature lr adam_eps distributed_timeout_minutes
-    peak_tflops"""
+    peak_tflops exit_duration_in_mins"""
 _BELOW_1 = "adam_beta1 adam_beta2 sgd_momentum"
 _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (_AT_LEAST_1, "1 or more", lambda value: value >= 1),
@@ -246,6 +247,14 @@ def _check_kernels(config: Config) -> None:
         )
 
 
+def _check_faults(config: Config) -> None:
+    factor, rollbacks = config.faults.loss_spike_factor, config.faults.max_rollbacks
+    if factor is not None and not 1 < factor < math.inf:
+        raise ValueError(f"loss-spike-factor={factor:g} is out of range: use a value above 1, such as 2")
+    if rollbacks and (config.checkpoint.save is None or config.checkpoint.save_interval is None):
+        raise ValueError(f"max-rollbacks={rollbacks} needs checkpoints to go back to: give --save and --save-interval")
+
+
 def _without_effect_off(config: Config) -> Config:
     """Megatron-core refuses sequence parallelism of one rank, which is merely ignored here."""
     parallel = config.parallel
@@ -306,6 +315,7 @@ _READERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("save_interval async_save on_save_failure keep_last", lambda c: c.checkpoint.save is not None, "--save"),
     ("keep_every", lambda c: c.checkpoint.keep_last is not None, "--keep-last"),
     ("load_strict finetune", lambda c: c.checkpoint.load is not None, "--load"),
+    ("max_rollbacks", lambda c: c.faults.loss_spike_factor is not None, "--loss-spike-factor"),
     ("wandb_exp_name", lambda c: c.logging.wandb_project is not None, "--wandb-project"),
 )
 

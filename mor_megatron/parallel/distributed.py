@@ -39,7 +39,7 @@ def initialize_distributed(config: Config) -> None:
             shared = dist.PrefixStore("world", store)
             dist.init_process_group(_backend(config), store=shared, rank=rank, world_size=world_size, timeout=timeout)
             if world_size > 1:
-                answer_roll_calls(store, rank, world_size)
+                answer_roll_calls(store, rank, world_size, config)
         else:
             # A store in memory: no port is taken, and child processes do not find a process group to join.
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
@@ -86,6 +86,12 @@ def set_seed(seed: int) -> None:
     # Megatron-core's tracker of random states; without CUDA, one that tracks nothing: there is no dropout.
     on_cpu = not torch.cuda.is_available()
     model_parallel_cuda_manual_seed(seed, inference_rng_tracker=on_cpu, force_reset_rng=on_cpu)
+
+
+def print_rank_0(line: str) -> None:
+    """Print a line once, whatever the number of ranks."""
+    if dist.get_rank() == 0:
+        print(line, flush=True)
 
 
 def _backend(config: Config) -> str:

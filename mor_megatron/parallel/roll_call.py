@@ -2,8 +2,9 @@
 
 A failed exchange names a socket at best. So whoever sees one calls the roll: every rank has a thread that answers
 through the rendezvous store, also while its main thread waits for a rank that waits for the lost one. After
-`ANSWER_SECONDS` the first rank that answered reports the ones that did not, and all exit with `EXIT_CODE`. Nothing is
-sent, and nothing is polled, as long as all is well.
+`ANSWER_SECONDS` the first rank that answered reports the ones that did not, with their places in the layout and the
+iteration, and all exit with `EXIT_CODE`. Each rank that answers leaves the stacks of its threads in SAVE/stacks.
+Nothing is sent, and nothing is polled, as long as all is well.
 
 - gloo: a dead rank closes its connections, so the call is held at once; a stopped one is noticed after
   --distributed-timeout-minutes. Both are tested.
@@ -29,24 +30,35 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from mor_megatron.config.schema import Config, ParallelConfig
+
 ANSWER_SECONDS = 5.0
 EXIT_CODE = 1
+STACKS = "stacks"
+"""Directory of the stacks within that of the checkpoints."""
 
 _PACKAGE = str(Path(__file__).parents[1])
 _FAREWELL = "farewell"
 _current: RollCall | None = None
 
 
-def answer_roll_calls(store: dist.TCPStore | dist.PrefixStore, rank: int, world_size: int) -> None:
+def answer_roll_calls(store: dist.TCPStore | dist.PrefixStore, rank: int, world_size: int, config: Config) -> None:
     """Let this process answer, from now to its end; once a process.
 
     Args:
         store: the rendezvous store that all ranks share.
+        config: the layout, and where stacks go (`checkpoint.save`; None: nowhere).
     """
     global _current
     assert _current is None
-    _current = RollCall(store, rank, world_size)
+    _current = RollCall(store, rank, world_size, config)
     atexit.register(_current.leave)
+
+
+def report_iteration(iteration: int) -> None:
+    """Let a later roll call know that this iteration has begun."""
+    if _current is not None:
+        _current.iteration = iteration
 
 
 def hold_roll_call(error: BaseException) -> None:
@@ -64,13 +76,17 @@ def is_exchange_error(error: BaseException) -> bool:
 class RollCall:
     """One rank's part: a thread that waits for a call, and what it does when there is one."""
 
-    def __init__(self, store: dist.TCPStore | dist.PrefixStore, rank: int, world_size: int):
+    def __init__(self, store: dist.TCPStore | dist.PrefixStore, rank: int, world_size: int, config: Config):
         self.rank, self.world_size = rank, world_size
+        self.iteration = 0
+        """The one that has begun; 0: training has not."""
+        self.stacks = Path(config.checkpoint.save) / STACKS if config.checkpoint.save is not None else None
         # The launcher's agent hosts the store of torchrun; otherwise rank 0 does.
         self.hosted_by = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
         self.is_host = rank == 0 and self.hosted_by == "rank 0"
         self.store = dist.PrefixStore("roll_call", store)
-        self.store.set(f"name/{rank}", f"{socket.gethostname()}, process {os.getpid()}")
+        place = place_in_layout(rank, world_size, config.parallel)
+        self.store.set(f"name/{rank}", ", ".join([socket.gethostname(), f"process {os.getpid()}", *place]))
         # A connection of its own: the thread occupies it while it waits.
         self.waiting = dist.PrefixStore("roll_call", store.clone())
         self.thread = threading.Thread(target=self._wait, name="roll call", daemon=True)
@@ -120,7 +136,9 @@ class RollCall:
 
     def _answer(self, reason: str) -> None:
         """Answer, see who else does, and end the process."""
-        self.waiting.set(f"here/{self.rank}", _where_main_thread_is())
+        when = f"iteration {self.iteration}, " if self.iteration else ""
+        self.waiting.set(f"here/{self.rank}", when + _where_main_thread_is())
+        stacks = self._dump_stacks()
         lost = set(range(self.world_size))
         deadline = time.monotonic() + ANSWER_SECONDS
         while lost and time.monotonic() < deadline:
@@ -128,15 +146,32 @@ class RollCall:
             lost = {rank for rank in lost if not self.waiting.check([f"here/{rank}"])}
         report = None
         if self.rank == min(set(range(self.world_size)) - lost):
-            report = f"error: {self._lost(lost) if lost else self._whereabouts()}; {reason}"
+            report = f"error: {self._lost(lost) if lost else self._whereabouts()}; {reason}{stacks}"
         if self.is_host:
             time.sleep(1.0)  # the others still look at the store
         _exit(report)
 
+    def _dump_stacks(self) -> str:
+        """What every thread of this process is doing, as a file; where it is, in words for the report."""
+        if self.stacks is None:
+            return ""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        try:
+            self.stacks.mkdir(parents=True, exist_ok=True)
+            with (self.stacks / f"rank_{self.rank:05d}.txt").open("w") as file:
+                for ident, frame in sys._current_frames().items():
+                    stack = "".join(traceback.format_stack(frame))
+                    file.write(f"{names.get(ident, 'a thread of a library')}\n{stack}\n")
+        except OSError as error:
+            return f"; stacks could not be written to {self.stacks} ({error.strerror})"
+        return f"; stacks of the ranks that answered are in {self.stacks}"
+
     def _lost(self, ranks: set[int]) -> str:
         shown = [f"{rank} ({self.waiting.get(f'name/{rank}').decode()})" for rank in sorted(ranks)[:8]]
         more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-        return f"lost {'rank' if len(ranks) == 1 else 'ranks'} {', '.join(shown)}{more} of {self.world_size}"
+        # A rank that lags behind is waited for, so that this rank's iteration is that of all.
+        when = f" in iteration {self.iteration}" if self.iteration else ""
+        return f"lost {'rank' if len(ranks) == 1 else 'ranks'} {', '.join(shown)}{more} of {self.world_size}{when}"
 
     def _whereabouts(self) -> str:
         """Nobody is lost: then where each rank is tells who keeps the others waiting."""
@@ -146,6 +181,18 @@ class RollCall:
         rarest = sorted(places.items(), key=lambda place: len(place[1]))[:4]
         found = "; ".join(f"{', '.join(ranks[:8])}{', ...' * (len(ranks) > 8)} in {place}" for place, ranks in rarest)
         return f"an exchange failed although all {self.world_size} ranks are alive: {found}"
+
+
+def place_in_layout(rank: int, world_size: int, parallel: ParallelConfig) -> list[str]:
+    """Coordinates of a rank in words, those of sizes above 1; ranks are numbered as in `initialize_model_parallel`."""
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    data = world_size // (tensor * pipeline)
+    places = (
+        ("pipeline stage", rank // (tensor * data), pipeline),
+        ("data-parallel rank", rank // tensor % data, data),
+        ("tensor-parallel rank", rank % tensor, tensor),
+    )
+    return [f"{name} {index} of {size}" for name, index, size in places if size > 1]
 
 
 def _where_main_thread_is() -> str:

@@ -1,32 +1,25 @@
-"""A whole pretraining run, from a configuration to the last checkpoint."""
+"""The training loop: iterations, and what happens between them."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import replace
 from datetime import datetime
-from functools import partial
+from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 
-from mor_megatron.checkpointing.load import load_checkpoint
+from mor_megatron.checkpointing.load import find_checkpoint, load_checkpoint
 from mor_megatron.checkpointing.save import SaveError, Saver
-from mor_megatron.config.schema import Config, DataConfig
-from mor_megatron.config.validate import validate
-from mor_megatron.data.batch import Batch
-from mor_megatron.data.datasets import build_batches, build_datasets
-from mor_megatron.data.tokenizers import Tokenizer, configured_tokenizer, resolve_vocab_size
-from mor_megatron.model import build_model
-from mor_megatron.parallel.distributed import initialize_distributed
-from mor_megatron.parallel.launch import launched_world_size
-from mor_megatron.parallel.layout import describe_layout
-from mor_megatron.recursion.accounting import count_parameters, executed_flops_per_token
-from mor_megatron.training.capabilities import capability_line
-from mor_megatron.training.engine import Engine, build_engine
+from mor_megatron.config.schema import Config
+from mor_megatron.parallel.distributed import print_rank_0
+from mor_megatron.parallel.roll_call import report_iteration
+from mor_megatron.training.batches import Batches
+from mor_megatron.training.engine import Engine
 from mor_megatron.training.evaluate import evaluate
+from mor_megatron.training.heartbeat import Heartbeat, State
 from mor_megatron.training.metrics import (
     Record,
     Writer,
@@ -38,6 +31,8 @@ from mor_megatron.training.metrics import (
 from mor_megatron.training.peak import device_peak
 from mor_megatron.training.progress import Progress
 from mor_megatron.training.schedule import learning_rate
+from mor_megatron.training.spikes import is_spike, update_average
+from mor_megatron.training.stopping import Stopper
 from mor_megatron.training.train_step import StepReport, train_step
 
 
@@ -45,106 +40,185 @@ class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
 
-@dataclass(frozen=True)
-class Batches:
-    """This rank's micro-batches."""
-
-    training: Callable[[int], Iterator[Batch]]
-    """From a number of consumed samples on."""
-    validation: Callable[[], Iterator[Batch]] | None
-    """From the first on; None: nothing is evaluated."""
-
-
-def pretrain(config: Config) -> None:
-    """Train to `train_iters`: resume, iterate, evaluate, save, report. Every rank calls it.
-
-    Raises:
-        ValueError: the settings, data or checkpoint do not fit; the message names field, value and remedy.
-        NonFiniteError: more than `max_skipped_steps` steps in a row were not finite.
-        SaveError: the last checkpoint, or with `on_save_failure` stop any, could not be written.
-    """
-    config = validate(config, dist.get_world_size() if dist.is_initialized() else launched_world_size() or 1)
-    initialize_distributed(config)
-    tokenizer = configured_tokenizer(config.data)
-    vocab_size = resolve_vocab_size(config, tokenizer)
-    batches = build_data(config, tokenizer)
-    model = build_model(config, vocab_size)
-    engine = build_engine(model, config)
-    _say(capability_line(config))
-    progress = load_checkpoint(engine, config, vocab_size)
-    _say(_description(config, vocab_size))
-    _say(describe_layout(config, vocab_size, dist.get_world_size()))
-    train(engine, config, progress, batches, vocab_size)
-
-
-def train(engine: Engine, config: Config, progress: Progress, batches: Batches, vocab_size: int) -> None:
-    """The iterations from `progress` to `train_iters`; raises as `pretrain` does."""
-    peak, peak_source = device_peak(config)
-    _say(f"utilisation is measured against {peak:.3f} TFLOP/s a rank ({peak_source})")
+def train(
+    engine: Engine, config: Config, progress: Progress, batches: Batches, vocab_size: int, stopper: Stopper
+) -> bool:
+    """The iterations from `progress`, which is kept up to date, to `train_iters`; returns and raises as `pretrain`."""
     with contextlib.ExitStack() as stack:
-        writers = open_writers(config, progress.iteration) if dist.get_rank() == 0 else []
-        for writer in writers:
-            stack.callback(writer.close)
         saver = stack.enter_context(Saver(engine, config, vocab_size)) if config.checkpoint.save is not None else None
+        loop = _Loop(engine, config, progress, batches, vocab_size, stopper, saver)
+        stack.callback(loop.close)
+        state: State = "failed"
         try:
-            _iterate(engine, config, progress, batches, vocab_size, peak, writers, saver)
+            finished = loop.run()
+            state = "finished" if finished else "stopped"
         except NonFiniteError:
             if saver is not None:
                 saver.finish()  # all ranks are here, so that a checkpoint in flight need not be lost
             raise
+        finally:
+            loop.beat(state)
+    return finished
 
 
-def _iterate(
-    engine: Engine,
-    config: Config,
-    progress: Progress,
-    batches: Batches,
-    vocab_size: int,
-    peak: float,
-    writers: list[Writer],
-    saver: Saver | None,
-) -> None:
-    training = config.training
-    train_batches = batches.training(progress.consumed_samples)
-    window: list[Record] = []
-    engine.module.train()
-    while progress.iteration < training.train_iters:
-        lr = learning_rate(config.optimizer, progress.iteration)
-        start = time.perf_counter()
-        report = train_step(engine, train_batches, config, progress.iteration + 1, lr)
-        seconds = time.perf_counter() - start
-        advance(progress, report, config)
-        window.append(
-            training_record(
-                config,
-                vocab_size,
-                progress,
-                report,
-                lr=lr,
-                seconds=seconds,
-                ranks=dist.get_world_size(),
-                peak_tflops=peak,
-            )
-        )
-        _write(writers, window[-1])
-        last = progress.iteration == training.train_iters
-        if last or progress.iteration % config.logging.log_interval == 0:
-            _say(log_line(window, training.train_iters, datetime.now()))
-            window = []
-        if batches.validation is not None and (last or progress.iteration % training.eval_interval == 0):
-            losses = evaluate(engine.module, batches.validation(), config, progress.iteration)
-            record = {"iteration": progress.iteration, "consumed_samples": progress.consumed_samples} | losses
-            _write(writers, record)
-            _say(validation_line(record))
-        if saver is not None:
-            saver.poll()
-            interval = config.checkpoint.save_interval
+class _Loop:
+    """The state of a run between two iterations."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: Config,
+        progress: Progress,
+        batches: Batches,
+        vocab_size: int,
+        stopper: Stopper,
+        saver: Saver | None,
+    ):
+        self.engine = engine
+        self.config = config
+        self.progress = progress
+        self.batches = batches
+        self.vocab_size = vocab_size
+        self.stopper = stopper
+        self.saver = saver
+        self.peak, source = device_peak(config)
+        print_rank_0(f"utilisation is measured against {self.peak:.3f} TFLOP/s a rank ({source})")
+        self.writers: list[Writer] = open_writers(config, progress.iteration) if dist.get_rank() == 0 else []
+        reports = dist.get_rank() == 0 and config.checkpoint.save is not None
+        self.heartbeat = Heartbeat(Path(config.checkpoint.save)) if reports else None
+        self.window: list[Record] = []
+        """Records since the last log line."""
+
+    def run(self) -> bool:
+        """Iterate; whether the last iteration was reached."""
+        training, checkpoint, progress = self.config.training, self.config.checkpoint, self.progress
+        micro_batches = self.batches.training(progress)
+        self.engine.module.train()
+        while progress.iteration < training.train_iters:
+            lr = learning_rate(self.config.optimizer, progress.iteration)
+            report_iteration(progress.iteration + 1)
+            start = time.perf_counter()
+            report = train_step(self.engine, micro_batches, self.config, progress.iteration + 1, lr)
+            spiked = self._advance(report, lr, time.perf_counter() - start)
+            if spiked and self._roll_back():
+                micro_batches = self.batches.training(progress)
+                continue
+            last = progress.iteration == training.train_iters
+            reason = None if last else self.stopper.reason(progress.iteration)
+            if reason is not None:
+                self._save()  # before the evaluation: whoever sent the signal may not wait for long
+            if self.batches.validation is not None and (last or progress.iteration % training.eval_interval == 0):
+                self._evaluate()
+            if reason is not None:
+                return self._stop(reason)
+            if self.saver is not None:
+                self.saver.poll()
+            interval = checkpoint.save_interval
             if last or (interval is not None and progress.iteration % interval == 0):
-                saver.save(progress)
-    if saver is not None:
-        saver.finish()
-        if saver.last_failed is not None:
-            raise SaveError(saver.last_failed)
+                self._save()
+        self._finish_saving()
+        return True
+
+    def beat(self, state: State) -> None:
+        """Write the heartbeat file, if this rank does."""
+        if self.heartbeat is not None:
+            self.heartbeat.beat(self.progress.iteration, state)
+
+    def close(self) -> None:
+        """Close what records were written to."""
+        for writer in self.writers:
+            writer.close()
+
+    def _advance(self, report: StepReport, lr: float, seconds: float) -> bool:
+        """Count an iteration and report it; whether its loss is a spike."""
+        progress, factor = self.progress, self.config.faults.loss_spike_factor
+        advance(progress, report, self.config)
+        record = training_record(
+            self.config,
+            self.vocab_size,
+            progress,
+            report,
+            lr=lr,
+            seconds=seconds,
+            ranks=dist.get_world_size(),
+            peak_tflops=self.peak,
+        )
+        self._write(record)
+        self.window.append(record)
+        train_iters = self.config.training.train_iters
+        if progress.iteration == train_iters or progress.iteration % self.config.logging.log_interval == 0:
+            print_rank_0(log_line(self.window, train_iters, datetime.now()))
+            self.window = []
+        self.beat("training")
+        if not report.applied:
+            return False
+        spiked = is_spike(report.lm_loss, progress, factor)
+        if spiked:
+            ratio = report.lm_loss / progress.loss_average
+            print_rank_0(
+                f" iteration {progress.iteration}: loss spike, {report.lm_loss:g} is {ratio:.2f} times the average "
+                f"{progress.loss_average:g} (loss-spike-factor={factor:g})"
+            )
+        update_average(report.lm_loss, progress)
+        return spiked
+
+    def _roll_back(self) -> bool:
+        """Go back to the last checkpoint, the samples since left out; False if that cannot be done."""
+        progress, limit = self.progress, self.config.faults.max_rollbacks
+        if progress.rollbacks >= limit:
+            return False
+        self.saver.finish()
+        save = self.config.checkpoint.save
+        try:
+            if find_checkpoint(Path(save)) is None:
+                return False
+        except ValueError as error:
+            print_rank_0(f" no way back: {error}")
+            return False
+        spiked = copy(progress)
+        saved_here = replace(self.config.checkpoint, load=save, load_strict=False, finetune=False)
+        restored = load_checkpoint(self.engine, replace(self.config, checkpoint=saved_here), self.vocab_size)
+        left_out = spiked.consumed_samples - restored.consumed_samples
+        vars(progress).update(vars(restored))
+        progress.consumed_samples = spiked.consumed_samples
+        progress.left_out_samples += left_out
+        progress.rollbacks = spiked.rollbacks + 1
+        for writer in self.writers:
+            writer.rewind(progress.iteration)
+        self.window = []
+        self.engine.module.train()
+        print_rank_0(
+            f" rollback {progress.rollbacks} of {limit}: from iteration {spiked.iteration} to {progress.iteration}; "
+            f"samples {restored.consumed_samples} to {spiked.consumed_samples - 1} are left out"
+        )
+        return True
+
+    def _evaluate(self) -> None:
+        progress = self.progress
+        losses = evaluate(self.engine.module, self.batches.validation(), self.config, progress.iteration)
+        record = {"iteration": progress.iteration, "consumed_samples": progress.consumed_samples} | losses
+        self._write(record)
+        print_rank_0(validation_line(record))
+
+    def _save(self) -> None:
+        if self.saver is not None:
+            self.saver.save(self.progress)
+
+    def _finish_saving(self) -> None:
+        if self.saver is not None:
+            self.saver.finish()
+            if self.saver.last_failed is not None:
+                raise SaveError(self.saver.last_failed)
+
+    def _stop(self, reason: str) -> bool:
+        self._finish_saving()
+        saved = "saved" if self.saver is not None else "nothing is saved without --save"
+        print_rank_0(f"stopping after iteration {self.progress.iteration} ({reason}): {saved}")
+        return False
+
+    def _write(self, record: Record) -> None:
+        for writer in self.writers:
+            writer.write(record)
 
 
 def advance(progress: Progress, report: StepReport, config: Config) -> None:
@@ -162,65 +236,17 @@ def advance(progress: Progress, report: StepReport, config: Config) -> None:
         return
     progress.skipped_iterations += 1
     if report.overflow:
-        _say(f" iteration {progress.iteration}: overflow at loss scale {report.loss_scale:g}; step skipped")
+        print_rank_0(f" iteration {progress.iteration}: overflow at loss scale {report.loss_scale:g}; step skipped")
         return
     progress.skipped_in_a_row += 1
     if report.lm_loss - report.lm_loss != 0.0:  # nan or inf
         progress.nan_iterations += 1
     where = f"on rank {', '.join(map(str, report.faulty_ranks))}" if report.faulty_ranks else "of the sum over ranks"
     what = f"iteration {progress.iteration}: loss {report.lm_loss:g}, loss or gradient not finite {where}"
-    _say(f" {what}; step skipped, {progress.skipped_in_a_row} in a row")
+    print_rank_0(f" {what}; step skipped, {progress.skipped_in_a_row} in a row")
     if progress.skipped_in_a_row > config.training.max_skipped_steps:
         raise NonFiniteError(
             f"{what}, {progress.skipped_in_a_row} steps in a row (max-skipped-steps="
             f"{config.training.max_skipped_steps}): lower --lr={config.optimizer.lr:g} or --clip-grad="
             f"{config.optimizer.clip_grad:g}, or look at the data of that rank"
         )
-
-
-def build_data(config: Config, tokenizer: Tokenizer | None) -> Batches:
-    """Training and validation batches of this rank.
-
-    Raises:
-        ValueError: no or broken data.
-    """
-    training = config.training
-    evaluates = training.eval_iters > 0
-    samples = (training.train_iters * training.global_batch_size, training.eval_iters * training.global_batch_size, 0)
-    train_data, validation_data, _ = build_datasets(config, tokenizer, samples)
-
-    deal = partial(
-        build_batches,
-        micro_batch_size=training.micro_batch_size,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
-        global_batch_size=training.global_batch_size,
-        data=config.data,
-        eod=tokenizer.eod if tokenizer is not None and _needs_eod(config.data) else None,
-    )
-    return Batches(partial(deal, train_data), partial(deal, validation_data, 0) if evaluates else None)
-
-
-def _needs_eod(data: DataConfig) -> bool:
-    return data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss
-
-
-def _description(config: Config, vocab_size: int) -> str:
-    counted = replace(config, model=replace(config.model, vocab_size=vocab_size))
-    parameters = count_parameters(counted)
-    return (
-        f"{config.model.num_layers} layers unrolled, routing {config.recursion.routing}, "
-        f"{config.recursion.num_recursions} recursions, vocabulary {vocab_size}: {parameters.unique:,} parameters "
-        f"({parameters.non_embedding:,} without embedding), "
-        f"{executed_flops_per_token(counted) / 1e6:.1f} MFLOP a token forward"
-    )
-
-
-def _write(writers: list[Writer], record: Record) -> None:
-    for writer in writers:
-        writer.write(record)
-
-
-def _say(line: str) -> None:
-    if dist.get_rank() == 0:
-        print(line, flush=True)

@@ -15,15 +15,11 @@ from pathlib import Path
 from typing import Protocol
 
 from mor_megatron.config.schema import Config
-from mor_megatron.recursion.accounting import executed_flops_per_token
-from mor_megatron.recursion.context import TOKENS_PER_RECURSION
+from mor_megatron.recursion.accounting import measured_fractions, training_flops_per_token
 from mor_megatron.training.progress import Progress
 from mor_megatron.training.train_step import StepReport
 
 Record = dict[str, float | int | None]
-
-FORWARDS_PER_STEP = 3
-"""A backward pass multiplies twice what a forward pass does."""
 
 
 def training_record(
@@ -47,10 +43,13 @@ def training_record(
         ranks: processes that shared the work.
         peak_tflops: of one of them.
     Returns:
-        Name -> value; None where it is not finite, for JSON has no word for that.
+        Name -> value; None where it is not finite, for JSON has no word for that. `tflops_per_gpu` and `utilisation`
+        count model FLOPs (MFU), `hardware_utilisation` those that recomputation repeats, too (HFU).
     """
     tokens = config.training.global_batch_size * config.data.seq_length
-    tflops = FORWARDS_PER_STEP * _flops_per_token(config, vocab_size, report) * tokens / seconds / ranks / 1e12
+    fractions = measured_fractions(report.routing, config.recursion.num_recursions)
+    flops = training_flops_per_token(config, fractions, vocab_size)
+    tera_a_second = tokens / seconds / ranks / 1e12
     record = {
         "iteration": progress.iteration,
         "consumed_samples": progress.consumed_samples,
@@ -64,8 +63,9 @@ def training_record(
         "nan_iterations": progress.nan_iterations,
         "iteration_time_ms": 1e3 * seconds,
         "tokens_per_second": tokens / seconds,
-        "tflops_per_gpu": tflops,
-        "utilisation": tflops / peak_tflops,
+        "tflops_per_gpu": flops.model * tera_a_second,
+        "utilisation": flops.model * tera_a_second / peak_tflops,
+        "hardware_utilisation": flops.hardware * tera_a_second / peak_tflops,
         **report.routing,
     }
     return {name: value if math.isfinite(value) else None for name, value in record.items()}
@@ -93,10 +93,12 @@ def log_line(records: list[Record], train_iters: int, now: datetime) -> str:
         f"number of skipped iterations: {last['skipped_iterations']:3d}",
         f"number of nan iterations: {last['nan_iterations']:3d}",
     ]
-    for name in list(last)[list(last).index("utilisation") + 1 :]:
+    for name in list(last)[list(last).index("hardware_utilisation") + 1 :]:
         fields.append(f"{name.replace('_', ' ')}: {_mean(records, name):.4f}")
     fields.append(f"tokens per second: {tokens_per_second:.0f}")
     fields.append(f"utilisation: {100 * _mean(records, 'utilisation'):.1f}%")
+    if last["hardware_utilisation"] != last["utilisation"]:
+        fields.append(f"hardware utilisation: {100 * _mean(records, 'hardware_utilisation'):.1f}%")
     return f" [{now:%Y-%m-%d %H:%M:%S}] " + " | ".join(fields) + " |"
 
 
@@ -117,6 +119,9 @@ class Writer(Protocol):
     def write(self, record: Record) -> None:
         """Keep one record; it has an `iteration`."""
 
+    def rewind(self, iteration: int) -> None:
+        """The run goes back to this iteration: what was kept of later ones will be written again."""
+
     def close(self) -> None:
         """Finish."""
 
@@ -132,18 +137,8 @@ class JsonLines:
 
     def __init__(self, path: Path, iteration: int):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if _belongs(line, iteration)]
-            if len(kept) < len(lines):
-                dropped = path.with_name("metrics.dropped.jsonl")
-                count = len(lines) - len(kept)
-                print(f"{path}: {count} lines after iteration {iteration} move to {dropped.name}", flush=True)
-                with dropped.open("a") as file:
-                    file.writelines(line.rstrip("\n") + "\n" for line in lines if not _belongs(line, iteration))
-                partial = path.with_name(path.name + ".partial")
-                partial.write_text("".join(kept))
-                partial.replace(path)
+        self.path = path
+        self._drop_lines_after(iteration)
         self.file = path.open("a")
 
     def write(self, record: Record) -> None:
@@ -151,9 +146,33 @@ class JsonLines:
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
 
+    def rewind(self, iteration: int) -> None:
+        """Move the lines after `iteration` to metrics.dropped.jsonl."""
+        self.file.close()
+        self._drop_lines_after(iteration)
+        self.file = self.path.open("a")
+
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+
+    def _drop_lines_after(self, iteration: int) -> None:
+        if not self.path.exists():
+            return
+        lines = self.path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if _belongs(line, iteration)]
+        if len(kept) == len(lines):
+            return
+        dropped = self.path.with_name("metrics.dropped.jsonl")
+        print(
+            f"{self.path}: {len(lines) - len(kept)} lines after iteration {iteration} move to {dropped.name}",
+            flush=True,
+        )
+        with dropped.open("a") as file:
+            file.writelines(line.rstrip("\n") + "\n" for line in lines if not _belongs(line, iteration))
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text("".join(kept))
+        partial.replace(self.path)
 
 
 class TensorBoard:
@@ -162,6 +181,7 @@ class TensorBoard:
     def __init__(self, directory: str):
         from torch.utils.tensorboard import SummaryWriter
 
+        self.directory = directory
         self.writer = SummaryWriter(directory)
 
     def write(self, record: Record) -> None:
@@ -169,6 +189,11 @@ class TensorBoard:
         for name, value in record.items():
             if name != "iteration" and value is not None:
                 self.writer.add_scalar(name, value, record["iteration"])
+
+    def rewind(self, iteration: int) -> None:
+        """Begin a file that tells TensorBoard to hide later points."""
+        self.writer.close()
+        self.writer = type(self.writer)(self.directory, purge_step=iteration + 1)
 
     def close(self) -> None:
         """Flush and close."""
@@ -188,10 +213,15 @@ class WeightsAndBiases:
             config=asdict(config),
             dir=config.checkpoint.save,  # None: the current directory
         )
+        # W&B's own step can only grow, and a run may go back to a checkpoint.
+        self.run.define_metric("*", step_metric="iteration")
 
     def write(self, record: Record) -> None:
-        """All numbers of a record as one step."""
-        self.run.log({name: value for name, value in record.items() if value is not None}, step=record["iteration"])
+        """All numbers of a record, to be drawn over its iteration."""
+        self.run.log({name: value for name, value in record.items() if value is not None})
+
+    def rewind(self, iteration: int) -> None:
+        """Nothing: W&B keeps both attempts, and draws the later points beside the earlier ones."""
 
     def close(self) -> None:
         """Finish the run."""
@@ -208,14 +238,6 @@ def open_writers(config: Config, iteration: int) -> list[Writer]:
     if config.logging.wandb_project is not None:
         writers.append(WeightsAndBiases(config))
     return writers
-
-
-def _flops_per_token(config: Config, vocab_size: int, report: StepReport) -> float:
-    fractions = None
-    if TOKENS_PER_RECURSION.format(0) in report.routing:
-        count = config.recursion.num_recursions
-        fractions = [report.routing[TOKENS_PER_RECURSION.format(r)] for r in range(count)]
-    return executed_flops_per_token(config, fractions, vocab_size)
 
 
 def _mean(records: Iterable[Record], name: str) -> float:

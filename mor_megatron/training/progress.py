@@ -12,10 +12,16 @@ class Progress:
     iteration: int = 0
     """Iterations completed, skipped ones included."""
     consumed_samples: int = 0
-    """Training sequences used by them."""
+    """Training sequences used by them, or left out: where in the data the next iteration begins."""
     skipped_iterations: int = 0
     """Iterations whose step was not applied."""
     nan_iterations: int = 0
     """Iterations whose loss was not finite."""
     skipped_in_a_row: int = 0
     """Unapplied steps since the last applied one."""
+    loss_average: float | None = None
+    """Moving average of the loss of applied iterations, nats (spikes.py)."""
+    rollbacks: int = 0
+    """Times that the run went back to a checkpoint because of a loss spike."""
+    left_out_samples: int = 0
+    """Training sequences that it then left out, a part of `consumed_samples`."""

@@ -120,8 +120,15 @@ def fault_on_rank_1(config: Config, where: str) -> dict:
     }
 
 
-@pytest.mark.parametrize("layout", [ZERO2, ZERO3], ids=str)
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize(
+    ("layout", "where"),
+    [
+        pytest.param(ZERO2, "gradient", id="gradient-zero2"),
+        pytest.param(ZERO3, "loss", id="loss-zero3"),
+        pytest.param(ZERO2, "loss", id="loss-zero2", marks=pytest.mark.slow),
+        pytest.param(ZERO3, "gradient", id="gradient-zero3", marks=pytest.mark.slow),
+    ],
+)
 def test_a_fault_on_one_rank_skips_the_step_on_all(workers, partitioned, layout, where):
     settings = partitioned if layout.zero == 3 else {}
     results = workers.run(2, layout.groups, fault_on_rank_1, build_config("expert-nr3", layout, **settings), where)

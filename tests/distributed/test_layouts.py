@@ -15,9 +15,9 @@ QUICK = {
     "dp2-zero0": ["token-loss-free"],
     "dp2-zero2": ["expert-nr3"],
     "dp2-zero3": ["vanilla"],
-    "tp2": ["expert-gqa", "token-balance"],
+    "tp2": ["expert-gqa"],
     "tp2-sp": ["expert-nr3"],
-    "pp2": ["expert-sharing", "middle-sequence", "token-loss-free"],
+    "pp2": ["expert-sharing", "middle-sequence"],
     "pp2-uneven": ["expert-aux-router"],
     "pp2-odd": ["expert-sharing-update"],
     "pp2-zero0": ["expert-untied"],
@@ -29,7 +29,7 @@ QUICK = {
     "pp2-dp2": ["expert-nr2"],
     "pp4": ["expert-nr3"],
 }
-ADAM = {("tp2", "expert-gqa"), ("pp2", "expert-sharing"), ("dp2", "expert-nr2")}
+ADAM = {("pp2", "expert-sharing")}
 SGD_ONLY = {"tp2-sp-dp2-zero3"}
 """By far the slowest, and made of parts that other layouts run with AdamW."""
 

@@ -28,6 +28,9 @@ CASES = [
     ("pp4", "expert-aux-router", "adam", False),
 ]
 
+QUICK = [CASES[0], CASES[3], CASES[5], CASES[6], *CASES[8:10], CASES[12]]
+"""Every ZeRO stage and kind of layout once."""
+
 
 def measure(config: Config) -> tuple[int, int, int, int, int]:
     """Parameters, those of the largest tensor; bytes of weights, gradients, optimizer state before the update."""
@@ -60,7 +63,11 @@ def optimizer_state(engine) -> list[Tensor]:
     return footprint.optimizer_state(engine) + list(getattr(engine.optimizer, "fp32_partitioned_groups_flat", ()))
 
 
-@pytest.mark.parametrize(("name", "model", "optimizer", "bf16"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("name", "model", "optimizer", "bf16"),
+    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES],
+    ids=lambda value: str(value),
+)
 def test_the_table_is_what_engines_hold(workers, name, model, optimizer, bf16):
     layout = BY_NAME[name]
     config = build_config(model, layout, optimizer, bf16=bf16)

@@ -14,12 +14,14 @@ RECURSION = {"recompute_granularity": "full", "recompute_unit": "recursion"}
 LAYER = {"recompute_granularity": "full", "recompute_unit": "layer"}
 SELECTIVE = {"recompute_granularity": "selective"}
 
-CASES = [
-    ("pp2", "expert-sharing", False, RECURSION),
+QUICK = [
     ("pp2", "expert-sharing", True, LAYER),
-    ("pp2", "token-sharing", False, RECURSION),
     ("tp2-sp", "expert-nr3", False, SELECTIVE),
     ("dp2-zero3", "expert-nr3", False, RECURSION),
+]
+SLOW = [
+    ("pp2", "expert-sharing", False, RECURSION),
+    ("pp2", "token-sharing", False, RECURSION),
     ("dp2-zero3", "expert-sharing", True, LAYER),
 ]
 
@@ -37,7 +39,10 @@ def _name(case: tuple) -> str:
     return f"{layout}-{model}-{'bf16' if bf16 else 'fp32'}-{kind}"
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=_name(case)) for case in CASES])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=_name(case), marks=() if case in QUICK else pytest.mark.slow) for case in QUICK + SLOW],
+)
 def test_recomputation(workers, case):
     name, model, bf16, changes = case
     layout = BY_NAME[name]

@@ -31,7 +31,9 @@ ROOT = HERE.parent.parent
 VOCABULARY = 64
 MODES = [(bf16, zero) for bf16 in (False, True) for zero in (0, 1)]
 """(bf16, ZeRO stage): each goes through another DeepSpeed optimizer."""
-TIMES = ("iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "utilisation")
+RESUMED = [(False, 1), (True, 0)]
+"""Those that two ranks resume in; distributed/test_checkpoint_layouts.py has the others."""
+TIMES = ("iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "utilisation", "hardware_utilisation")
 
 
 def mode_name(mode: tuple[bool, int]) -> str:

@@ -20,7 +20,7 @@ from mor_megatron.checkpointing.directory import candidates
 from mor_megatron.checkpointing.manifest import read_manifest
 from mor_megatron.checkpointing.reader import open_checkpoint
 from mor_megatron.checkpointing.save import SaveError
-from mor_megatron.training.loop import pretrain
+from mor_megatron.training.pretrain import pretrain
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

@@ -47,7 +47,14 @@ def start(corpus, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("launcher", [[sys.executable], TORCHRUN, DEEPSPEED], ids=["python", "torchrun", "deepspeed"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param([sys.executable], id="python"),
+        pytest.param(TORCHRUN, id="torchrun"),
+        pytest.param(DEEPSPEED, id="deepspeed", marks=pytest.mark.slow),
+    ],
+)
 def test_launchers(start, tmp_path, launcher):
     process = start(launcher, "--save", str(tmp_path))
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]

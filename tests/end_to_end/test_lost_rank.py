@@ -64,4 +64,7 @@ def test_the_others_stop_and_name_it(corpus, tmp_path, count, victim, layout):
             process.communicate()
     reports = re.findall(r"^error: .*", "\n".join(map(Path.read_text, outputs)), re.MULTILINE)
     assert len(reports) == 1
-    assert re.match(rf"error: lost rank {victim} \(\S+, process {processes[victim].pid}\) of {count}; ", reports[0])
+    assert re.match(
+        rf"error: lost rank {victim} \(\S+, process {processes[victim].pid}, [^)]*\) of {count} in iteration \d+; ",
+        reports[0],
+    )

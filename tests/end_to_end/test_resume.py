@@ -7,10 +7,12 @@ import torch
 import wandb
 from small_runs import MODES, assert_same_checkpoint, mode_name, read_metrics, read_weights, small_config
 
-from mor_megatron.training.loop import pretrain
+from mor_megatron.training.pretrain import pretrain
+
+SLOW_BUT_DEFAULT = [pytest.param(mode, marks=() if mode == (False, 1) else pytest.mark.slow) for mode in MODES]
 
 
-@pytest.mark.parametrize("mode", MODES, ids=mode_name)
+@pytest.mark.parametrize("mode", SLOW_BUT_DEFAULT, ids=mode_name)
 def test_ten_and_ten_is_twenty(process_group, corpus, tmp_path, mode):
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     pretrain(small_config(corpus, mode=mode, save=whole, save_interval=5))

@@ -10,7 +10,7 @@ import torch
 from small_runs import ROOT, VOCABULARY, read_metrics, read_weights, small_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mor_megatron.training.loop import pretrain
+from mor_megatron.training.pretrain import pretrain
 
 sys.path.append(str(ROOT / "tools"))
 import import_hf

@@ -12,14 +12,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from small_runs import MODES, VOCABULARY, mode_name, small_config
+from small_runs import MODES, RESUMED, VOCABULARY, mode_name, small_config
 
 from mor_megatron.config.validate import validate
 from mor_megatron.model import build_model
 from mor_megatron.parallel.distributed import initialize_distributed
+from mor_megatron.training.batches import build_data
 from mor_megatron.training.engine import build_engine
-from mor_megatron.training.loop import NonFiniteError, build_data, pretrain, train
+from mor_megatron.training.loop import NonFiniteError, train
+from mor_megatron.training.pretrain import pretrain
 from mor_megatron.training.progress import Progress
+from mor_megatron.training.stopping import Stopper
 from mor_megatron.training.train_step import train_step
 
 
@@ -33,7 +36,7 @@ def resume(corpus: str, output: Path, mode) -> None:
 def fault(corpus: str, mode, values: tuple[float, float]) -> list[dict]:
     """One element of rank r's gradient becomes values[r] (0: stays) in the second of three iterations."""
     config = validate(small_config(corpus, mode=mode, eval_iters=0), 2)
-    batches = build_data(config, None).training(0)
+    batches = build_data(config, None).training(Progress())
     engine = build_engine(build_model(config, VOCABULARY), config)
     engine.module.train()
     train_step(engine, batches, config, 1, 0.01)
@@ -71,7 +74,7 @@ def give_up(corpus: str) -> str:
     if dist.get_rank() == 1:
         engine.module.register_forward_hook(lambda module, args, losses: losses * math.nan)
     try:
-        train(engine, config, Progress(), build_data(config, None), VOCABULARY)
+        train(engine, config, Progress(), build_data(config, None), VOCABULARY, Stopper(config.faults))
     except NonFiniteError as error:
         return str(error)
     return "no error"
@@ -79,7 +82,7 @@ def give_up(corpus: str) -> str:
 
 def main(corpus: str, output: Path) -> None:
     initialize_distributed(small_config(corpus))
-    for mode in MODES:
+    for mode in RESUMED:
         resume(corpus, output, mode)
     for zero in (0, 1):
         save = str(output / f"sgd-zero{zero}")

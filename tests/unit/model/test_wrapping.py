@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 @pytest.mark.parametrize("name", ["vanilla", "recursive", "expert_sharing", "token_loss_free"])
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_wrapped_storages(name, bf16, zero_stage):
     config = small_config(name, make_vocab_size_divisible_by=1)
     config = validate(replace(config, training=replace(config.training, bf16=bf16, zero_stage=zero_stage)))

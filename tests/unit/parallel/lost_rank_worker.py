@@ -1,6 +1,6 @@
 """A rank of `test_roll_call.py`: exchanges until something happens to it or to another one.
 
-Usage: lost_rank_worker.py FATE VICTIM, with torch.distributed's variables in the environment.
+Usage: lost_rank_worker.py FATE VICTIM DIRECTORY, with torch.distributed's variables in the environment.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from mor_megatron.parallel.roll_call import answer_roll_calls, hold_roll_call
+from mor_megatron.config.schema import CheckpointConfig, Config, ParallelConfig
+from mor_megatron.parallel.roll_call import answer_roll_calls, hold_roll_call, report_iteration
 
 
-def main(fate: str, victim: int) -> None:
+def main(fate: str, victim: int, directory: str) -> None:
     store, rank, world_size = next(dist.rendezvous("env://"))
     # As long as starting under load may take one rank longer than another, and not longer than a test may.
     timeout = timedelta(seconds=10)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
-    answer_roll_calls(store, rank, world_size)
+    config = Config(
+        parallel=ParallelConfig(pipeline_model_parallel_size=2), checkpoint=CheckpointConfig(save=directory)
+    )
+    answer_roll_calls(store, rank, world_size, config)
+    report_iteration(7)
     token = torch.zeros(1)
     dist.all_reduce(token)
     if rank == victim:
@@ -46,4 +51,4 @@ def suffer(fate: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

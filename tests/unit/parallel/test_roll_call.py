@@ -19,14 +19,14 @@ LIMIT = 90.0  # seconds until a rank counts as hung; 15 are the rule
 
 
 @contextlib.contextmanager
-def ranks(count: int, fate: str, victim: int) -> Iterator[list[subprocess.Popen]]:
+def ranks(count: int, fate: str, victim: int, directory: Path) -> Iterator[list[subprocess.Popen]]:
     """Worker processes without a launcher, which would end the others itself; none survives the block."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment = os.environ | shared | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "lost_rank_worker.py"), fate, str(victim)]
+    command = [sys.executable, str(HERE / "lost_rank_worker.py"), fate, str(victim), str(directory)]
     processes = []
     try:
         for rank in range(count):
@@ -55,30 +55,39 @@ def errors(processes: list[subprocess.Popen], victim: int) -> list[str]:
 
 
 @pytest.mark.parametrize("fate", ["killed", "stopped"])
-def test_the_lost_rank_is_named_once(fate):
-    with ranks(4, fate, victim=2) as processes:
+def test_the_lost_rank_is_named_once(tmp_path, fate):
+    """With its place in the layout and the iteration; the others leave their stacks."""
+    with ranks(4, fate, 2, tmp_path) as processes:
         (report,) = errors(processes, victim=2)
         pid = processes[2].pid
-    assert re.match(rf"error: lost rank 2 \(\S+, process {pid}\) of 4; rank [013]: ", report)
+    place = "pipeline stage 1 of 2, data-parallel rank 0 of 2"
+    assert re.match(rf"error: lost rank 2 \(\S+, process {pid}, {place}\) of 4 in iteration 7; rank [013]: ", report)
+    assert report.endswith(f"; stacks of the ranks that answered are in {tmp_path / 'stacks'}")
+    stacks = {path.name: path.read_text() for path in (tmp_path / "stacks").iterdir()}
+    assert sorted(stacks) == [f"rank_{rank:05d}.txt" for rank in (0, 1, 3)]
+    assert all("MainThread\n" in stack and "lost_rank_worker.py" in stack for stack in stacks.values())
     if fate == "stopped":
         assert "Timed out" in report
 
 
-def test_the_host_of_the_store_is_named():
-    with ranks(2, "killed", victim=0) as processes:
+def test_the_host_of_the_store_is_named(tmp_path):
+    with ranks(2, "killed", 0, tmp_path) as processes:
         (report,) = errors(processes, victim=0)
     assert report.startswith("error: lost rank 0, which hosts the rendezvous store; rank 1: ")
 
 
-def test_a_rank_that_lives_and_does_not_come_is_not_called_lost():
-    with ranks(2, "sleeps", victim=1) as processes:
+def test_a_rank_that_lives_and_does_not_come_is_not_called_lost(tmp_path):
+    """Its stack says where it hangs."""
+    with ranks(2, "sleeps", 1, tmp_path) as processes:
         (report,) = errors(processes, victim=1)
         assert processes[1].wait(LIMIT) == 1, "it ends with the others"
     assert report.startswith("error: an exchange failed although all 2 ranks are alive: ")
+    assert "iteration 7" in report
+    assert "in suffer" in (tmp_path / "stacks" / "rank_00001.txt").read_text()
 
 
-def test_without_a_loss_nothing_is_said():
-    with ranks(2, "nothing", victim=0) as processes:
+def test_without_a_loss_nothing_is_said(tmp_path):
+    with ranks(2, "nothing", 0, tmp_path) as processes:
         outputs = [process.communicate(timeout=LIMIT) for process in processes]
         assert [process.returncode for process in processes] == [0, 0]
     assert b"TCPStore" not in b"".join(stream for output in outputs for stream in output)

@@ -4,6 +4,7 @@ import pytest
 from gradient_precision import BRANCHES, NAIVE, SUM, UNTIED, measure, plot, table
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("process_group")
 def test_branches_sum_in_fp32_and_a_bf16_sum_is_worse(tmp_path):
     rows = measure([2], [1, 16], say=lambda line: None)

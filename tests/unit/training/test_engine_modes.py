@@ -22,7 +22,8 @@ PLAIN = [{"zero_stage": zero} for zero in (0, 1, 2, 3)]
 OFFLOADED = [{"zero_stage": zero, "optimizer_cpu_offload": True} for zero in (1, 2, 3)]
 OVERLAPPED = [{"zero_stage": zero, "overlap_grad_reduce": "on"} for zero in (2, 3)]
 ENGINE_DRIVEN = [*PLAIN[2:], *OFFLOADED]
-PRECISIONS = [{}, {"bf16": True}]
+SLOW_IN_FP32 = [pytest.param({}, id="fp32", marks=pytest.mark.slow), {"bf16": True}]
+UNUSUAL = [({}, "caching"), ({"bf16": True}, "caching"), ({"bf16": True}, "sharing")]
 
 
 def mode_name(mode):
@@ -67,8 +68,13 @@ def run(config, steps=3, lr=0.1):
     return reports, whole_weights(engine)
 
 
-@pytest.mark.parametrize("kv_mode", ["caching", "sharing"])
-@pytest.mark.parametrize("precision", PRECISIONS, ids=mode_name)
+@pytest.mark.parametrize(
+    ("precision", "kv_mode"),
+    [
+        pytest.param({}, "sharing", id="fp32-sharing"),
+        *(pytest.param(*case, id="-".join((mode_name(case[0]), case[1])), marks=pytest.mark.slow) for case in UNUSUAL),
+    ],
+)
 def test_modes_are_equal(configure, precision, kv_mode):
     """Tied head, routers and shared keys included, whose weights ZeRO-3 has to gather for other modules."""
     settings = {"recursion": replace(EXPERT, kv_mode=kv_mode), "optimizer": {"clip_grad": 0.3}}
@@ -105,7 +111,7 @@ def test_the_driver_follows_from_the_settings(configure, fp16_everywhere):
         assert choose_driver(configure(**mode)) == "engine"
 
 
-@pytest.mark.parametrize("precision", PRECISIONS, ids=mode_name)
+@pytest.mark.parametrize("precision", SLOW_IN_FP32, ids=mode_name)
 @pytest.mark.parametrize("mode", ENGINE_DRIVEN, ids=mode_name)
 def test_a_fault_changes_nothing(configure, mode, precision):
     """A loss that is not finite is found before the step and names the rank, a gradient in the step and does not."""

@@ -1,0 +1,58 @@
+"""A whole pretraining run: everything is built, a checkpoint loaded, and the loop run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch.distributed as dist
+
+from mor_megatron.checkpointing.load import load_checkpoint
+from mor_megatron.config.schema import Config
+from mor_megatron.config.validate import validate
+from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocab_size
+from mor_megatron.model import build_model
+from mor_megatron.parallel.distributed import initialize_distributed, print_rank_0
+from mor_megatron.parallel.launch import launched_world_size
+from mor_megatron.parallel.layout import describe_layout
+from mor_megatron.recursion.accounting import count_parameters, executed_flops_per_token
+from mor_megatron.training.batches import build_data
+from mor_megatron.training.capabilities import capability_line
+from mor_megatron.training.engine import build_engine
+from mor_megatron.training.loop import train
+from mor_megatron.training.stopping import Stopper
+
+
+def pretrain(config: Config) -> bool:
+    """Train to `train_iters`: resume, iterate, evaluate, save, report. Every rank calls it, in its main thread.
+
+    Returns:
+        Whether it got there; False: it was told to stop, and saved if `save` is set.
+    Raises:
+        ValueError: the settings, data or checkpoint do not fit; the message names field, value and remedy.
+        NonFiniteError: more than `max_skipped_steps` steps in a row were not finite.
+        SaveError: the last checkpoint, or with `on_save_failure` stop any, could not be written.
+    """
+    config = validate(config, dist.get_world_size() if dist.is_initialized() else launched_world_size() or 1)
+    with Stopper(config.faults) as stopper:
+        initialize_distributed(config)
+        tokenizer = configured_tokenizer(config.data)
+        vocab_size = resolve_vocab_size(config, tokenizer)
+        batches = build_data(config, tokenizer)
+        model = build_model(config, vocab_size)
+        engine = build_engine(model, config)
+        print_rank_0(capability_line(config))
+        progress = load_checkpoint(engine, config, vocab_size)
+        print_rank_0(_description(config, vocab_size))
+        print_rank_0(describe_layout(config, vocab_size, dist.get_world_size()))
+        return train(engine, config, progress, batches, vocab_size, stopper)
+
+
+def _description(config: Config, vocab_size: int) -> str:
+    counted = replace(config, model=replace(config.model, vocab_size=vocab_size))
+    parameters = count_parameters(counted)
+    return (
+        f"{config.model.num_layers} layers unrolled, routing {config.recursion.routing}, "
+        f"{config.recursion.num_recursions} recursions, vocabulary {vocab_size}: {parameters.unique:,} parameters "
+        f"({parameters.non_embedding:,} without embedding), "
+        f"{executed_flops_per_token(counted) / 1e6:.1f} MFLOP a token forward"
+    )
