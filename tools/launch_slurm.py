@@ -1,0 +1,190 @@
+"""Submit a pretraining to Slurm: check its layout, fill in examples/slurm/pretrain.sbatch, keep a copy with the run.
+
+python tools/launch_slurm.py --nodes 4 --gpus-per-node 8 --time 24:00:00 --account lab -- \\
+    --config examples/configs/mor_expert_nr2.yaml examples/configs/1.7b.yaml --data-path PREFIX --save runs/1.7b
+
+What follows -- is for pretrain_mor.py. See docs/slurm.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mor_megatron.command import exit_status
+from mor_megatron.config.cli import read_config
+from mor_megatron.config.schema import Config
+from mor_megatron.parallel.layout import dry_run
+
+ROOT = Path(__file__).resolve().parent.parent
+TEMPLATE = ROOT / "examples" / "slurm" / "pretrain.sbatch"
+DIRECTIVE = "#SBATCH --"
+
+
+class SubmissionError(ValueError):
+    """sbatch refused the job."""
+
+
+def fill(template: str, directives: Mapping[str, str | None], before: Sequence[str]) -> str:
+    """A batch script with other directives, and with lines in front of its body.
+
+    Args:
+        template: a batch script.
+        directives: options of sbatch by their long name; "" for one without a value, None to leave it out. Those of
+            the template that are not named stay.
+        before: lines of shell.
+    Raises:
+        ValueError: a value cannot stand in a directive.
+    """
+    lines = template.splitlines()
+    places = [number for number, line in enumerate(lines) if line.startswith(DIRECTIVE)]
+    given = dict(lines[place].removeprefix(DIRECTIVE).partition("=")[::2] for place in places)
+    header = [_directive(name, value) for name, value in {**given, **directives}.items() if value is not None]
+    return "\n".join([*lines[: places[0]], *header, "", *before, *lines[places[-1] + 1 :]]) + "\n"
+
+
+def job_script(args: argparse.Namespace, arguments: Sequence[str], config: Config) -> str:
+    """The batch script of a run.
+
+    Args:
+        args: this program's options.
+        arguments: of pretrain_mor.py.
+        config: what they say; it has a `save`.
+    Raises:
+        ValueError: an option cannot be written into a batch script.
+    """
+    save = config.checkpoint.save
+    directives = {
+        "job-name": Path(save).resolve().name,
+        "nodes": str(args.nodes),
+        "ntasks-per-node": str(_tasks_per_node(args)),
+        "gpus-per-node": str(args.gpus_per_node) if args.gpus_per_node else None,
+        "cpus-per-task": str(args.cpus_per_task),
+        "time": args.time,
+        "output": str(Path(save).resolve() / "slurm-%j.out"),
+        "chdir": str(ROOT),
+    }
+    directives |= {name: value for name in ("account", "partition") if (value := getattr(args, name))}
+    directives |= {name: value for name, _, value in (option.partition("=") for option in args.sbatch)}
+    # The job looks for the directory among its arguments; it may stand in a file so far.
+    saves = [] if any(word == "--save" or word.startswith("--save=") for word in arguments) else ["--save", save]
+    before = [f"export SRUN_OPTIONS={shlex.quote(' '.join(_container(args)))}"] if args.container_image else []
+    return fill(TEMPLATE.read_text(), directives, [*before, f"set -- {shlex.join([*arguments, *saves])}"])
+
+
+def submit(script: str, save: Path) -> tuple[str, Path]:
+    """Hand a script to sbatch.
+
+    Returns:
+        The job's number and the script's copy in `save`.
+    Raises:
+        SubmissionError: sbatch refuses it, or is not here.
+        OSError: the copy cannot be written.
+    """
+    save.mkdir(parents=True, exist_ok=True)
+    copy = save / "job.sbatch"
+    copy.write_text(script)
+    try:
+        done = subprocess.run(["sbatch", "--parsable", str(copy)], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise SubmissionError("sbatch is not on the PATH: submit where Slurm is, or use --dry-run") from None
+    if done.returncode:
+        raise SubmissionError(f"sbatch refuses the job: {' '.join(done.stderr.split())}")
+    job = done.stdout.strip().partition(";")[0]  # number;cluster
+    return job, copy.rename(save / f"job-{job}.sbatch")
+
+
+def launch(args: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """Check, fill in, and print or submit.
+
+    Raises:
+        ValueError: the settings do not fit the number of ranks, or sbatch refuses the job.
+    """
+    if Path.cwd() != ROOT:
+        raise ValueError(f"the job runs in {ROOT}, and paths are relative to it: start this there")
+    config = read_config(arguments)
+    if config.checkpoint.save is None:
+        raise ValueError("save=None leaves nothing to go on from after the time limit: give --save DIR")
+    print(dry_run(config, args.nodes * _tasks_per_node(args)), file=sys.stderr)
+    script = job_script(args, arguments, config)
+    if args.dry_run:
+        print(script, end="")
+        return
+    job, copy = submit(script, Path(config.checkpoint.save))
+    print(f"job {job}: output in {copy.parent}/slurm-{job}.out, script in {copy}")
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """This program's options, and the arguments of pretrain_mor.py."""
+    argv = list(argv)
+    place = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--nodes", type=_positive, default=1)
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="0: a run on CPUs (default: 8)")
+    parser.add_argument("--tasks-per-node", type=_positive, help="ranks on a node (default: one a GPU)")
+    parser.add_argument("--cpus-per-task", type=_positive, default=8, help="default: 8")
+    parser.add_argument("--time", default="24:00:00", help="limit, as sbatch wants it (default: 24:00:00)")
+    parser.add_argument("--account")
+    parser.add_argument("--partition")
+    parser.add_argument("--container-image", help="run the ranks in this image (pyxis)")
+    parser.add_argument("--container-mounts", help="SRC:DST[,SRC:DST...]; the repository is mounted in any case")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="NAME[=VALUE]", help="any other option of sbatch; repeatable"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the script and the layout (on stderr) instead")
+    args = parser.parse_args(argv[:place])
+    if args.gpus_per_node < 0:
+        parser.error("--gpus-per-node is 0 or more")
+    if not args.gpus_per_node and args.tasks_per_node is None:
+        parser.error("--gpus-per-node 0 has no GPUs to count ranks by: give --tasks-per-node")
+    if args.container_mounts and not args.container_image:
+        parser.error("--container-mounts is read only with --container-image")
+    if place == len(argv):
+        parser.error("no arguments of pretrain_mor.py: give them after --")
+    return args, argv[place + 1 :]
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _tasks_per_node(args: argparse.Namespace) -> int:
+    return args.tasks_per_node or args.gpus_per_node
+
+
+def _directive(name: str, value: str) -> str:
+    if '"' in value or "\n" in value:
+        raise ValueError(f"{name}={value!r} cannot stand in a batch script: use a value without quotes")
+    shown = f'"{value}"' if any(character.isspace() for character in value) else value
+    return f"{DIRECTIVE}{name}{'=' if value else ''}{shown}"
+
+
+def _container(args: argparse.Namespace) -> list[str]:
+    """srun's options of pyxis. The repository is mounted, and is where the ranks start, as without a container."""
+    mounts = ",".join(filter(None, [f"{ROOT}:{ROOT}", args.container_mounts]))
+    options = [
+        f"--container-image={args.container_image}",
+        f"--container-mounts={mounts}",
+        f"--container-workdir={ROOT}",
+    ]
+    for option in options:
+        if any(character.isspace() for character in option):
+            raise ValueError(f"{option} has a blank, which separates options of srun: use a path without one")
+    return options
+
+
+def main() -> int:
+    """0: submitted; 1: sbatch does not take the job; 2: the settings do not fit."""
+    return exit_status(lambda: launch(*parse(sys.argv[1:])), failures=(SubmissionError,))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
