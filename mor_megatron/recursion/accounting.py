@@ -1,20 +1,25 @@
-"""Parameters and floating-point operations, from the recursion plan.
+"""Parameters, floating-point operations and key/value memory, from the recursion plan.
 
 Two counts of FLOPs, never to be mixed:
 - the *paper's*: forward, linear layers and attention only, GQA ignored, capacities as planned. It reproduces the
   published step counts (docs/mor.md, sec. 7) and sets isoFLOP budgets.
 - *executed*: what a step multiplies: GQA, router and head included, causal pairs once, tokens as they were really
-  routed. It is what utilisation is measured with. A training step costs three forwards.
-A multiply-add is two operations.
+  routed. A training step costs three forwards, the *model* FLOPs (PaLM, arXiv 2204.02311, app. B: MFU); the *hardware*
+  FLOPs (HFU) add what recomputation multiplies once more.
+A multiply-add is two operations. Either count of `dense_equivalent(config)` is that of the unrolled network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from mor_megatron.config.schema import Config
+from mor_megatron.config.schema import Config, RecursionConfig
+from mor_megatron.recursion.context import TOKENS_PER_RECURSION
 from mor_megatron.recursion.plan import RecursionPlan, VirtualLayer, default_capacities, plan_from_config
+
+FORWARDS_PER_STEP = 3
+"""A backward pass multiplies twice what a forward pass does."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,16 @@ class ParameterCount:
     """unique without embedding and untied head (the paper's model sizes)."""
     unrolled: int
     """Of a vanilla model of the same unrolled depth."""
+
+
+@dataclass(frozen=True)
+class TrainingFlops:
+    """FLOPs of one training token, forward and backward."""
+
+    model: float
+    """What the computation needs, whatever is kept or computed again: what MFU counts."""
+    hardware: float
+    """Recomputation included: what HFU counts. What a fused attention kernel computes again is not in it."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +123,18 @@ def planned_fractions(config: Config) -> tuple[float, ...]:
     return default_capacities(plan.num_recursions) if config.recursion.routing == "token_choice" else plan.capacities
 
 
+def measured_fractions(metrics: Mapping[str, float | None], num_recursions: int) -> tuple[float, ...] | None:
+    """Fraction of tokens at each recursion in the metrics of an iteration, [Nr]; None if nothing was routed."""
+    names = [TOKENS_PER_RECURSION.format(r) for r in range(num_recursions)]
+    return tuple(metrics[name] for name in names) if names[0] in metrics else None
+
+
+def dense_equivalent(config: Config) -> Config:
+    """The vanilla model of the same unrolled depth: every virtual layer has weights of its own, no token leaves."""
+    model = replace(config.model, num_layers=plan_from_config(config).num_layers)
+    return replace(config, model=model, recursion=RecursionConfig())
+
+
 def paper_flops_per_token(config: Config) -> float:
     """Forward FLOPs a token by the authors' accounting (docs/mor.md, sec. 7): sum over layers of c*lin + c^2*att."""
     plan, hidden = plan_from_config(config), config.model.hidden_size
@@ -122,10 +149,21 @@ def paper_flops_per_token(config: Config) -> float:
     return total
 
 
+def iterations_for_budget(config: Config, budget: float) -> int:
+    """Iterations that a budget of forward FLOPs by the authors' accounting buys, rounded.
+
+    Args:
+        config: the run, its `global_batch_size` set.
+        budget: FLOPs; the paper's are 2e18, 5e18 and 16.5e18.
+    """
+    tokens = config.training.global_batch_size * config.data.seq_length
+    return round(budget / (paper_flops_per_token(config) * tokens))
+
+
 def executed_flops_per_token(
     config: Config, fractions: Sequence[float] | None = None, vocab_size: int | None = None
 ) -> float:
-    """Forward FLOPs a token that are really multiplied; a training step takes three times as many.
+    """Forward FLOPs a token that are really multiplied.
 
     Args:
         config: the run.
@@ -135,21 +173,38 @@ def executed_flops_per_token(
         ValueError: no vocabulary size is known.
     """
     head = head_flops_per_token(config, vocab_size)
-    return head + 2.0 * router_parameters(config) + sum(layer_flops_per_token(config, fractions))
+    return head + router_flops_per_token(config, fractions) + sum(layer_flops_per_token(config, fractions))
+
+
+def training_flops_per_token(
+    config: Config, fractions: Sequence[float] | None = None, vocab_size: int | None = None
+) -> TrainingFlops:
+    """Executed FLOPs of a training token; arguments and errors as `executed_flops_per_token`.
+
+    Recomputing a layer or a whole pass repeats the forward of every layer, that of the core repeats its attention.
+    """
+    model = FORWARDS_PER_STEP * executed_flops_per_token(config, fractions, vocab_size)
+    layers = _layer_work(config, fractions)
+    again = {
+        None: 0.0,
+        "full": sum(work.linear + work.attention for work in layers),
+        "selective": sum(work.attention for work in layers),
+    }
+    return TrainingFlops(model, model + again[config.training.recompute_granularity])
 
 
 def layer_flops_per_token(config: Config, fractions: Sequence[float] | None = None) -> tuple[float, ...]:
     """Executed forward FLOPs a token of each virtual layer, in their order; see `executed_flops_per_token`."""
-    widths, plan = _widths(config), plan_from_config(config)
+    return tuple(work.linear + work.attention for work in _layer_work(config, fractions))
+
+
+def router_flops_per_token(config: Config, fractions: Sequence[float] | None = None) -> float:
+    """Executed forward FLOPs a token of all routers. One of expert-choice reads the tokens that the one before kept."""
+    if config.recursion.routing != "expert_choice":
+        return 2.0 * router_parameters(config)
     fractions = planned_fractions(config) if fractions is None else fractions
-    flops = []
-    for layer in plan.layers:
-        c = _fraction(layer, fractions)
-        shares = _skips_keys(plan, layer)
-        outputs = 2 * widths.query + (0 if shares else 2 * widths.key_value) + 3 * widths.ffn
-        keys = 1.0 if plan.kv_mode != "caching" and layer.kv_source != layer.index else c
-        flops.append(c * 2 * widths.hidden * outputs + c * keys * 2 * config.data.seq_length * widths.query)
-    return tuple(flops)
+    candidates = (1.0, *fractions[:-1])
+    return 2.0 * router_parameters(config) * sum(candidates) / len(candidates)
 
 
 def head_flops_per_token(config: Config, vocab_size: int | None = None) -> float:
@@ -159,6 +214,41 @@ def head_flops_per_token(config: Config, vocab_size: int | None = None) -> float
         ValueError: no vocabulary size is known.
     """
     return 2.0 * config.model.hidden_size * _vocabulary(config, vocab_size)
+
+
+def kv_bytes_per_token(config: Config, fractions: Sequence[float] | None = None, bytes_per_number: int = 2) -> float:
+    """Bytes of keys and values that generation keeps for a token, mean over tokens (docs/inference.md, the cache).
+
+    Args:
+        config: the run.
+        fractions: fraction of tokens active at each recursion, [Nr]; default: as planned.
+        bytes_per_number: 2 for bf16 and fp16.
+    """
+    plan, row = plan_from_config(config), 2 * _widths(config).key_value * bytes_per_number
+    fractions = planned_fractions(config) if fractions is None else fractions
+    return row * sum(_fraction(layer, fractions) for layer in plan.layers if not _skips_keys(plan, layer))
+
+
+@dataclass(frozen=True)
+class _LayerWork:
+    """Executed forward FLOPs a token of one virtual layer."""
+
+    linear: float
+    attention: float
+
+
+def _layer_work(config: Config, fractions: Sequence[float] | None) -> list[_LayerWork]:
+    widths, plan = _widths(config), plan_from_config(config)
+    fractions = planned_fractions(config) if fractions is None else fractions
+    work = []
+    for layer in plan.layers:
+        c = _fraction(layer, fractions)
+        shares = _skips_keys(plan, layer)
+        outputs = 2 * widths.query + (0 if shares else 2 * widths.key_value) + 3 * widths.ffn
+        keys = 1.0 if plan.kv_mode != "caching" and layer.kv_source != layer.index else c
+        attention = c * keys * 2 * config.data.seq_length * widths.query
+        work.append(_LayerWork(c * 2 * widths.hidden * outputs, attention))
+    return work
 
 
 def _fraction(layer: VirtualLayer, fractions: Sequence[float]) -> float:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from mor_megatron.config.schema import RecursionConfig
+
+if TYPE_CHECKING:  # programs that only count must not wait for torch
+    from torch import Tensor
 
 Selection = Literal["capacity", "threshold"]
 

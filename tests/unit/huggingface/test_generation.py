@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mor_megatron.huggingface.cache_mor import CHUNK, MoRCache
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
+from mor_megatron.recursion.accounting import kv_bytes_per_token
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -181,9 +182,12 @@ def test_growing_moves_nothing_out_of_place(model: MoRForCausalLM):
 )
 def test_share_of_the_keys_that_a_vanilla_model_holds(name: str, ratio: float, process_group):
     """At the capacities of training: (Nr+1)/(2Nr) of the block's rows, and 1/Nr with sharing."""
-    _, export = pair(name)
+    model, export = pair(name)
     ids = torch.randint(1, VOCAB, (2, 30), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         cache = export(ids, selection="capacity", use_cache=True).cache
     ends, block = 2 * ids.numel(), 6 * ids.numel()
     assert cache.num_rows() - ends == ratio * block
+    row_bytes = 2 * export.config.num_key_value_heads * export.config.head_dim * 4
+    planned = kv_bytes_per_token(model.run_config, bytes_per_number=4)
+    assert cache.num_rows() * row_bytes == pytest.approx(ids.numel() * planned)

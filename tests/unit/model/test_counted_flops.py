@@ -1,0 +1,52 @@
+"""The executed FLOPs that we count are those that PyTorch counts in real training steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from models import RECURSIONS, VOCAB, random_ids, small_config, training_batch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mor_megatron.config.schema import Config
+from mor_megatron.model import build_model
+from mor_megatron.recursion.accounting import (
+    measured_fractions,
+    planned_fractions,
+    router_flops_per_token,
+    training_flops_per_token,
+)
+from mor_megatron.recursion.context import RoutingContext
+from mor_megatron.recursion.plan import plan_from_config
+
+MODEL = {"group_query_attention": True, "num_query_groups": 2, "make_vocab_size_divisible_by": VOCAB}
+"""No vocabulary padding, which is multiplied and not counted."""
+
+
+def config_of(name: str, granularity: str | None) -> Config:
+    config = small_config(name, **MODEL)
+    return replace(config, training=replace(config.training, recompute_granularity=granularity))
+
+
+def norm_products(config: Config, fractions: tuple[float, ...] | None) -> float:
+    """FLOPs a token of the gradients of norm weights, which are products with a vector of ones, and not counted."""
+    plan, fractions = plan_from_config(config), fractions or planned_fractions(config)
+    passes = sum(1.0 if layer.recursion is None else fractions[layer.recursion] for layer in plan.layers)
+    return 2 * config.model.hidden_size * (2 * passes + 1)
+
+
+@pytest.mark.parametrize("granularity", [None, "full"])
+@pytest.mark.parametrize("name", RECURSIONS)
+def test_matrix_products_of_a_training_step(name: str, granularity: str | None, process_group):
+    config, ids, context = config_of(name, granularity), random_ids(), RoutingContext()
+    model = build_model(config, VOCAB)
+    with FlopCounterMode(display=False) as counter:
+        model(training_batch(ids), context).mean().backward()
+    measured = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+
+    fractions = measured_fractions({k: float(v) for k, v in context.metrics.items()}, config.recursion.num_recursions)
+    products = replace(config, data=replace(config.data, seq_length=0))  # kernels of attention are no plain products
+    expected = training_flops_per_token(products, fractions).hardware + norm_products(config, fractions)
+    if config.recursion.router_objective == "aux_router":  # half of the routers send no gradient to their input
+        expected -= router_flops_per_token(config, fractions) / 2
+    assert measured == pytest.approx(ids.numel() * expected, rel=1e-6)

@@ -1,0 +1,141 @@
+"""Parameters, FLOPs and key/value memory of a model, beside the vanilla model of the same unrolled depth.
+
+    python tools/flops.py --config examples/configs/mor_expert_nr3.yaml examples/configs/360m.yaml
+    python tools/flops.py --config ... --budget 5e18 --fractions 1 0.7 0.4 --recompute-granularity full
+    python tools/flops.py --budget 16.5e18
+
+Flags that are not listed below are settings of the run. Without --config, the paper's models at 360M and the
+iterations that the budget buys them, beside those that were published. See mor_megatron/recursion/accounting.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from mor_megatron.command import exit_status
+from mor_megatron.config.cli import read_config
+from mor_megatron.config.schema import Config
+from mor_megatron.config.validate import validate
+from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocab_size
+from mor_megatron.recursion.accounting import (
+    count_parameters,
+    dense_equivalent,
+    executed_flops_per_token,
+    iterations_for_budget,
+    kv_bytes_per_token,
+    paper_flops_per_token,
+    planned_fractions,
+    training_flops_per_token,
+)
+from mor_megatron.recursion.plan import plan_from_config
+
+PRESETS = Path(__file__).resolve().parents[1] / "examples" / "configs"
+PAPER = ("vanilla", "recursive_nr4", "mor_expert_nr2", "mor_expert_nr3", "mor_expert_nr4", "mor_expert_nr3_kv_sharing")
+"""Methods whose iterations at 360M and 16.5e18 FLOPs are published; each preset states them."""
+
+Rows = list[tuple[str, float, float]]
+"""What is counted, for the model, for the unrolled one."""
+
+
+def load(files: list[Path], settings: list[str]) -> tuple[Config, int]:
+    """A validated configuration, and its vocabulary size."""
+    config = read_config(["--config", *map(str, files), *settings])
+    parallel = config.parallel
+    config = validate(config, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    return config, resolve_vocab_size(config, configured_tokenizer(config.data))
+
+
+def rows(config: Config, vocab_size: int, fractions: tuple[float, ...] | None, budget: float | None) -> Rows:
+    """Everything that is counted.
+
+    Args:
+        fractions: of tokens at each recursion, [Nr]; default: as planned.
+        budget: forward FLOPs by the paper's accounting.
+    """
+    result: Rows = []
+
+    def add(name: str, count) -> None:
+        result.append((name, count(config, fractions), count(dense_equivalent(config), None)))
+
+    add("unique parameters", lambda c, _: count_parameters(c, vocab_size).unique)
+    add("  without embedding and head", lambda c, _: count_parameters(c, vocab_size).non_embedding)
+    add("paper: forward FLOPs a token, as planned", lambda c, _: paper_flops_per_token(c))
+    add("executed: forward FLOPs a token", lambda c, f: executed_flops_per_token(c, f, vocab_size))
+    add("  training, model FLOPs a token (MFU)", lambda c, f: training_flops_per_token(c, f, vocab_size).model)
+    add("  training, hardware FLOPs a token (HFU)", lambda c, f: training_flops_per_token(c, f, vocab_size).hardware)
+    add("bytes of keys and values a token, 16 bits", kv_bytes_per_token)
+    if budget is not None:
+        add(f"iterations for {budget:g} of the paper's FLOPs", lambda c, _: iterations_for_budget(c, budget))
+    return result
+
+
+def table(result: Rows) -> str:
+    """Name, model, unrolled, model / unrolled; a line each."""
+    lines = [f"{'':46}{'model':>18}{'unrolled':>18}{'ratio':>9}"]
+    for name, model, unrolled in result:
+        lines.append(f"{name:46}{model:>18,.0f}{unrolled:>18,.0f}{model / unrolled:>9.3f}")
+    return "\n".join(lines)
+
+
+def show_model(files: list[Path], settings: list[str], fractions: list[float] | None, budget: float | None) -> None:
+    """Print one configuration's counts.
+
+    Raises:
+        ValueError: the settings do not fit, there is no vocabulary, or not one fraction a recursion.
+    """
+    config, vocab_size = load(files, settings)
+    count = config.recursion.num_recursions
+    if fractions is not None and (len(fractions) != count or not all(0 <= value <= 1 for value in fractions)):
+        raise ValueError(f"fractions={fractions} must be as many as num-recursions={count}, from 0 to 1")
+    print(plan_from_config(config).table().splitlines()[0])
+    shown = " ".join(f"{value:.3g}" for value in fractions or planned_fractions(config))
+    recompute = config.training.recompute_granularity or "nothing"
+    print(
+        f"routing {config.recursion.routing}, tokens at each recursion {shown}, sequences of {config.data.seq_length}, "
+        f"vocabulary {vocab_size}, recomputed: {recompute}"
+    )
+    print(table(rows(config, vocab_size, None if fractions is None else tuple(fractions), budget)))
+
+
+def show_paper(budget: float) -> None:
+    """Print the iterations that a budget buys the paper's models at 360M."""
+    print(f"{'360M':28}{'layers':>7}{'unique':>7}{'MFLOP a token':>15}{'iterations':>12}{'published, 16.5e18':>20}")
+    for name in PAPER:
+        config, _ = load([PRESETS / f"{name}.yaml", PRESETS / "360m.yaml"], [])
+        plan = plan_from_config(config)
+        print(
+            f"{name:28}{plan.num_layers:>7}{plan.num_physical_layers:>7}{paper_flops_per_token(config) / 1e6:>15.1f}"
+            f"{iterations_for_budget(config, budget):>12}{config.training.train_iters:>20}"
+        )
+
+
+def run(args: argparse.Namespace, settings: list[str]) -> None:
+    """Print what was asked for.
+
+    Raises:
+        ValueError: see `show_model`; or there is nothing to print.
+    """
+    if args.budget is not None and not 0 < args.budget < float("inf"):
+        raise ValueError(f"budget={args.budget} must be above 0, such as 16.5e18")
+    if args.config is not None:
+        show_model(args.config, settings, args.fractions, args.budget)
+    elif args.budget is None or settings or args.fractions:
+        raise ValueError("--config names no file: give one or more, or --budget alone for the paper's models")
+    else:
+        show_paper(args.budget)
+
+
+def main() -> int:
+    """0: done; 2: settings that do not fit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, nargs="+", help="YAML files of a run; later ones win")
+    parser.add_argument("--budget", type=float, help="forward FLOPs by the paper's accounting, such as 16.5e18")
+    parser.add_argument("--fractions", type=float, nargs="+", help="measured tokens_per_recursion; default: as planned")
+    args, settings = parser.parse_known_args()
+    return exit_status(lambda: run(args, settings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
