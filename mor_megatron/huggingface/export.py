@@ -41,20 +41,40 @@ class Checkpoint:
     """Whole, fp32, by our names; the balancing bias among them."""
 
 
+def newest_checkpoint(path: str | Path) -> Path:
+    """One checkpoint's directory: the path itself, or the newest checkpoint of a run's directory.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(path)
+    if (path / "manifest.json").exists():
+        return path
+    found = candidates(path)
+    if not found:
+        raise ValueError(f"load={path} has no checkpoint: give a run's --save directory, or one checkpoint in it")
+    return found[0]
+
+
+def read_run_config(checkpoint: Path) -> tuple[Config, Manifest]:
+    """Validated settings of the run that wrote a checkpoint, and what the checkpoint says of itself.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    manifest = read_manifest(checkpoint)
+    config = validate(read_config(["--config", str(checkpoint / CONFIG)]), world_size=_world_size(manifest))
+    return config, manifest
+
+
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """A checkpoint of any layout, or the newest one of a run's directory.
 
     Raises:
         ValueError: there is none, or it is damaged.
     """
-    path = Path(path)
-    if not (path / "manifest.json").exists():
-        found = candidates(path)
-        if not found:
-            raise ValueError(f"load={path} has no checkpoint: give a run's --save directory, or one checkpoint in it")
-        path = found[0]
-    manifest = read_manifest(path)
-    config = validate(read_config(["--config", str(path / CONFIG)]), world_size=_world_size(manifest))
+    path = newest_checkpoint(path)
+    config, manifest = read_run_config(path)
     weights = read_parameters(path) | read_buffers(path)
     return Checkpoint(path, config, manifest.model["vocab-size"], manifest, weights)
 

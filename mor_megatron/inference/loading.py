@@ -12,6 +12,11 @@ from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 from mor_megatron.huggingface.tokenizer import export_tokenizer
 
 
+def is_export(path: str | Path) -> bool:
+    """Whether this is a directory for transformers; else it is a checkpoint of ours, or nothing."""
+    return (Path(path) / "config.json").exists()
+
+
 def load_model(
     path: str | Path, dtype: str = "fp32", device: str | None = None
 ) -> tuple[MoRForCausalLM, PreTrainedTokenizerBase | None]:
@@ -28,7 +33,7 @@ def load_model(
     """
     path = Path(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if (path / "config.json").exists():
+    if is_export(path):
         model = MoRForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
         has_tokenizer = (path / "tokenizer_config.json").exists()
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path) if has_tokenizer else None
