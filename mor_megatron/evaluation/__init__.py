@@ -1,0 +1,1 @@
+"""How good a trained model is: likelihood of text, how it routes, tasks of lm-eval."""

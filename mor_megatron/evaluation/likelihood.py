@@ -1,0 +1,161 @@
+"""Likelihood of text under a model, in every way that it can be run, on any number of data-parallel ranks.
+
+The model is the one that travels with an export (`inference.loading.load_model`): it is what a checkpoint of any layout
+and an export have in common, needs no process group, and is what people will run. That it computes what the training
+stack computes is tested, here for the losses and in `tests/unit/huggingface` for logits and depths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from mor_megatron.evaluation.routing import Calibration, router_logits
+from mor_megatron.evaluation.sequences import IGNORED, Padded, Piece, pad
+from mor_megatron.evaluation.ways import THRESHOLD, TOPK, Way
+from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one way."""
+
+    way: Way
+    nll: float
+    """Mean over predictions, nats."""
+    perplexity: float
+    bits_per_byte: float | None
+    """Bits of all predictions over bytes of the text predicted; None without a tokenizer."""
+    fractions: tuple[float, ...]
+    """Fraction of tokens that pass each recursion, [Nr]."""
+
+    @property
+    def mean_depth(self) -> float:
+        """Recursions a token passes."""
+        return sum(self.fractions)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Of a text."""
+
+    sequences: int
+    tokens: int
+    """Predictions."""
+    nbytes: int | None
+    """Of the text predicted, UTF-8; None without a tokenizer."""
+    results: tuple[Result, ...]
+    same_depth: float | None
+    """expert_choice: fraction of tokens that threshold and top-k send equally deep."""
+    calibration: list[dict] | None
+    """expert_choice: see `routing.Calibration.report`."""
+
+
+class _Sums:
+    """What is added up over batches and ranks, in float64."""
+
+    def __init__(self, ways: Sequence[Way], num_recursions: int, calibration: Calibration | None, device: torch.device):
+        self.counts = torch.zeros(4, dtype=torch.float64, device=device)
+        """Sequences, predictions, bytes, tokens that two ways send equally deep."""
+        self.losses = torch.zeros(len(ways), dtype=torch.float64, device=device)
+        self.depths = torch.zeros(len(ways), num_recursions + 1, dtype=torch.float64, device=device)
+        """Tokens by the recursions that they passed."""
+        self.calibration = calibration
+
+    def over_ranks(self) -> None:
+        tensors = [self.counts, self.losses, self.depths]
+        for tensor in tensors + ([] if self.calibration is None else self.calibration.tensors()):
+            dist.all_reduce(tensor)
+
+
+@torch.no_grad()
+def likelihood(
+    model: MoRForCausalLM,
+    pieces: Sequence[Piece],
+    ways: Sequence[Way],
+    batch_size: int,
+    nbytes: Tensor | None = None,
+) -> Likelihood:
+    """Evaluate; collective over all ranks of the process group, if there is one, between which pieces are dealt out.
+
+    Args:
+        model: in evaluation mode; the same on every rank.
+        pieces: at least one; the same on every rank.
+        ways: from `ways_of`.
+        batch_size: pieces in one pass.
+        nbytes: bytes of each token, [V] (`sequences.token_bytes`).
+    Raises:
+        ValueError: nothing is predicted.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device, config = model.device, model.config
+    calibration = None
+    if any(way.name == TOPK for way in ways):
+        calibration = Calibration(config.capacity, config.router_threshold, device)
+    sums = _Sums(ways, config.num_recursions, calibration, device)
+    mine = range(rank, len(pieces), world)
+    for start in range(0, len(mine), batch_size):
+        batch = pad([pieces[i] for i in mine[start : start + batch_size]])
+        _add(model, batch, ways, sums, nbytes)
+    if world > 1:
+        sums.over_ranks()
+    return _results(ways, sums, nbytes is not None)
+
+
+def _add(model: MoRForCausalLM, batch: Padded, ways: Sequence[Way], sums: _Sums, nbytes: Tensor | None) -> None:
+    labels = batch.labels.to(model.device)
+    counted = batch.labels[batch.labels != IGNORED]
+    sums.counts[0] += len(batch.tokens)
+    sums.counts[1] += len(counted)
+    if nbytes is not None:
+        sums.counts[2] += nbytes[counted].sum().item()
+    depths: dict[str, Tensor] = {}
+    for i, way in enumerate(ways):
+        if way.name == TOPK:
+            with router_logits(model) as logits:
+                losses, depths[way.name] = _run(model, batch, labels, way)
+            sums.calibration.add(logits, depths[way.name])
+        else:
+            losses, depths[way.name] = _run(model, batch, labels, way)
+        sums.losses[i] += losses
+        passed = depths[way.name]
+        sums.depths[i] += torch.bincount(passed[passed >= 0].long(), minlength=sums.depths.shape[1])
+    if sums.calibration is not None:
+        sums.counts[3] += (depths[TOPK] == depths[THRESHOLD])[depths[TOPK] >= 0].sum()
+
+
+def _run(model: MoRForCausalLM, batch: Padded, labels: Tensor, way: Way) -> tuple[Tensor, Tensor]:
+    """Sum of the losses, and depths [B, S]."""
+    output = model(batch.tokens.to(model.device), batch.mask.to(model.device), use_cache=False, **way.orders)
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    for logits, wanted in zip(output.logits, labels, strict=True):  # fp32 copies of one sequence's logits at a time
+        losses = F.cross_entropy(logits.float(), wanted, ignore_index=IGNORED, reduction="none")
+        total += losses.sum(dtype=torch.float64)
+    return total, output.depths
+
+
+def _results(ways: Sequence[Way], sums: _Sums, has_bytes: bool) -> Likelihood:
+    sequences, tokens, total_bytes, same_depth = sums.counts.tolist()
+    if tokens == 0:
+        raise ValueError("no token counts as a prediction: give other data")
+    results = []
+    for way, loss, by_depth in zip(ways, sums.losses.tolist(), sums.depths.cpu(), strict=True):
+        nll = loss / tokens
+        passing = by_depth.flip(0).cumsum(0).flip(0) / by_depth.sum()  # [Nr + 1]: at least so deep
+        bits = loss / math.log(2) / total_bytes if has_bytes and total_bytes > 0 else None
+        results.append(Result(way, nll, math.exp(min(nll, 700.0)), bits, tuple(passing[1:].tolist())))
+    seen = sums.depths[0].sum().item()
+    return Likelihood(
+        sequences=int(sequences),
+        tokens=int(tokens),
+        nbytes=int(total_bytes) if has_bytes else None,
+        results=tuple(results),
+        same_depth=None if sums.calibration is None else same_depth / seen,
+        calibration=None if sums.calibration is None else sums.calibration.report(),
+    )

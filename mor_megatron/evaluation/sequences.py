@@ -1,0 +1,167 @@
+"""What a model is evaluated on: sequences of tokens, each with the token that follows.
+
+Two sources, one form. An indexed corpus is read as validation in training reads it, sample by sample, so that a
+checkpoint can be given the very loss that its run reported. Raw text is packed as training packs it: documents one
+after the other, each closed by the end-of-document token, cut into pieces of equal length.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mor_megatron.config.schema import Config
+from mor_megatron.data.datasets import build_datasets, make_batch, parse_blend
+from mor_megatron.data.sources import Broken, describe, plan, read
+from mor_megatron.data.tokenizers import configured_tokenizer
+from mor_megatron.huggingface.configuration_mor import MoRConfig
+from mor_megatron.huggingface.convert_config import training_config
+from mor_megatron.huggingface.export import newest_checkpoint, read_run_config
+from mor_megatron.inference.loading import encode, is_export
+
+IGNORED = -100
+"""Label of a position at which nothing is predicted."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One sequence."""
+
+    tokens: Tensor
+    """[n] int64"""
+    labels: Tensor
+    """[n] int64: the token after each; IGNORED where it does not count."""
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Pieces side by side, padded on the right."""
+
+    tokens: Tensor
+    """[B, S] int64"""
+    mask: Tensor
+    """[B, S] int64, 0 at padding."""
+    labels: Tensor
+    """[B, S] int64"""
+
+
+def pad(pieces: Sequence[Piece]) -> Padded:
+    """Pieces of any lengths as one batch."""
+    longest = max(len(piece.tokens) for piece in pieces)
+    tokens = torch.zeros(len(pieces), longest, dtype=torch.int64)
+    mask, labels = torch.zeros_like(tokens), torch.full_like(tokens, IGNORED)
+    for row, piece in enumerate(pieces):
+        count = len(piece.tokens)
+        tokens[row, :count], labels[row, :count], mask[row, :count] = piece.tokens, piece.labels, 1
+    return Padded(tokens, mask, labels)
+
+
+def settings_of(path: Path, exported: MoRConfig) -> Config:
+    """What is known of the data: the run's settings for a checkpoint, defaults that fit the model for an export."""
+    if is_export(path):
+        return training_config(exported)
+    return read_run_config(newest_checkpoint(path))[0]
+
+
+class IndexedPieces:
+    """The first samples of a corpus's validation split, in the order in which `training.evaluate` takes them.
+
+    Args:
+        config: its data section and seed say which samples these are.
+        count: samples; at most one pass over the split (a blend repeats its smaller corpora, as in training).
+        vocab_size: of the model.
+    Raises:
+        ValueError: there is no such corpus or it does not fit (see `build_datasets`), or documents are kept apart.
+    """
+
+    def __init__(self, config: Config, count: int, vocab_size: int):
+        data = config.data
+        if data.reset_attention_mask or data.reset_position_ids:
+            raise ValueError(
+                "reset-attention-mask and reset-position-ids keep the documents of a sequence apart, which an exported "
+                "model does not: read the run's own validation losses, or set both to false"
+            )
+        self.data = data
+        self.eod = configured_tokenizer(data).eod if data.eod_mask_loss else None
+        config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+        is_blend = len(parse_blend(data.data_path)[0]) > 1
+        _, self.samples, _ = build_datasets(config, None, (0, count if is_blend else 1, 0))
+        self.count = min(count, len(self.samples))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Piece:
+        batch = make_batch([self.samples[index]], self.data, self.eod)
+        labels = batch.labels.masked_fill(batch.loss_mask == 0, IGNORED)
+        return Piece(batch.tokens[0], labels[0])
+
+
+def text_pieces(
+    paths: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, length: int, count: int
+) -> list[Piece]:
+    """Raw text, cut into pieces; every token is predicted once, ends of documents too.
+
+    Args:
+        paths: files as `tools/preprocess_data.py` takes them; records have their text under `text`.
+        tokenizer: None: the text is ids.
+        vocab_size: of the model.
+        length: tokens of a piece; the last one may be shorter.
+        count: pieces to make at most.
+    Raises:
+        ValueError: a file cannot be read, a record is broken, or there is nothing to predict.
+    """
+    eod = None if tokenizer is None else tokenizer.eos_token_id
+    stream = _stream(paths, tokenizer, vocab_size, eod)
+    ids = torch.tensor(list(itertools.islice(stream, count * length + 1)))
+    if len(ids) < 2:
+        raise ValueError(f"text={' '.join(paths)} has {len(ids)} token: give at least two")
+    starts = range(0, len(ids) - 1, length)
+    return [Piece(ids[i : i + length][: len(ids) - 1 - i], ids[i + 1 : i + 1 + length]) for i in starts]
+
+
+def _stream(
+    paths: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, eod: int | None
+) -> Iterator[int]:
+    if eod is not None:
+        yield eod  # what the first document's first token follows
+    for part in plan(list(paths)):
+        for document in read(part):
+            if isinstance(document, Broken):
+                raise ValueError(f"{describe([document])[0]}: correct it, or leave it out")
+            text = document.texts[0]
+            if not text.strip():
+                continue
+            if tokenizer is None:
+                yield from encode(text, None, vocab_size)
+            else:  # verbose: a document may be longer than the model's context, it is cut below
+                yield from tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if eod is not None:
+                yield eod
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
+    """Bytes of UTF-8 that each id stands for in a text, [vocab_size] int64; 0 for special tokens.
+
+    The bytes of a text are the sum over its tokens, wherever it is cut.
+    """
+    # Behind another token: some tokenizers drop a space where a text begins.
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1]
+    before = len(tokenizer.decode([anchor]).encode())
+    special = set(tokenizer.all_special_ids)
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    ids = [i for i in range(min(vocab_size, len(tokenizer))) if i not in special]
+    texts = tokenizer.batch_decode([[anchor, i] for i in ids], clean_up_tokenization_spaces=False)
+    for i, text in zip(ids, texts, strict=True):
+        counts[i] = len(text.encode()) - before
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # part of a character, which no text can show
+            name = tokenizer.convert_ids_to_tokens(i)
+            # Byte fallback writes <0xE2>; byte-level vocabularies have one character for each byte.
+            counts[i] = 1 if name.startswith("<0x") else len(name)
+    return counts

@@ -1,0 +1,128 @@
+"""Likelihood, routing and tasks of a checkpoint or an export. See docs/evaluation.md.
+
+python tools/evaluate.py --model runs/mor
+torchrun --nproc-per-node 8 tools/evaluate.py --model mor-export --text held_out.jsonl --seq-length 2048
+python tools/evaluate.py --model mor-export --tasks paper
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mor_megatron.command import exit_status
+from mor_megatron.config.schema import Config
+from mor_megatron.evaluation import harness
+from mor_megatron.evaluation.likelihood import likelihood
+from mor_megatron.evaluation.report import summary, table
+from mor_megatron.evaluation.sequences import IndexedPieces, settings_of, text_pieces, token_bytes
+from mor_megatron.evaluation.ways import ways_of
+from mor_megatron.huggingface.export import DTYPES
+from mor_megatron.inference.loading import load_model
+from mor_megatron.parallel.distributed import initialize_distributed
+from mor_megatron.parallel.launch import adopt_srun, is_launched
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate on every rank, report on the first.
+
+    Raises:
+        ValueError: the model, the data or the tasks cannot be had, or a setting does not apply to them.
+    """
+    adopt_srun()
+    if is_launched():
+        initialize_distributed(Config())
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    device = args.device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_model(args.model, args.dtype, device)
+    if args.router_threshold is not None:
+        if model.config.routing != "expert_choice":
+            raise ValueError(
+                f"router-threshold={args.router_threshold} needs routing=expert_choice, this model has "
+                f"routing={model.config.routing}: leave it out"
+            )
+        model.config.router_threshold = args.router_threshold
+    facts: dict = {"model": str(args.model), "dtype": args.dtype}
+    if args.text or args.data_path or not args.tasks:
+        settings = settings_of(args.model, model.config)
+        data = {"data_path": tuple(args.data_path), "split": args.split, "seq_length": args.seq_length}
+        settings = replace(settings, data=replace(settings.data, **{k: v for k, v in data.items() if v}))
+        if args.seed is not None:
+            settings = replace(settings, training=replace(settings.training, seed=args.seed))
+        vocab_size, length = model.config.vocab_size, settings.data.seq_length
+        if args.text:
+            pieces = text_pieces(args.text, tokenizer, vocab_size, length, args.sequences)
+        else:
+            pieces = IndexedPieces(settings, args.sequences, vocab_size)
+        ways = ways_of(model.config, not args.no_fixed_depths)
+        nbytes = None if tokenizer is None else token_bytes(tokenizer, vocab_size)
+        found = likelihood(model, pieces, ways, args.batch_size, nbytes)
+        facts |= summary(model.config, found, length)
+        if is_first:
+            print(table(facts), flush=True)
+    if args.tasks:
+        options = harness.Options(args.batch_size, args.num_fewshot, args.limit, args.include_path)
+        facts["tasks"] = harness.run_tasks(model, tokenizer, args.tasks, options)
+        if is_first:
+            print(harness.table(facts["tasks"]), flush=True)
+    if args.output is not None and is_first:
+        args.output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="export, a run's --save directory, or a checkpoint")
+    data = parser.add_argument_group("data (default: the run's own validation split; with --tasks, none)")
+    source = data.add_mutually_exclusive_group()
+    source.add_argument("--data-path", nargs="+", default=[], help="indexed corpora: PREFIX .., or WEIGHT PREFIX ..")
+    source.add_argument("--text", nargs="+", help="files of text or of records with a field `text`")
+    data.add_argument("--split", help="of indexed data, whose second part is evaluated; 0,1,0: all of it")
+    data.add_argument("--seq-length", type=int, help="tokens of a sequence; default: the run's")
+    data.add_argument("--seed", type=int, help="of the order of indexed data; default: the run's")
+    data.add_argument("--sequences", type=int, default=500, help="to evaluate at most")
+    tasks = parser.add_argument_group("tasks of lm-eval (pip install -r requirements-eval.txt)")
+    tasks.add_argument("--tasks", nargs="+", help="their names; `paper`: those of the MoR paper with their shots")
+    tasks.add_argument("--num-fewshot", type=int, help="default: the task's, or the paper's")
+    tasks.add_argument("--limit", type=int, help="documents of each task: a trial, not a result")
+    tasks.add_argument("--include-path", type=Path, help="directory of further tasks, as YAML")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences in one pass")
+    parser.add_argument("--router-threshold", type=float, help="expert-choice: who goes on; default: the model's")
+    parser.add_argument("--no-fixed-depths", action="store_true", help="leave out every token at one depth")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--output", type=Path, help="write everything as JSON, the bins of the calibration among it")
+    args = parser.parse_args(argv)
+    for name in ("batch_size", "sequences", "seq_length", "limit"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value} must be at least 1")
+    for name in ("num_fewshot", "limit", "include_path"):
+        if getattr(args, name) is not None and not args.tasks:
+            parser.error(f"--{name.replace('_', '-')} does nothing without --tasks")
+    for name in ("split", "seed"):
+        if getattr(args, name) is not None and args.text:
+            parser.error(f"--{name} does nothing with --text")
+    return args
+
+
+def main() -> int:
+    """0: done; 2: something cannot be read, or a setting does not apply."""
+    args = parse()
+    try:
+        return exit_status(lambda: run(args))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    # Python looks beside a script first, and a package that lm-eval imports has this file's name.
+    sys.path.remove(str(Path(__file__).resolve().parent))
+    sys.exit(main())
