@@ -1,9 +1,9 @@
 #!/bin/bash
 # A Slurm cluster on one machine, to try the jobs in this directory: real controller and node daemons on the loopback
-# interface, with GPUs that exist by name only. For root on Debian or Ubuntu, in a container or a virtual machine.
+# interface, with CPUs and GPUs that exist by name only. For root on Debian or Ubuntu, in a container or a virtual machine.
 #
 #   laptop_cluster.sh install               Slurm and munge from the distribution's packages
-#   laptop_cluster.sh start DIR [NODES]     NODES (3) nodes of 2 CPUs and 2 fake GPUs; everything is kept in DIR
+#   laptop_cluster.sh start DIR [NODES]     4 nodes, or NODES, that claim 64 CPUs and 8 GPUs; everything is kept in DIR
 #   laptop_cluster.sh stop DIR              cancel all jobs, end the daemons
 #
 # Between start and stop, `export SLURM_CONF=DIR/slurm.conf` makes sbatch, srun, squeue and scontrol speak to it.
@@ -52,15 +52,15 @@ SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=1,sched_interval=5
 ReturnToService=2
 JobRequeue=1
-# Nodes may claim more CPUs than the machine has.
+# Nodes claim more than the machine has.
 SlurmdParameters=config_overrides
 GresTypes=gpu
-NodeName=node[0-$last] NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + nodes))] CPUs=2 RealMemory=1000 Gres=gpu:2
+NodeName=node[0-$last] NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + nodes))] CPUs=64 RealMemory=1000 Gres=gpu:8
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 END
     cat > "$dir/gres.conf" << END
 AutoDetect=off
-NodeName=node[0-$last] Name=gpu File=$dir/fakegpu[0-1]
+NodeName=node[0-$last] Name=gpu File=$dir/fakegpu[0-7]
 END
 }
 
@@ -75,14 +75,17 @@ start_munge() {
 }
 
 start() {
-    local dir=$1 nodes=$2
+    local dir=$1 nodes=$2 port=${SLURM_PORT:-16800}
     command -v slurmctld slurmd munged > /dev/null || fail "Slurm is not installed: $0 install"
     [ "$(id -u)" = 0 ] || fail "the daemons start as root only"
     [ ! -e "$dir/slurm.conf" ] || fail "$dir has a cluster already: $0 stop $dir"
+    if (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null; then
+        fail "port $port is in use, perhaps by another such cluster: stop it, or set SLURM_PORT"
+    fi
     mkdir -p "$dir/state"
     dir=$(realpath "$dir")
     write_settings "$dir" "$nodes"
-    for gpu in 0 1; do
+    for gpu in {0..7}; do
         [ -e "$dir/fakegpu$gpu" ] || mknod "$dir/fakegpu$gpu" c 1 3 # another /dev/null
     done
     start_munge "$dir"
@@ -124,7 +127,7 @@ stop() {
 
 case "${1:-} $#" in
     "install 1") install ;;
-    "start 2" | "start 3") start "$2" "${3:-3}" ;;
+    "start 2" | "start 3") start "$2" "${3:-4}" ;;
     "stop 2") stop "$2" ;;
     *) fail "use $0 install, $0 start DIR [NODES], or $0 stop DIR" ;;
 esac
