@@ -80,6 +80,8 @@ class RollCall:
         self.rank, self.world_size = rank, world_size
         self.iteration = 0
         """The one that has begun; 0: training has not."""
+        self.failure = ""
+        """Traceback of the exchange that failed here, which the main thread has left."""
         self.stacks = Path(config.checkpoint.save) / STACKS if config.checkpoint.save is not None else None
         # The launcher's agent hosts the store of torchrun; otherwise rank 0 does.
         self.hosted_by = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
@@ -97,6 +99,7 @@ class RollCall:
         # gloo begins with a line of its source, and goes on with advice.
         text = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
         reason = f"rank {self.rank}: {text}"
+        self.failure = "".join(traceback.format_exception(error))
         try:
             self.store.multi_set([f"call/{rank}" for rank in range(self.world_size)], [reason] * self.world_size)
             self.thread.join()  # it ends the process, unless the store is lost
@@ -159,6 +162,7 @@ class RollCall:
         try:
             self.stacks.mkdir(parents=True, exist_ok=True)
             with (self.stacks / f"rank_{self.rank:05d}.txt").open("w") as file:
+                file.write(self.failure and f"the exchange that failed\n{self.failure}\n")
                 for ident, frame in sys._current_frames().items():
                     stack = "".join(traceback.format_stack(frame))
                     file.write(f"{names.get(ident, 'a thread of a library')}\n{stack}\n")

@@ -33,6 +33,10 @@ MODES = [(bf16, zero) for bf16 in (False, True) for zero in (0, 1)]
 """(bf16, ZeRO stage): each goes through another DeepSpeed optimizer."""
 RESUMED = [(False, 1), (True, 0)]
 """Those that two ranks resume in; distributed/test_checkpoint_layouts.py has the others."""
+SMALL_MODEL = """--num-layers 8 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 2 --num-recursions 3
+    --routing expert_choice --vocab-size 64 --seq-length 24 --split 80,20,0 --micro-batch-size 2 --global-batch-size 8
+    --peak-tflops 1"""
+"""The model and batch of `small_config` as flags."""
 TIMES = ("iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "utilisation", "hardware_utilisation")
 
 

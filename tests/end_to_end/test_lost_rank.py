@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from small_runs import ROOT
+from forked_ranks import running
+from small_runs import ROOT, SMALL_MODEL
 
-FLAGS = """--num-layers 8 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 2 --num-recursions 3
-    --routing expert_choice --vocab-size 64 --seq-length 24 --split 80,20,0 --micro-batch-size 2 --global-batch-size 8
-    --train-iters 1000000 --eval-iters 0 --log-interval 5 --peak-tflops 1"""
+FLAGS = f"{SMALL_MODEL} --train-iters 1000000 --eval-iters 0 --log-interval 5"
 LIMIT = 120.0  # seconds until a rank counts as hung; 10 are the rule
 
 
@@ -68,3 +68,17 @@ def test_the_others_stop_and_name_it(corpus, tmp_path, count, victim, layout):
         rf"error: lost rank {victim} \(\S+, process {processes[victim].pid}, [^)]*\) of {count} in iteration \d+; ",
         reports[0],
     )
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_and_stacks_are_left(corpus, tmp_path):
+    flags = f"{FLAGS} --pipeline-model-parallel-size 2 --distributed-timeout-minutes 0.1 --save {tmp_path}/run"
+    with running([*flags.split(), "--data-path", corpus], 2, tmp_path) as ranks:
+        ranks.wait_for("iteration       10/")
+        ranks.signal(signal.SIGSTOP, 1)
+        ranks.processes[0].join(LIMIT)
+        assert ranks.processes[0].exitcode == 1
+        output = ranks.output(0)
+    (report,) = re.findall(r"^error: .*", output, re.MULTILINE)
+    assert re.match(r"error: lost rank 1 \(.*, pipeline stage 1 of 2\) of 2 in iteration \d+; rank 0: .*", report)
+    assert "train_step" in (tmp_path / "run" / "stacks" / "rank_00000.txt").read_text()

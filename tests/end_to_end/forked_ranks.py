@@ -1,0 +1,134 @@
+"""Ranks of `pretrain_mor.py` that tests may kill: real processes, forked from one that has everything imported.
+
+Imports take most of a short run. A server process imports them once; each rank is a fork of it, made before anything
+of a run exists, and runs the entry point as `python pretrain_mor.py FLAGS` does, its output in a file.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from contextlib import contextmanager
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+from small_runs import ROOT
+
+LIMIT = 120.0  # seconds until a rank counts as hung; a few are the rule
+
+
+class Ranks:
+    """The processes of one run.
+
+    Args:
+        flags: of `pretrain_mor.py`.
+        count: ranks.
+        outputs: directory of `rank_0.log`, ...
+    """
+
+    def __init__(self, flags: list[str], count: int, outputs: Path):
+        outputs.mkdir(parents=True, exist_ok=True)
+        self.logs = [outputs / f"rank_{rank}.log" for rank in range(count)]
+        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        self.started = time.monotonic()
+        self.processes: list[ForkServerProcess] = []
+        for rank, log in enumerate(self.logs):
+            log.unlink(missing_ok=True)
+            environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.processes.append(_context().Process(target=_be_a_rank, args=(flags, environment, str(log))))
+        for process in self.processes:
+            process.start()
+
+    def wait_for(self, text: str) -> None:
+        """Until rank 0 has printed it; a run that ends before that fails the test."""
+        deadline = time.monotonic() + LIMIT
+        while text not in self.output(0):
+            waits = self.is_alive() and time.monotonic() < deadline
+            assert waits, f"no {text!r} in: {self.output(0)[-3000:]}"
+            time.sleep(0.01)
+
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
+    def wait_until(self, instant: float) -> None:
+        """Until so many seconds after the start, or until the run has ended."""
+        while self.elapsed() < instant and self.is_alive():
+            time.sleep(0.002)
+
+    def is_alive(self) -> bool:
+        """Whether any rank runs."""
+        return any(process.is_alive() for process in self.processes)
+
+    def signal(self, number: int, *ranks: int) -> None:
+        """Send a signal to some ranks."""
+        for rank in ranks:
+            if self.processes[rank].is_alive():
+                os.kill(self.processes[rank].pid, number)
+
+    def join(self) -> list[int]:
+        """Wait for all; their exit statuses, minus the signal for those that one ended."""
+        for rank, process in enumerate(self.processes):
+            process.join(LIMIT)
+            assert not process.is_alive(), f"rank {rank} hangs: {self.output(rank)[-3000:]}"
+        return [process.exitcode for process in self.processes]
+
+    def output(self, rank: int) -> str:
+        """What a rank has printed so far."""
+        return self.logs[rank].read_text() if self.logs[rank].exists() else ""
+
+    def stop(self) -> None:
+        """Kill what is left."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+@contextmanager
+def running(flags: list[str], count: int, outputs: Path):
+    """`Ranks`, of which none outlives the block."""
+    ranks = Ranks(flags, count, outputs)
+    try:
+        yield ranks
+    finally:
+        ranks.stop()
+
+
+def _context():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mor_megatron.training.pretrain", "mor_megatron.config.cli", "forked_ranks"])
+    return context
+
+
+def _be_a_rank(flags: list[str], environment: dict[str, str], log: str) -> None:
+    os.environ.update(environment)
+    sys.stdout.flush()
+    with open(log, "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.path.insert(0, str(ROOT))
+    sys.argv = ["pretrain_mor.py", *flags]
+    import torch
+
+    import pretrain_mor
+
+    torch.set_num_threads(1)  # ranks share the cores
+
+    status = 1
+    try:
+        status = pretrain_mor.main()
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing ends a process without them
+        sys.stdout.flush()
+        sys.stderr.flush()
+    sys.exit(status)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
