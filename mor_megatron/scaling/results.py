@@ -1,0 +1,92 @@
+"""What the runs of a family came to, from their metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mor_megatron.config.cli import read_config
+from mor_megatron.config.schema import Config
+from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocab_size
+from mor_megatron.recursion.accounting import (
+    count_parameters,
+    dense_equivalent,
+    measured_fractions,
+    training_flops_per_token,
+)
+from mor_megatron.scaling.family import Run
+
+TOPK, THRESHOLD = "validation_loss_topk", "validation_loss_threshold"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: trunk up to the branch, and decay."""
+
+    run: Run
+    parameters: int
+    """Unique, without embedding and head."""
+    unrolled: int
+    """The same of the vanilla model of this depth."""
+    tokens: int
+    executed_flops: float
+    """Training, forward and backward, head included, tokens as they were routed; recomputation left out."""
+    seconds: float
+    """Of the iterations, validation and start left out."""
+    topk: float
+    """Validation loss, whole-sequence selection, nats a token."""
+    threshold: float
+    """Validation loss, causal selection, nats a token."""
+
+    def loss(self, name: str) -> float:
+        """One of `TOPK` and `THRESHOLD`."""
+        return {TOPK: self.topk, THRESHOLD: self.threshold}[name]
+
+
+def read_result(run: Run) -> Result | None:
+    """The result of a run, None if it has not finished.
+
+    Raises:
+        ValueError: its settings cannot be read, its metrics are not metrics, or no validation loss was finite.
+    """
+    records = [*_records(run.trunk, 0, run.branch), *_records(run.decay, run.branch, run.iterations)]
+    steps = [record for record in records if "lm_loss" in record]
+    last = [record for record in records if TOPK in record and record["iteration"] == run.iterations]
+    if len(steps) < run.iterations or not last:
+        return None
+    if last[-1][TOPK] is None or last[-1][THRESHOLD] is None:
+        raise ValueError(f"{run.decay}: the validation loss of iteration {run.iterations} is not finite")
+    config = read_config(["--config", str(run.configs[1])])
+    vocab = resolve_vocab_size(config, configured_tokenizer(config.data))
+    return Result(
+        run,
+        count_parameters(config, vocab).non_embedding,
+        count_parameters(dense_equivalent(config), vocab).non_embedding,
+        steps[-1]["consumed_tokens"],
+        sum(executed_flops(config, steps, vocab)),
+        sum(record["iteration_time_ms"] for record in steps) / 1e3,
+        last[-1][TOPK],
+        last[-1][THRESHOLD],
+    )
+
+
+def executed_flops(config: Config, steps: list[dict], vocab_size: int) -> Iterator[float]:
+    """Executed training FLOPs of each iteration, from the fractions of tokens that it reports."""
+    tokens = config.training.global_batch_size * config.data.seq_length
+    for step in steps:
+        fractions = measured_fractions(step, config.recursion.num_recursions)
+        yield tokens * training_flops_per_token(config, fractions, vocab_size).model
+
+
+def _records(directory: Path, first: int, last: int) -> list[dict]:
+    """Records of iterations first+1..last."""
+    path = directory / "metrics.jsonl"
+    if not path.exists():
+        return []
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} has a line that is not JSON ({error}): is the run still writing?") from error
+    return [record for record in records if first < record["iteration"] <= last]
