@@ -17,14 +17,16 @@ NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 def adopt_srun(environment: MutableMapping[str, str] = os.environ) -> None:
     """Add torch.distributed's variables to those of a task that srun started; leaves every other process alone.
 
-    A task of srun has SLURM_PROCID and more than one SLURM_NTASKS, and no RANK. Variables that are set stay as they
-    are, so that MASTER_ADDR and MASTER_PORT can be chosen. The address is the first host of the step; the port follows
-    from job and step, so that all tasks find the same one without talking to each other.
+    A task of srun has SLURM_STEP_ID and SLURM_PROCID, of which a batch script has only the second, more than one
+    SLURM_NTASKS, and no RANK. Variables that are set stay as they are, so that MASTER_ADDR and MASTER_PORT can be
+    chosen. The address is the first host of the step; the port follows from job and step, so that all tasks find the
+    same one without talking to each other.
 
     Raises:
         ValueError: the host list is not understood.
     """
-    if "RANK" in environment or "SLURM_PROCID" not in environment or int(environment.get("SLURM_NTASKS", 1)) < 2:
+    is_task = "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment
+    if "RANK" in environment or not is_task or int(environment.get("SLURM_NTASKS", 1)) < 2:
         return
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
     job, step = (int(environment.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))

@@ -40,7 +40,7 @@ def a_job() -> str:
 def test_the_others_stop_and_name_it(corpus, tmp_path, count, victim, layout):
     command = [sys.executable, str(ROOT / "pretrain_mor.py"), *FLAGS.split(), *layout.split(), "--data-path", corpus]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MASTER", "LOCAL_"))}
-    job = {"SLURM_JOB_ID": a_job(), "SLURM_NTASKS": str(count), "OMP_NUM_THREADS": "1"}
+    job = {"SLURM_JOB_ID": a_job(), "SLURM_STEP_ID": "0", "SLURM_NTASKS": str(count), "OMP_NUM_THREADS": "1"}
     outputs = [tmp_path / f"{rank}.log" for rank in range(count)]
     processes = []
     try:

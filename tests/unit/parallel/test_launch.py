@@ -6,7 +6,8 @@ import pytest
 
 from mor_megatron.parallel.launch import adopt_srun, first_host, is_launched, launched_world_size
 
-TASK = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "4321", "HOME": "/root"}
+TASK = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "HOME": "/root"}
+TASK |= {"SLURM_JOB_ID": "4321", "SLURM_STEP_ID": "0"}
 
 
 def test_a_task_of_srun_knows_its_rank():
@@ -42,10 +43,11 @@ def test_what_is_set_stays():
     [
         {},
         {"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"},  # a shell of salloc
-        {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "1"},  # a batch script
+        TASK | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"},
         TASK | {"RANK": "3", "WORLD_SIZE": "4"},  # torchrun, started by srun
     ],
-    ids=["nothing", "no task", "one task", "torchrun"],
+    ids=["nothing", "salloc", "batch script", "one task", "torchrun"],
 )
 def test_other_processes_are_left_alone(environment):
     before = dict(environment)
