@@ -20,7 +20,8 @@ _FLAGS = """--num-layers 8 --hidden-size 64 --ffn-hidden-size 176 --num-attentio
     --lr-decay-style constant --eval-iters 0 --log-interval 1 --save-interval 10 --peak-tflops 1"""
 SHORT, LONG = 40, 120
 """Iterations. The micro-batches make one last about half a second, the long run more than a minute."""
-STARTED = "iteration        {}/"
+STARTED = "iteration {:8d}/"
+"""What the log says of an iteration that is over."""
 
 
 def flags(corpus: str, save: Path, iterations: int, *more: str) -> list[str]:
@@ -47,7 +48,7 @@ class Job:
         """Of `scontrol show job`."""
         return re.search(rf"\b{name}=(\S*)", self.run("scontrol", "show", "job", self.number))[1]
 
-    def wait_for(self, text: str, seconds: float = 180.0) -> None:
+    def wait_for(self, text: str, seconds: float = 300.0) -> None:
         """Until it has printed this."""
         self._wait(lambda: text in self.output, f"{text!r}", seconds)
 
