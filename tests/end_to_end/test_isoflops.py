@@ -73,7 +73,7 @@ def test_results_are_those_of_the_trunk_and_the_decay(process_group, corpus, tmp
 @pytest.mark.slow
 def test_a_family_from_plan_to_report(corpus, tmp_path):
     """Through the command line: two methods, three sizes, two budgets, two seeds."""
-    files, directory = write_settings(tmp_path, corpus, (8, 16, 32)), tmp_path / "family"
+    files, directory = write_settings(tmp_path, corpus, (8, 12, 16)), tmp_path / "family"
 
     def isoflops(*words) -> str:
         command = [sys.executable, ROOT / "tools" / "isoflops.py", *words]
@@ -81,7 +81,7 @@ def test_a_family_from_plan_to_report(corpus, tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    options = ["--budgets", "4e8", "8e8", "--seeds", "1", "2", "--methods", *files["methods"], "--sizes"]
+    options = ["--budgets", "2e8", "4e8", "--seeds", "1", "2", "--methods", *files["methods"], "--sizes"]
     planned = isoflops(
         "plan", "--output", directory, *options, *files["sizes"], "--settings", "--num-attention-heads", 2
     )
@@ -90,9 +90,8 @@ def test_a_family_from_plan_to_report(corpus, tmp_path):
     assert "==" not in isoflops("train", directory), "everything had finished"
     tables = report(directory)
     assert tables.returncode == 0
-    rows = [
-        line.split(" | ") for line in tables.stdout.splitlines() if re.match(r"\| [48]e\+08 \| \w+ \| h\d+ \| \d", line)
-    ]
+    rows = [line.split(" | ") for line in tables.stdout.splitlines() if re.match(r"\| [24]e\+08 ", line)]
+    rows = [row for row in rows if len(row) == 12]  # the first table
     assert len(rows) == 2 * 2 * 3
     for row in rows:
         budget, executed, iterations = float(row[0].strip("| ")), float(row[7]), int(row[5].replace(",", ""))
