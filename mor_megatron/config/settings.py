@@ -80,6 +80,8 @@ def read_yaml(path: str | Path, _open_files: tuple[Path, ...] = ()) -> list[Sett
         raise ValueError(f"config={path} cannot be read ({error.strerror}): give the path of a YAML file") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"config={path} is not UTF-8 text: give the path of a YAML file") from error
+    except RecursionError as error:
+        raise ValueError(f"config={path} is nested too deeply: write one `name: value` a line") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import xxhash
 from checkpoints import whole_tensors, write_checkpoint
+from spoil import COUNTS, spoil
 
 from mor_megatron.checkpointing.inspection import verify as verify_checkpoint
 from mor_megatron.checkpointing.manifest import MANIFEST, self_checksum
@@ -20,31 +21,6 @@ from mor_megatron.checkpointing.randomness import set_random_state
 from mor_megatron.checkpointing.reader import open_checkpoint
 from mor_megatron.data.indexed import read_index, verify
 from mor_megatron.training.progress import Progress
-
-COUNTS = [pytest.param(150, id="150"), pytest.param(1000, id="1000", marks=pytest.mark.slow)]
-
-
-def spoil(content: bytes, random: random.Random) -> bytes:
-    """Change bytes the way disks, networks and people do."""
-    data = bytearray(content)
-    at = random.randrange(len(data)) if data else 0
-    size = random.choice([1, 1, 2, 8, 64, 4096])
-    match random.randrange(7):
-        case 0:
-            data[at] ^= 1 << random.randrange(8)
-        case 1:
-            del data[at:]
-        case 2:
-            data[at : at + size] = bytes(len(data[at : at + size]))
-        case 3:
-            data[at : at + size] = random.randbytes(len(data[at : at + size]))
-        case 4:
-            data += random.randbytes(size)
-        case 5:
-            del data[at : at + size]
-        case 6:
-            data[at:at] = data[at : at + size]
-    return bytes(data)
 
 
 def load_all(directory: Path) -> dict[tuple[str, str], torch.Tensor]:
