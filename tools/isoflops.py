@@ -72,15 +72,15 @@ def run_report(args: argparse.Namespace) -> None:
     Raises:
         ValueError: there is no family, or nothing of it has finished.
     """
-    runs = read_family(args.directory)
+    runs = [run for run in read_family(args.directory) if args.seeds is None or run.seed in args.seeds]
     results = [read_result(run) for run in runs]
     missing = [f"{run.directory}/{run.decay.name}" for run, result in zip(runs, results, strict=True) if result is None]
     finished = [result for result in results if result is not None]
     if not finished:
-        raise ValueError(f"{args.directory}: no run has finished: run {args.directory}/run.sh")
+        raise ValueError(f"{args.directory}: no run has finished: train it, by {args.directory}/run.sh for example")
     if missing:
-        count = f"{len(missing)} of {len(runs)} runs"
-        print(f"{count} have not finished and are left out: {', '.join(missing)}", file=sys.stderr)
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        print(f"{len(missing)} of {len(runs)} runs have not finished and are left out: {names}", file=sys.stderr)
     family = report.group(finished)
     plot = args.plot or args.directory / "isoflops.png"
     report.plot(family, plot)
@@ -114,6 +114,7 @@ def main() -> int:
     reporting = commands.add_parser("report", help="tables, fits and a picture from metrics.jsonl of finished runs")
     reporting.set_defaults(run=run_report)
     reporting.add_argument("directory", type=Path, help="of the family")
+    reporting.add_argument("--seeds", type=int, nargs="+", help="only these; default: all")
     reporting.add_argument("--plot", type=Path, help="default: DIR/isoflops.png")
     args = parser.parse_args()
     return exit_status(lambda: args.run(args))

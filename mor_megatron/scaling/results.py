@@ -33,8 +33,6 @@ class Result:
     tokens: int
     executed_flops: float
     """Training, forward and backward, head included, tokens as they were routed; recomputation left out."""
-    seconds: float
-    """Of the iterations, validation and start left out."""
     topk: float
     """Validation loss, whole-sequence selection, nats a token."""
     threshold: float
@@ -66,7 +64,6 @@ def read_result(run: Run) -> Result | None:
         count_parameters(dense_equivalent(config), vocab).non_embedding,
         steps[-1]["consumed_tokens"],
         sum(executed_flops(config, steps, vocab)),
-        sum(record["iteration_time_ms"] for record in steps) / 1e3,
         last[-1][TOPK],
         last[-1][THRESHOLD],
     )
