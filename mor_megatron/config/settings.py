@@ -34,12 +34,17 @@ class Setting:
             text = self.values[0]
         else:
             text = f"[{', '.join(self.values)}]"
-        return f"{flag_name(self.name)}={text} ({self.origin})"
+        return f"{flag_name(self.name)}={one_line(text)} ({self.origin})"
 
 
 def flag_name(name: str) -> str:
     """`num_layers` as users write it: `num-layers`."""
-    return name.replace("_", "-")
+    return one_line(name.replace("_", "-"))
+
+
+def one_line(text: str) -> str:
+    """Text from outside as errors show it: control characters escaped."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def read_command_line(argv: Sequence[str]) -> list[Setting]:
