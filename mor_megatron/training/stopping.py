@@ -42,6 +42,7 @@ class Stopper:
         self.faults = faults
         self.started = time.monotonic()
         self._received = 0
+        self._is_told = False
         self._handlers: dict[int, object] = {}
 
     def __enter__(self) -> Stopper:
@@ -59,7 +60,9 @@ class Stopper:
             _watching.discard(self)
             signal.set_wakeup_fd(self._earlier_writer)
             for number, handler in self._handlers.items():
-                signal.signal(number, handler)
+                # A scheduler signals rank after rank: the others may have stopped this one before its own signal comes,
+                # which must not end it now, saved and about to leave.
+                signal.signal(number, signal.SIG_IGN if self._is_told else handler)
             os.close(self._writer)  # ends the thread
 
     def reason(self, iteration: int) -> str | None:
@@ -77,6 +80,7 @@ class Stopper:
             return f"exit-duration-in-mins={self.faults.exit_duration_in_mins:g}"
         if code == _INTERVAL:
             return f"exit-interval={self.faults.exit_interval}"
+        self._is_told = code != 0
         return signal.Signals(code).name if code else None
 
     def _own_reason(self, iteration: int) -> int:

@@ -1,0 +1,39 @@
+"""Handlers of signals after a run: as they were, unless a signal ended it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from mor_megatron.config.schema import FaultConfig
+from mor_megatron.training.stopping import SIGNALS, Stopper
+
+
+@pytest.fixture
+def handlers():
+    """This process's own, which are put back."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_that_comes_late_does_not_end_a_run_that_has_stopped(process_group, handlers):
+    with Stopper(FaultConfig()) as stopper:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        end = time.monotonic() + 10
+        while stopper.reason(1) != "SIGUSR1":
+            assert time.monotonic() < end
+    assert all(signal.getsignal(number) == signal.SIG_IGN for number in SIGNALS)
+    os.kill(os.getpid(), signal.SIGUSR1)  # by default it would end this process
+
+
+@pytest.mark.parametrize("faults", [FaultConfig(), FaultConfig(exit_interval=1)], ids=["finished", "interval"])
+def test_otherwise_handlers_are_put_back(process_group, handlers, faults):
+    with Stopper(faults) as stopper:
+        stopper.reason(1)
+        assert signal.getsignal(signal.SIGTERM) != handlers[signal.SIGTERM]
+    assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
