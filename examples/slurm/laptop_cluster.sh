@@ -31,8 +31,8 @@ SlurmctldPort=$port
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# The time that a credential lives is also the time that a requeued job waits.
-AuthInfo=cred_expire=15
+# A requeued job waits until its last start's credential has expired.
+AuthInfo=socket=$dir/munge.socket,cred_expire=15
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool.%n
 SlurmctldPidFile=$dir/slurmctld.pid
@@ -65,14 +65,13 @@ NodeName=node[0-$last] Name=gpu File=$dir/fakegpu[0-7]
 END
 }
 
+# One of its own, whatever else runs on the machine.
 start_munge() {
-    if munge -n > /dev/null 2>&1; then
-        return # somebody's, who will also stop it
-    fi
-    mkdir -p /run/munge
-    chown munge:munge /run/munge
-    runuser -u munge -- munged
-    touch "$1/started_munge"
+    local dir=$1
+    [ -e "$dir/munge.key" ] || mungekey --create --keyfile="$dir/munge.key"
+    # By force: DIR may well be below /tmp, which others can write to.
+    munged --force --key-file="$dir/munge.key" --socket="$dir/munge.socket" --pid-file="$dir/munged.pid" \
+        --seed-file="$dir/munge.seed" --log-file="$dir/munged.log" 2> /dev/null
 }
 
 start() {
@@ -117,13 +116,13 @@ stop() {
         [ -n "$(squeue -h 2> /dev/null)" ] || break
         sleep 1
     done
-    for pid in "$dir"/slurmd.*.pid "$dir/slurmctld.pid"; do
-        if [ -e "$pid" ]; then kill "$(cat "$pid")" || true; fi
+    for file in "$dir"/slurmd.*.pid "$dir/slurmctld.pid" "$dir/munged.pid"; do
+        [ -e "$file" ] || continue
+        pid=$(cat "$file")
+        kill "$pid" || true
+        while kill -0 "$pid" 2> /dev/null; do sleep 0.2; done
     done
-    if [ -e "$dir/started_munge" ]; then
-        runuser -u munge -- munged --stop > /dev/null || true
-    fi
-    rm -rf "$dir"/slurm.conf "$dir"/gres.conf "$dir"/started_munge "$dir"/state "$dir"/spool.* "$dir"/fakegpu*
+    rm -rf "$dir"/{slurm.conf,gres.conf,state,munge.*} "$dir"/spool.* "$dir"/fakegpu*
 }
 
 case "${1:-} $#" in
