@@ -27,6 +27,7 @@ def main() -> int:
 
     from mor_megatron.checkpointing.save import SaveError
     from mor_megatron.parallel.consistency import RoutingMismatchError
+    from mor_megatron.parallel.distributed import RendezvousError
     from mor_megatron.parallel.roll_call import hold_roll_call
     from mor_megatron.training.loop import NonFiniteError
     from mor_megatron.training.pretrain import pretrain
@@ -34,7 +35,7 @@ def main() -> int:
 
     try:
         finished = pretrain(config)
-    except RoutingMismatchError as error:  # not on every rank, so that each that knows says it
+    except (RoutingMismatchError, RendezvousError) as error:  # not on every rank, so that each that knows says it
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except (ValueError, NonFiniteError, SaveError) as error:

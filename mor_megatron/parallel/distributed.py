@@ -14,8 +14,12 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from mor_megatron.config.schema import Config
 from mor_megatron.parallel.cpu import support_cpu
-from mor_megatron.parallel.launch import is_launched
+from mor_megatron.parallel.launch import NEEDED, is_launched
 from mor_megatron.parallel.roll_call import answer_roll_calls
+
+
+class RendezvousError(RuntimeError):
+    """The ranks of a run did not come together."""
 
 
 def initialize_distributed(config: Config) -> None:
@@ -28,6 +32,7 @@ def initialize_distributed(config: Config) -> None:
 
     Raises:
         ValueError: a launcher set RANK but not the rest of its variables, or nccl was asked for without CUDA.
+        RendezvousError: not all ranks came within `distributed_timeout_minutes`.
     """
     support_cpu()
     if torch.cuda.is_available():
@@ -35,11 +40,7 @@ def initialize_distributed(config: Config) -> None:
     if not dist.is_initialized():
         timeout = timedelta(minutes=config.training.distributed_timeout_minutes)
         if is_launched():
-            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-            shared = dist.PrefixStore("world", store)
-            dist.init_process_group(_backend(config), store=shared, rank=rank, world_size=world_size, timeout=timeout)
-            if world_size > 1:
-                answer_roll_calls(store, rank, world_size, config)
+            _join_world(config, timeout)
         else:
             # A store in memory: no port is taken, and child processes do not find a process group to join.
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
@@ -47,6 +48,25 @@ def initialize_distributed(config: Config) -> None:
     if not parallel_state.model_parallel_is_initialized():
         initialize_model_parallel(config)
     set_seed(config.training.seed)
+
+
+def _join_world(config: Config, timeout: timedelta) -> None:
+    backend = _backend(config)
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        shared = dist.PrefixStore("world", store)
+        dist.init_process_group(backend, store=shared, rank=rank, world_size=world_size, timeout=timeout)
+    except RuntimeError as error:
+        rank, world_size, address, port = (os.environ[name] for name in NEEDED)
+        minutes = timeout.total_seconds() / 60
+        reason = str(error).strip().splitlines()[0]
+        raise RendezvousError(
+            f"rank {rank} did not meet all {world_size} ranks at {address}:{port} within {minutes:g} minutes "
+            f"({reason}): one of them is lost, cannot reach that address, or starts later than "
+            "--distributed-timeout-minutes allows"
+        ) from error
+    if world_size > 1:
+        answer_roll_calls(store, rank, world_size, config)
 
 
 def initialize_model_parallel(config: Config) -> None:

@@ -23,7 +23,7 @@ from mor_megatron.checkpointing.directory import PARTIAL
 
 ITERATIONS = 12
 FLAGS = f"""{SMALL_MODEL} --train-iters {ITERATIONS} --lr-warmup-iters 2 --eval-interval 4 --eval-iters 1
-    --log-interval 1 --save-interval 1 --keep-last 3""".split()
+    --log-interval 1 --save-interval 1 --keep-last 3 --distributed-timeout-minutes 0.5""".split()
 LAYOUTS = {"dp2": [], "tp2": ["--tensor-model-parallel-size", "2"], "pp2": ["--pipeline-model-parallel-size", "2"]}
 BEGINS = "utilisation is measured"
 """What rank 0 prints before the first iteration."""

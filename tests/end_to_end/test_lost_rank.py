@@ -82,3 +82,19 @@ def test_a_rank_that_hangs_is_named_and_stacks_are_left(corpus, tmp_path):
     (report,) = re.findall(r"^error: .*", output, re.MULTILINE)
     assert re.match(r"error: lost rank 1 \(.*, pipeline stage 1 of 2\) of 2 in iteration \d+; rank 0: .*", report)
     assert "train_step" in (tmp_path / "run" / "stacks" / "rank_00000.txt").read_text()
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_rank_lost_before_all_have_met_is_missed(corpus, tmp_path, victim):
+    """Also where it is the one at whose address they meet."""
+    flags = f"{FLAGS} --distributed-timeout-minutes 0.05"
+    with running([*flags.split(), "--data-path", corpus], 2, tmp_path) as ranks:
+        ranks.signal(signal.SIGKILL, victim)
+        other = 1 - victim
+        ranks.processes[other].join(LIMIT)
+        assert ranks.processes[other].exitcode == 1
+        output = ranks.output(other)
+    assert re.search(
+        rf"^error: rank {other} did not meet all 2 ranks at 127\.0\.0\.1:\d+ within 0\.05 min", output, re.M
+    )
+    assert "Traceback" not in output
