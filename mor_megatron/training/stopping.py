@@ -76,11 +76,11 @@ class Stopper:
         code = torch.tensor([self._own_reason(iteration)], device=device())
         dist.all_reduce(code, op=dist.ReduceOp.MAX)
         code = int(code)
+        self._is_told = code != 0
         if code == _DURATION:
             return f"exit-duration-in-mins={self.faults.exit_duration_in_mins:g}"
         if code == _INTERVAL:
             return f"exit-interval={self.faults.exit_interval}"
-        self._is_told = code != 0
         return signal.Signals(code).name if code else None
 
     def _own_reason(self, iteration: int) -> int:
