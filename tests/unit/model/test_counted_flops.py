@@ -35,8 +35,12 @@ def norm_products(config: Config, fractions: tuple[float, ...] | None) -> float:
     return 2 * config.model.hidden_size * (2 * passes + 1)
 
 
+QUICK = ("vanilla", "recursive_sharing", "expert", "expert_sharing_update", "expert_aux_router", "token")
+NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RECURSIONS]
+
+
 @pytest.mark.parametrize("granularity", [None, "full"])
-@pytest.mark.parametrize("name", RECURSIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_matrix_products_of_a_training_step(name: str, granularity: str | None, process_group):
     config, ids, context = config_of(name, granularity), random_ids(), RoutingContext()
     model = build_model(config, VOCAB)
