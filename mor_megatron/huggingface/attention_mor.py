@@ -6,7 +6,7 @@ This file travels with an exported model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class Visibility:
             places among these.
         config: of the model.
         cache: earlier tokens, and where new ones are stored; or none.
-        dtype: of the hidden states.
+        rotation: cos and sin at the rows' positions (`rotation_of`).
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class Visibility:
         reads: bool,
         config: MoRConfig,
         cache: MoRCache | None,
-        dtype: torch.dtype,
+        rotation: Pair,
     ):
         self.rows, self.everything, self.recursion, self.reads, self.cache = rows, everything, recursion, reads, cache
         self.past = cache is not None and not cache.is_empty
         self.updates = reads and config.kv_mode == "sharing_update"
         self.projects = not reads or self.updates
         """Whether keys and values of the rows themselves are needed."""
-        self.rotation = rotation_of(rows.position, config, dtype)
+        self.rotation, self.config = rotation, config
         self._before = self._own_lengths()
         self.places = None
         if cache is not None and self.projects:
@@ -66,15 +66,28 @@ class Visibility:
         return self.cache.window(0 if self.reads else self.recursion, self.rows.present, self.device)
 
     @cached_property
+    def is_single(self) -> bool:
+        """Whether there is one new row a sequence, which sees all that is stored of its sequence."""
+        new = self.everything.lengths if self.reads else self.rows.lengths
+        return self.past and self.rows.longest == 1 and all(new[b] == 1 for b in self.rows.present)
+
+    @cached_property
+    def in_turn(self) -> bool:
+        """Whether sequences are attended to one after the other, each in place: a single row each, ragged keys, and no
+        accelerator, where every call would be a launch. Side by side, all that is stored would first be copied."""
+        return self.is_single and not self.updates and not self.window.is_even and self.device.type == "cpu"
+
+    @cached_property
     def mask(self) -> Tensor | None:
         """[present, 1, Q, K], true where a key is seen; None: plain causal attention, or one query that sees all."""
-        lengths = self.window.lengths if self.past else None
         if not self.past:
             if not self.reads or self.rows is self.everything:
                 return None
             lengths = tuple(self.everything.lengths[b] for b in self.rows.present)
-        elif self._sees_all(lengths):
-            return None
+        else:
+            lengths = self.window.lengths
+            if self.is_single and (self.in_turn or len(set(lengths)) == 1):
+                return None
         if self.reads:
             visible = self.rows.position + 1
         else:
@@ -82,7 +95,15 @@ class Visibility:
         visible = self.rows.pad(visible, fill=1)
         return (torch.arange(max(lengths), device=self.device) < visible.unsqueeze(2)).unsqueeze(1)
 
-    def exchange(self, slot: int, own: Pair | None, source: Pair | None, source_slot: int) -> Pair:
+    @cached_property
+    def function(self) -> Callable:
+        """The attention function of transformers."""
+        name = self.config._attn_implementation
+        if self.mask is not None and name.startswith("flash"):
+            name = "sdpa"  # flash-attn knows no masks; it serves where attention is plainly causal
+        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
+
+    def exchange(self, slot: int, own: Pair | None, source: Pair | None, source_slot: int) -> list[Pair]:
         """Store what is new, and give what is seen.
 
         Args:
@@ -90,17 +111,20 @@ class Visibility:
             own: keys and values of the rows, [T, G, D], if `projects`.
             source: those of all tokens of this call at `source_slot`, if `reads`.
         Returns:
-            Keys and values, [present, K, G, D].
+            Keys and values, [present, G, K, D]; or [1, G, K, D] for each sequence, if `in_turn`.
         """
         if self.places is not None:
             self.cache.write(slot, self.places, *own)
+        if self.in_turn:
+            keys, values = (self.window.each(buffer) for buffer in self.cache.buffers(source_slot))
+            return list(zip(keys, values, strict=True))
         if self.past:
             seen = tuple(self.window.read(buffer) for buffer in self.cache.buffers(source_slot))
         elif self.reads:
             seen = tuple(self._of_present(x) for x in source)
         else:
-            return tuple(self.rows.pad(x) for x in own)
-        return self._updated(seen, slot, own) if self.updates else seen
+            return [tuple(self.rows.pad(x).transpose(1, 2) for x in own)]
+        return [self._updated(seen, slot, own) if self.updates else seen]
 
     def _own_lengths(self) -> tuple[int, ...]:
         """Rows of this recursion that are stored already."""
@@ -108,27 +132,25 @@ class Visibility:
             return ()
         return self.cache.counts().get(self.recursion, (0,) * len(self.rows.lengths))
 
-    def _sees_all(self, lengths: tuple[int, ...]) -> bool:
-        new = self.everything.lengths if self.reads else self.rows.lengths
-        return self.rows.longest == 1 and len(set(lengths)) == 1 and all(new[b] == 1 for b in self.rows.present)
-
     def _of_present(self, packed: Tensor) -> Tensor:
-        padded = self.everything.pad(packed)
+        padded = self.everything.pad(packed).transpose(1, 2)
         if len(self.rows.present) == len(self.everything.present):
             return padded
         columns = [self.everything.present.index(b) for b in self.rows.present]
-        return padded[columns, : max(self.everything.lengths[b] for b in self.rows.present)]
+        return padded[columns, :, : max(self.everything.lengths[b] for b in self.rows.present)]
 
     def _updated(self, seen: Pair, slot: int, own: Pair) -> Pair:
         """sharing_update: a copy in which the active rows are replaced; nothing is written back."""
-        width = seen[0].shape[1]
-        target = self.rows.column * width + self.rows.position
+        column, position = self.rows.column, self.rows.position
         if self.past:
-            source, old = self.cache.replaced(self.recursion, self.rows.present, width, self.device)
-            target = torch.cat([old, target])
+            source, *old = self.cache.replaced(self.recursion, self.rows.present, self.device)
+            column, position = torch.cat([old[0], column]), torch.cat([old[1], position])
             own = tuple(torch.cat([b[source], new]) for b, new in zip(self.cache.buffers(slot), own, strict=True))
+        heads, width = seen[0].shape[1:3]
+        target = ((column * heads).unsqueeze(1) + torch.arange(heads, device=self.device)) * width
+        target = (target + position.unsqueeze(1)).flatten()
         return tuple(
-            full.reshape(-1, *full.shape[2:]).index_copy(0, target, new).view_as(full)
+            full.reshape(-1, full.shape[-1]).index_copy(0, target, new.flatten(0, 1)).view(full.shape)
             for full, new in zip(seen, own, strict=True)
         )
 
@@ -140,7 +162,6 @@ class MoRAttention(nn.Module):
 
     def __init__(self, config: MoRConfig):
         super().__init__()
-        self.config = config
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
@@ -163,41 +184,35 @@ class MoRAttention(nn.Module):
                 self._heads(self.v_proj(hidden)),
             )
         seen = visibility.exchange(use.index, own, source, use.kv_source if visibility.reads else use.index)
-        keys, values = (x.transpose(1, 2) for x in seen)
-        mask = visibility.mask
-        out, _ = self._function(mask)(
-            self,
-            rows.pad(query).transpose(1, 2),
-            keys,
-            values,
-            mask,
-            dropout=0.0,
-            scaling=self.scaling,
-        )
+        queries = rows.pad(query).transpose(1, 2).chunk(len(seen))
+        attend, options = visibility.function, {"dropout": 0.0, "scaling": self.scaling}
+        parts = [attend(self, q, *pair, visibility.mask, **options)[0] for q, pair in zip(queries, seen, strict=True)]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self.o_proj(rows.unpad(out.flatten(2))), own
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(x.shape[0], -1, self.head_dim)
 
-    def _function(self, mask: Tensor | None) -> Callable:
-        name = self.config._attn_implementation
-        if mask is not None and name.startswith("flash"):
-            name = "sdpa"  # flash-attn knows no masks; it serves where attention is plainly causal
-        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
-
 
 def rotation_of(positions: Tensor, config: MoRConfig, dtype: torch.dtype) -> Pair:
-    """cos and sin of RoPE, computed in fp32, [T, D/2] of positions [T]."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
-    angles = torch.outer(positions.float(), 1.0 / config.rope_theta**exponents)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    """cos and sin of RoPE of positions [T], computed in fp32, [T, 1, D]; the first half of sin is negative."""
+    angles = torch.outer(positions.float(), inverse_frequencies(config.head_dim, config.rope_theta, positions.device))
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], 1).unsqueeze(1), torch.cat([-sin, sin], 1).unsqueeze(1)
+
+
+@lru_cache
+def inverse_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """[D/2] fp32. Kept: it takes longer to make than to use."""
+    with torch.inference_mode(False):
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+        return 1.0 / theta**exponents
 
 
 def rotate(x: Tensor, rotation: Pair) -> Tensor:
-    """RoPE in the rotate-half layout; x [T, N, D], rotation [T, D/2]."""
-    cos, sin = (part.unsqueeze(1) for part in rotation)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    """RoPE in the rotate-half layout; x [T, N, D]."""
+    cos, sin = rotation
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def eager_attention(
@@ -221,4 +236,4 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
-__all__ = ["MoRAttention", "Visibility"]
+__all__ = ["MoRAttention", "Visibility", "rotation_of"]

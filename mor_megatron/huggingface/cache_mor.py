@@ -1,14 +1,16 @@
 """Keys and values of a MoR model between the calls of `generate`: storage, and nothing else.
 
 At (recursion r, layer j) a sequence holds rows of exactly its tokens that were active there. They lie packed, sequence
-after sequence, each sequence in a segment of its own that grows by `CHUNK` rows. Layers of one recursion hold rows of
-the same tokens and share the layout of their segments. This file travels with an exported model.
+after sequence, each sequence in a segment of its own that grows by `CHUNK` rows; in a segment, head after head, because
+attention reads one head's rows after the other. Layers of one recursion hold rows of the same tokens and share the
+layout of their segments. This file travels with an exported model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -24,25 +26,36 @@ CHUNK = 32
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the rows of each sequence lie in a flat buffer."""
+    """Where the rows of each sequence lie in a buffer [rows * G, D]."""
 
     lengths: tuple[int, ...]
+    """Rows in use."""
     rooms: tuple[int, ...]
+    """Rows there are."""
+    heads: int
+    """G."""
 
-    @property
+    @cached_property
     def starts(self) -> tuple[int, ...]:
+        """Rows before each segment."""
         return tuple(accumulate(self.rooms[:-1], initial=0))
 
     @property
     def total(self) -> int:
-        """Rows of the buffer."""
+        """Rows of all segments."""
         return sum(self.rooms)
 
-    def rows(self, lengths: Sequence[int], device: torch.device) -> Tensor:
-        """Places of the first `lengths` rows of each sequence, one after the other, [sum of lengths]."""
-        counts = torch.tensor(lengths, device=device)
-        shift = torch.tensor(self.starts, device=device) - (counts.cumsum(0) - counts)
-        return torch.arange(sum(lengths), device=device) + shift.repeat_interleave(counts, output_size=sum(lengths))
+    def places(self, sequence: Tensor, at: Tensor) -> Tensor:
+        """Where the heads of the at-th row of a sequence lie: both [...] -> [..., G]."""
+        starts, rooms = torch.tensor([self.starts, self.rooms], device=at.device)[:, sequence].unsqueeze(-1)
+        return starts * self.heads + rooms * torch.arange(self.heads, device=at.device) + at.unsqueeze(-1)
+
+    def filled(self, device: torch.device) -> Tensor:
+        """Where all rows in use lie, sequence after sequence, [sum of lengths, G]."""
+        counts = torch.tensor(self.lengths, device=device)
+        total = sum(self.lengths)
+        sequence = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=total)
+        return self.places(sequence, torch.arange(total, device=device) - (counts.cumsum(0) - counts)[sequence])
 
 
 @dataclass(frozen=True)
@@ -50,33 +63,62 @@ class Places:
     """Where new rows go."""
 
     index: Tensor | None
-    """[T] places in the buffer; None: every sequence gets equally many, at the same place of equal segments."""
+    """[T, G] places in the buffer; None: every sequence gets equally many, at the same place of equal segments."""
     sequences: int
     begin: int
 
     def write(self, buffer: Tensor, new: Tensor) -> None:
-        """Put [T, G, D] into a buffer [rows, G, D]."""
+        """Put [T, G, D] into a buffer [rows * G, D]."""
+        heads, width = new.shape[1:]
         if self.index is not None:
-            buffer.index_copy_(0, self.index.to(buffer.device), new)
+            buffer.index_copy_(0, self.index.flatten().to(buffer.device), new.reshape(-1, width))
             return
-        new = new.view(self.sequences, -1, *new.shape[1:])
-        buffer.view(self.sequences, -1, *buffer.shape[1:])[:, self.begin : self.begin + new.shape[1]] = new
+        new = new.view(self.sequences, -1, heads, width).transpose(1, 2)
+        segments = buffer.view(self.sequences, heads, -1, width)
+        segments[:, :, self.begin : self.begin + new.shape[2]] = new
 
 
 @dataclass(frozen=True)
 class Window:
-    """A view of the rows of some sequences, right-padded."""
+    """A view of the rows of some sequences."""
 
-    lengths: tuple[int, ...]
-    """Rows of each of these sequences."""
-    index: Tensor | None
-    """[sequences, longest] places in the buffer; None: all sequences have equal segments and nothing is copied."""
+    segments: Segments
+    sequences: tuple[int, ...]
+    device: torch.device
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Rows of each of these sequences."""
+        return tuple(self.segments.lengths[b] for b in self.sequences)
+
+    @cached_property
+    def is_even(self) -> bool:
+        """Whether all sequences of the batch are here, with equally many rows in equal segments."""
+        everyone = len(self.sequences) == len(self.segments.lengths)
+        return everyone and len(set(self.lengths)) == len(set(self.segments.rooms)) == 1
+
+    @cached_property
+    def index(self) -> Tensor:
+        """[sequences, G, longest] places in the buffer; past the end of a sequence stands its last row again."""
+        last = torch.tensor(self.lengths, device=self.device).sub(1).clamp(min=0).unsqueeze(1)
+        at = torch.minimum(torch.arange(max(self.lengths), device=self.device), last)
+        sequence = torch.tensor(self.sequences, device=self.device).unsqueeze(1).expand_as(at)
+        return self.segments.places(sequence, at).transpose(1, 2)
 
     def read(self, buffer: Tensor) -> Tensor:
-        """[rows, G, D] -> [sequences, longest, G, D]; past the end of a sequence stands any of its rows."""
-        if self.index is None:
-            return buffer.view(len(self.lengths), -1, *buffer.shape[1:])[:, : self.lengths[0]]
+        """[rows * G, D] -> [sequences, G, longest, D], right-padded; copied unless they are even."""
+        if self.is_even:
+            return self._shaped(buffer, len(self.sequences))[:, :, : self.lengths[0]]
         return buffer[self.index]
+
+    def each(self, buffer: Tensor) -> list[Tensor]:
+        """[rows * G, D] -> for each sequence its rows [1, G, length, D], nothing copied."""
+        heads, lengths = self.segments.heads, self.segments.lengths
+        spans = {b: (self.segments.starts[b] * heads, self.segments.rooms[b] * heads) for b in self.sequences}
+        return [self._shaped(buffer.narrow(0, *span), 1)[:, :, : lengths[b]] for b, span in spans.items()]
+
+    def _shaped(self, buffer: Tensor, sequences: int) -> Tensor:
+        return buffer.view(sequences, self.segments.heads, -1, buffer.shape[-1])
 
 
 class MoRCache(Cache):
@@ -89,7 +131,7 @@ class MoRCache(Cache):
     def __init__(self, config: MoRConfig):
         super().__init__(layers=[])
         self.plan = config.plan
-        self.kv_mode = config.kv_mode
+        self.heads = config.num_key_value_heads
         self.reset()
 
     def reset(self) -> None:
@@ -121,60 +163,48 @@ class MoRCache(Cache):
 
     def append(self, group: int | None, rows: Rows) -> Places:
         """Make room for new rows in the layers of a recursion."""
-        old = self._segments.get(group, Segments((0,) * len(rows.lengths), (0,) * len(rows.lengths)))
+        nothing = (0,) * len(rows.lengths)
+        old = self._segments.get(group, Segments(nothing, nothing, self.heads))
         lengths = tuple(a + b for a, b in zip(old.lengths, rows.lengths, strict=True))
         if any(length > room for length, room in zip(lengths, old.rooms, strict=True)):
             self._move(group, old, range(len(lengths)), tuple(length + CHUNK for length in lengths))
             old = self._segments[group]
-        self._segments[group] = Segments(lengths, old.rooms)
+        self._segments[group] = replace(old, lengths=lengths)
         if len(set(old.rooms)) == len(set(old.lengths)) == len(set(rows.lengths)) == 1:
             return Places(None, len(lengths), old.lengths[0])
-        device = rows.sequence.device
-        ends = torch.tensor(old.starts, device=device) + torch.tensor(old.lengths, device=device)
-        return Places(ends[rows.sequence] + rows.offset, len(lengths), 0)
+        at = torch.tensor(old.lengths, device=rows.sequence.device)[rows.sequence] + rows.offset
+        return Places(old.places(rows.sequence, at), len(lengths), 0)
 
     def write(self, slot: int, places: Places, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [T, G, D] of one position of the network."""
         if slot not in self._buffers:
             total = self._segments[self.plan.layers[slot].recursion].total
-            self._buffers[slot] = tuple(x.new_zeros(total, *x.shape[1:]) for x in (keys, values))
+            self._buffers[slot] = tuple(x.new_empty(total * self.heads, x.shape[-1]) for x in (keys, values))
         for buffer, new in zip(self._buffers[slot], (keys, values), strict=True):
             places.write(buffer, new.detach())
 
     def buffers(self, slot: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one position of the network, each [rows, G, D]."""
+        """Keys and values of one position of the network, each [rows * G, D]."""
         return self._buffers[slot]
 
     def window(self, group: int | None, sequences: tuple[int, ...], device: torch.device) -> Window:
         """The rows of some sequences in the layers of a recursion."""
-        segments = self._segments[group]
-        lengths = tuple(segments.lengths[b] for b in sequences)
-        if len(sequences) == len(segments.lengths) and len(set(lengths)) == len(set(segments.rooms)) == 1:
-            return Window(lengths, None)
-        starts = torch.tensor([segments.starts[b] for b in sequences], device=device).unsqueeze(1)
-        last = torch.tensor(lengths, device=device).sub(1).clamp(min=0).unsqueeze(1)
-        return Window(lengths, starts + torch.minimum(torch.arange(max(lengths), device=device), last))
+        return Window(self._segments[group], sequences, device)
 
-    def replaced(
-        self, group: int, sequences: tuple[int, ...], width: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
+    def replaced(self, group: int, sequences: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """sharing_update: where rows of a recursion, stored before this call, stand among all tokens.
 
-        Args:
-            width: tokens a sequence is padded to.
         Returns:
-            Places in the recursion's buffers, and places in [sequences, width]; both [n].
+            Places in the recursion's buffers [n, G]; of each row, which of `sequences` and which position, both [n].
         """
-        chosen = list(sequences)
-        depths = self.depths[chosen]
+        depths = self.depths[list(sequences)]
         column, at = (depths > group).nonzero(as_tuple=True)
         positions = (depths >= 0).cumsum(1) - 1
-        before = [int(n) for n in (depths > group).sum(1)]
-        lengths = [0] * len(self.lengths)
-        for b, n in zip(chosen, before, strict=True):
-            lengths[b] = n
-        places = self._segments[group].rows(lengths, device)
-        return places, column * width + positions[column, at]
+        before = [0] * len(self.lengths)
+        for b, n in zip(sequences, (depths > group).sum(1).tolist(), strict=True):
+            before[b] = n
+        places = replace(self._segments[group], lengths=tuple(before)).filled(device)
+        return places, column, positions[column, at]
 
     def commit(self, depths: Tensor, lengths: tuple[int, ...]) -> None:
         """End of a call: how deep its columns went [B, S] int8, and how many real tokens each sequence got."""
@@ -230,7 +260,7 @@ class MoRCache(Cache):
         for group, segments in self._segments.items():
             removed = (gone > (-1 if group is None else group)).sum(1).tolist()
             lengths = tuple(a - b for a, b in zip(segments.lengths, removed, strict=True))
-            self._segments[group] = Segments(lengths, segments.rooms)
+            self._segments[group] = replace(segments, lengths=lengths)
         self.lengths = tuple(a - b for a, b in zip(self.lengths, (gone >= 0).sum(1).tolist(), strict=True))
         self.depths = self.depths[:, :tokens_to_remove]
         if self.depths.shape[1] == 0:
@@ -250,20 +280,20 @@ class MoRCache(Cache):
 
     def _move(self, group: int | None, old: Segments, order: Sequence[int], rooms: tuple[int, ...]) -> None:
         """New segments of the given rooms with the rows of sequences `order`."""
-        new = Segments(tuple(old.lengths[b] for b in order), rooms)
+        new = Segments(tuple(old.lengths[b] for b in order), rooms, self.heads)
         self._segments[group] = new
         slots = [slot for slot in self._buffers if self.plan.layers[slot].recursion == group]
         if not slots:
             return
         device = self._buffers[slots[0]][0].device
         counts = torch.tensor(new.lengths, device=device)
-        shift = torch.tensor([old.starts[b] for b in order], device=device) - (counts.cumsum(0) - counts)
         total = sum(new.lengths)
-        source = torch.arange(total, device=device) + shift.repeat_interleave(counts, output_size=total)
-        target = new.rows(new.lengths, device)
+        sequence = torch.tensor(list(order), device=device).repeat_interleave(counts, output_size=total)
+        at = torch.arange(total, device=device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        source, target = old.places(sequence, at).flatten(), new.filled(device).flatten()
         for slot in slots:
             self._buffers[slot] = tuple(
-                buffer.new_zeros(new.total, *buffer.shape[1:]).index_copy_(
+                buffer.new_empty(new.total * self.heads, buffer.shape[-1]).index_copy_(
                     0, target.to(buffer.device), buffer[source.to(buffer.device)]
                 )
                 for buffer in self._buffers[slot]

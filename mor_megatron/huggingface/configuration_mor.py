@@ -6,6 +6,7 @@ This file travels with an exported model: it needs torch and transformers and no
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from transformers import PreTrainedConfig
 
@@ -78,19 +79,23 @@ class MoRPlan:
         """Stored layers."""
         return 1 + max(layer.physical for layer in self.layers)
 
-    @property
+    @cached_property
     def first(self) -> tuple[LayerUse, ...]:
         """The layer before the shared ones, if there is one."""
         return tuple(layer for layer in self.layers[:1] if layer.recursion is None)
 
-    @property
+    @cached_property
     def last(self) -> tuple[LayerUse, ...]:
         """The layer after the shared ones, if there is one."""
         return tuple(layer for layer in self.layers[-1:] if layer.recursion is None)
 
     def pass_layers(self, recursion: int) -> tuple[LayerUse, ...]:
         """Uses of one recursion, in the order of execution."""
-        return tuple(layer for layer in self.layers if layer.recursion == recursion)
+        return self._passes[recursion]
+
+    @cached_property
+    def _passes(self) -> tuple[tuple[LayerUse, ...], ...]:
+        return tuple(tuple(x for x in self.layers if x.recursion == r) for r in range(self.num_recursions))
 
     def shared(self, depth: int) -> tuple[LayerUse, ...]:
         """Uses of the first `depth` recursions, in the order of execution."""

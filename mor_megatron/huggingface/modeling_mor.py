@@ -16,7 +16,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from .attention_mor import MoRAttention, Pair, Visibility
+from .attention_mor import MoRAttention, Pair, Visibility, rotation_of
 from .cache_mor import MoRCache
 from .configuration_mor import LayerUse, MoRConfig
 from .routing_mor import ROUTING, Orders
@@ -33,6 +33,8 @@ class MoRRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., H] -> [.., H]."""
+        if x.dtype == self.weight.dtype == torch.float32:  # one pass; nothing is rounded in between
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
 
 
@@ -186,6 +188,8 @@ class MoRModel(MoRPreTrainedModel):
 
     def _run(self, hidden: Tensor, rows: Rows, orders: Orders, cache: MoRCache | None) -> tuple[Tensor, Tensor]:
         """All layers: [T, H] -> [T, H], and the recursions that each token passed, [T] int8."""
+        config, shares = self.config, self.config.kv_mode != "caching"
+        rotation = rotation_of(rows.position, config, hidden.dtype)
         left: dict[int, Pair] = {}  # keys and values of recursion 0, which later recursions read
         views: dict[int | None, Visibility] = {}
 
@@ -193,12 +197,11 @@ class MoRModel(MoRPreTrainedModel):
             for use in uses:
                 reads = use.kv_source != use.index
                 if use.recursion not in views:
-                    views[use.recursion] = Visibility(
-                        active, rows, use.recursion, reads, self.config, cache, hidden.dtype
-                    )
+                    own = rotation if active is rows else rotation_of(active.position, config, hidden.dtype)
+                    views[use.recursion] = Visibility(active, rows, use.recursion, reads, config, cache, own)
                 source = left[use.kv_source] if reads else None
                 hidden, own = self.layers[use.physical](hidden, views[use.recursion], use, source)
-                if use.recursion == 0 and self.config.kv_mode != "caching":
+                if use.recursion == 0 and shares:
                     left[use.index] = own
             return hidden
 
@@ -321,9 +324,11 @@ def real_columns(attention_mask: Tensor | None, batch: int, columns: int) -> Ten
             f"attention_mask is {list(attention_mask.shape)}: give [{batch}, {columns} or more], 0 at padding"
         )
     real = attention_mask[:, -columns:].bool()
+    if bool(real.all()):
+        return None
     if not bool(real.any()):
         raise ValueError("attention_mask has no real token among the new columns: give at least one")
-    return None if bool(real.all()) else real
+    return real
 
 
 def pack(

@@ -120,7 +120,7 @@ class MoRExpertChoice(nn.Module):
             keep = self._keep(r, logits.detach(), decisive.detach(), active, rows, orders)
             if orders.with_losses:
                 self._add_losses(logits, decisive, keep, orders)
-            if keep is not None:
+            if keep is not None and len(keep) < len(active):
                 index = keep if index is None else index[keep]
                 active, x, logits = active.select(keep), x[keep], logits[keep]
             if len(active) == 0:
@@ -189,13 +189,15 @@ class MoRTokenChoice(nn.Module):
         active, index, y = rows, torch.arange(len(rows), device=hidden.device), hidden
         for r in range(orders.num_recursions):
             y = block(r, y, active)
-            leaves, stays = ((choice[index] == r).nonzero().squeeze(1), (choice[index] > r).nonzero().squeeze(1))
+            going = choice[index] > r
+            leaves, stays = ((~going).nonzero().squeeze(1), going.nonzero().squeeze(1))
+            if len(leaves) == 0:
+                continue
             out = index[leaves]
             hidden = hidden.index_copy(0, out, torch.addcmul(hidden[out], y[leaves], gate[out]))
             if len(stays) == 0:
                 break
-            if len(leaves) > 0:
-                active, index, y = active.select(stays), index[stays], y[stays]
+            active, index, y = active.select(stays), index[stays], y[stays]
         return hidden, (choice + 1).to(torch.int8)
 
     def _add_losses(self, logits: Tensor, scores: Tensor, choice: Tensor, rows: Rows, orders: Orders) -> None:

@@ -40,6 +40,8 @@ class Rows:
 
     def select(self, index: Tensor) -> Rows:
         """The subset at `index` [T'], ascending."""
+        if len(index) == len(self):
+            return self
         sequence = self.sequence[index]
         lengths = torch.bincount(sequence, minlength=len(self.lengths)).tolist()
         return Rows(sequence, self.position[index], tuple(lengths))

@@ -7,6 +7,7 @@ import torch
 from pairs import DECODED, TOLERANCE, VOCAB, pair
 from torch import Tensor
 
+from mor_megatron.huggingface.attention_mor import Visibility
 from mor_megatron.huggingface.cache_mor import CHUNK, MoRCache
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 from mor_megatron.recursion.accounting import kv_bytes_per_token
@@ -60,6 +61,22 @@ def test_cached_batch_equals_each_sequence_alone_without_cache(model: MoRForCaus
         assert torch.equal(expected.argmax(1), tokens[b])
         kept = cache.depths[b][cache.depths[b] >= 0]
         assert torch.equal(kept, full.depths[0])
+
+
+def test_side_by_side_is_one_after_the_other(model: MoRForCausalLM, monkeypatch):
+    """Ragged keys are copied side by side on accelerators, and read in place, sequence by sequence, on a processor."""
+    ids, mask, _ = prompts(True)
+    turns = []
+    one_by_one = Visibility.exchange
+    monkeypatch.setattr(
+        Visibility, "exchange", lambda self, *rest: turns.append(self.in_turn) or one_by_one(self, *rest)
+    )
+    expected = decode(model, ids, mask)
+    assert any(turns) == (model.config.kv_mode != "sharing_update" or len(model.config.plan.first) > 0)
+    monkeypatch.setattr(Visibility, "in_turn", False)
+    tokens, logits, _ = decode(model, ids, mask)
+    assert torch.equal(tokens, expected[0])
+    torch.testing.assert_close(logits, expected[1], atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
