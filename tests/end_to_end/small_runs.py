@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -38,6 +40,14 @@ SMALL_MODEL = """--num-layers 8 --hidden-size 32 --ffn-hidden-size 48 --num-atte
     --peak-tflops 1"""
 """The model and batch of `small_config` as flags."""
 TIMES = ("iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "utilisation", "hardware_utilisation")
+
+
+def load_tool(name: str) -> ModuleType:
+    """A program of tools/ as a module, by its path: benchmarks and packages have programs' names, too."""
+    spec = importlib.util.spec_from_file_location(f"{name}_tool", ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def mode_name(mode: tuple[bool, int]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from functools import partial
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import ROOT, read_metrics, run_program, small_config
+from small_runs import ROOT, load_tool, read_metrics, run_program, small_config
 from transformers import AutoTokenizer
 
 from mor_megatron.config.schema import Config
@@ -23,11 +22,7 @@ from mor_megatron.inference.loading import load_model
 from mor_megatron.parallel.distributed import initialize_distributed
 from mor_megatron.training.pretrain import pretrain
 
-# By its path: a package that lm-eval needs is called evaluate, too.
-_spec = importlib.util.spec_from_file_location("evaluate_tool", ROOT / "tools" / "evaluate.py")
-evaluate = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(evaluate)
-
+evaluate = load_tool("evaluate")
 FP32_TOL = 2e-6  # relative; other products, the same sums in another order
 
 

@@ -12,17 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import ROOT, run_program
+from small_runs import ROOT, load_tool, run_program
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 from mor_megatron.data.tokenizer_training import train_tokenizer
 from mor_megatron.huggingface import verify
 from mor_megatron.huggingface.export import read_checkpoint
 
-sys.path.append(str(ROOT / "tools"))
-import export_hf
-import generate
-import show_routing
+export_hf, generate, show_routing = (load_tool(name) for name in ("export_hf", "generate", "show_routing"))
 
 SETTINGS = """num-layers: 8
 hidden-size: 32
