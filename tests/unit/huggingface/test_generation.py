@@ -8,7 +8,7 @@ from pairs import DECODED, TOLERANCE, VOCAB, pair
 from torch import Tensor
 
 from mor_megatron.huggingface.attention_mor import Visibility
-from mor_megatron.huggingface.cache_mor import CHUNK, MoRCache
+from mor_megatron.huggingface.cache_mor import CHUNK, MoRCache, Window
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 from mor_megatron.recursion.accounting import kv_bytes_per_token
 
@@ -66,13 +66,10 @@ def test_cached_batch_equals_each_sequence_alone_without_cache(model: MoRForCaus
 def test_side_by_side_is_one_after_the_other(model: MoRForCausalLM, monkeypatch):
     """Ragged keys are copied side by side on accelerators, and read in place, sequence by sequence, on a processor."""
     ids, mask, _ = prompts(True)
-    turns = []
-    one_by_one = Visibility.exchange
-    monkeypatch.setattr(
-        Visibility, "exchange", lambda self, *rest: turns.append(self.in_turn) or one_by_one(self, *rest)
-    )
+    turns, each = [], Window.each
+    monkeypatch.setattr(Window, "each", lambda self, buffer: turns.append(self.sequences) or each(self, buffer))
     expected = decode(model, ids, mask)
-    assert any(turns) == (model.config.kv_mode != "sharing_update" or len(model.config.plan.first) > 0)
+    assert tuple(range(7)) in turns
     monkeypatch.setattr(Visibility, "in_turn", False)
     tokens, logits, _ = decode(model, ids, mask)
     assert torch.equal(tokens, expected[0])
