@@ -56,13 +56,14 @@ def test_the_time_limit_saves_and_requeues(cluster, pretrain, whole):
     assert_same_curve(job.save, whole, LONG)
 
 
-def test_requeue_by_hand_goes_on_from_the_last_checkpoint(cluster, pretrain, whole):
+def test_requeue_by_hand_saves_and_goes_on(cluster, pretrain, whole):
     job = pretrain("by-hand", SHORT)
     job.wait_for(STARTED.format(25))
     cluster.run("scontrol", "requeue", job.number)
     assert job.wait() == "COMPLETED", job.output
     assert job.field("Restarts") == "1"
-    assert re.search(rf"resuming from {job.save}/iter_00000[23]0\n", job.output), "the iterations since are lost"
+    (stopped,) = re.findall(r"stopping after iteration (\d+) \(SIGTERM\): saved", job.output)
+    assert f"resuming from {job.save}/iter_{int(stopped):07d}" in job.output
     assert_same_curve(job.save, whole, SHORT)
 
 
@@ -72,7 +73,7 @@ def test_a_node_that_goes_down(cluster, pretrain, whole):
     cluster.run("scontrol", "update", "NodeName=node1", "State=DOWN", "Reason=test")
     try:
         assert job.wait() == "COMPLETED", job.output
-        assert job.field("NodeList") == "node[0,2]"
+        assert "node1" not in cluster.run("scontrol", "show", "hostnames", job.field("NodeList")).split()
     finally:
         cluster.run("scontrol", "update", "NodeName=node1", "State=RESUME")
     assert job.field("Restarts") == "1"
