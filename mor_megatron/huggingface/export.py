@@ -108,6 +108,15 @@ def to_model(
     return model.eval()
 
 
+def cast(model: MoRForCausalLM, dtype: torch.dtype) -> MoRForCausalLM:
+    """The model itself, its weights in another precision; the bias that chooses depths stays as it is."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to(dtype)
+    for name, buffer in model.named_buffers():
+        buffer.data = buffers[name]
+    return model
+
+
 def export(
     weights: Mapping[str, Tensor],
     config: Config,
@@ -130,7 +139,7 @@ def export(
         raise ValueError(f"output={output} exists: name a new directory, or move it away")
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype} is unknown: use one of {', '.join(DTYPES)}")
-    model = to_model(weights, config, vocab_size, tokenizer).to(DTYPES[dtype])
+    model = cast(to_model(weights, config, vocab_size, tokenizer), DTYPES[dtype])
     model.config.dtype = DTYPES[dtype]
     partial = output.with_name(output.name + ".partial")
     try:

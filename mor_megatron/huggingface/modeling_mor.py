@@ -169,6 +169,14 @@ class MoRModel(MoRPreTrainedModel):
         if not isinstance(cache, MoRCache | None):
             raise ValueError(f"cache is a {type(cache).__name__}: give none, or a MoRCache(config)")
 
+        if (
+            selection == "capacity"
+            and cache is not None
+            and not cache.is_empty
+            and self.config.routing == "expert_choice"
+        ):
+            raise ValueError("selection=capacity compares whole sequences: give it no cache of earlier tokens")
+
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, columns = embedded.shape[:2]
         real = real_columns(attention_mask, batch, columns)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mor_megatron.huggingface.export import DTYPES, read_checkpoint, to_model
+from mor_megatron.huggingface.export import DTYPES, cast, read_checkpoint, to_model
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 from mor_megatron.huggingface.tokenizer import export_tokenizer
 
@@ -34,14 +36,32 @@ def load_model(
     path = Path(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if is_export(path):
-        model = MoRForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
+        model = _read_export(path, DTYPES[dtype])
         has_tokenizer = (path / "tokenizer_config.json").exists()
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path) if has_tokenizer else None
     else:
         checkpoint = read_checkpoint(path)
         tokenizer = export_tokenizer(checkpoint.config.data, checkpoint.config.model.max_position_embeddings)
-        model = to_model(checkpoint.weights, checkpoint.config, checkpoint.vocab_size, tokenizer).to(DTYPES[dtype])
+        model = to_model(checkpoint.weights, checkpoint.config, checkpoint.vocab_size, tokenizer)
+        model = cast(model, DTYPES[dtype])
     return model.to(device).eval(), tokenizer
+
+
+def _read_export(path: Path, dtype: torch.dtype) -> MoRForCausalLM:
+    """transformers would fill in what is missing at random, and take a model of another kind for one of ours."""
+    try:
+        kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if kind != MoRForCausalLM.config_class.model_type:
+            raise ValueError(f"model={path} is a {kind} model: bring it in by tools/import_hf.py")
+        model, found = MoRForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"model={path} cannot be read: {str(error).splitlines()[0]}") from error
+    for fault, verb in (("missing_keys", "lacks"), ("mismatched_keys", "has another shape of")):
+        for name in sorted(found[fault]):
+            raise ValueError(f"model={path} {verb} {name if isinstance(name, str) else name[0]}: export it again")
+    return model
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> list[int]:

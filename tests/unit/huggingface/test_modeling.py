@@ -123,6 +123,15 @@ def test_nothing_is_silently_ignored(name: str, arguments: dict, message: str):
         export(random_ids(), **arguments)
 
 
+def test_capacity_is_refused_where_only_a_part_of_the_sequence_is_seen():
+    _, export = pair("expert")
+    ids = random_ids()
+    with torch.no_grad():
+        cache = export(ids[:, :20], use_cache=True, selection="capacity").cache
+        with pytest.raises(ValueError, match="selection=capacity compares"):
+            export(ids[:, 20:], cache=cache, selection="capacity")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -1,0 +1,8 @@
+"""The small models of the export's tests serve here, too."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path += [str(Path(__file__).parents[1] / name) for name in ("model", "huggingface")]
