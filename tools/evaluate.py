@@ -124,5 +124,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     # Python looks beside a script first, and a package that lm-eval imports has this file's name.
-    sys.path.remove(str(Path(__file__).resolve().parent))
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]
     sys.exit(main())
