@@ -10,9 +10,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -46,6 +48,16 @@ _CUTS = {
 """Along which dimension, and in how many parts by themselves, tensor parallelism cuts a weight of this name."""
 _LLAMA = ("llama", "mistral")
 """Model types whose layers are these, as far as `_llama_config` lets them through."""
+_NEEDED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "vocab_size",
+)
+"""Settings of theirs that have no default here."""
 
 
 def read_export(path: Path) -> Imported:
@@ -179,6 +191,9 @@ def kind_of(path: Path) -> str:
 def _llama_config(path: Path) -> tuple[ModelConfig, int]:
     """Shape of a model of the LLaMA family, and its number of layers."""
     settings = _json(path)
+    for name in _NEEDED:
+        if name not in settings:
+            raise ValueError(f"{path}/config.json lacks {name}: give a directory of transformers")
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     refused = {
         "attention_bias": settings.get("attention_bias", False),
@@ -218,13 +233,16 @@ def _json(path: Path) -> dict:
 
 def _tensors(path: Path, tied: bool) -> dict[str, Tensor]:
     """All weights of a directory, fp32; without the head if it is the embedding."""
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
     tensors: dict[str, Tensor] = {}
     for file in files:
-        tensors |= load_file(file)
-    if not files:
-        for file in sorted(path.glob("pytorch_model*.bin")):
-            tensors |= torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            if file.suffix == ".bin":
+                tensors |= torch.load(file, map_location="cpu", weights_only=True)
+            else:
+                tensors |= load_file(file)
+        except (OSError, EOFError, RuntimeError, SafetensorError, UnpicklingError) as error:
+            raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]}): copy it again") from error
     if not tensors:
         raise ValueError(f"{path} has no weights: *.safetensors or pytorch_model*.bin")
     if tied:

@@ -145,3 +145,17 @@ def test_what_our_layers_cannot_do_is_refused(llama, tmp_path: Path, change: dic
     (tmp_path / "model" / "config.json").write_text(json.dumps(settings | change))
     with pytest.raises(ValueError, match=message):
         read_llama(tmp_path / "model", RecursionConfig(), None, "stepwise", 0)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_damaged_files_are_told(llama, tmp_path: Path, name: str):
+    shutil.copytree(llama[1], tmp_path / "model")
+    file = tmp_path / "model" / name
+    if name == "config.json":
+        settings = json.loads(file.read_text())
+        del settings["rms_norm_eps"]
+        file.write_text(json.dumps(settings))
+    else:
+        file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"{name}.*(rms_norm_eps|cannot be read)"):
+        read_llama(tmp_path / "model", RecursionConfig(), None, "stepwise", 0)
