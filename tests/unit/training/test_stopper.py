@@ -1,4 +1,4 @@
-"""Handlers of signals after a run: as they were, unless a signal ended it."""
+"""Handlers of signals after a run: as they were, unless it was stopped."""
 
 from __future__ import annotations
 
@@ -31,9 +31,14 @@ def test_a_signal_that_comes_late_does_not_end_a_run_that_has_stopped(process_gr
     os.kill(os.getpid(), signal.SIGUSR1)  # by default it would end this process
 
 
-@pytest.mark.parametrize("faults", [FaultConfig(), FaultConfig(exit_interval=1)], ids=["finished", "interval"])
-def test_otherwise_handlers_are_put_back(process_group, handlers, faults):
-    with Stopper(faults) as stopper:
-        stopper.reason(1)
+def test_nor_a_run_that_has_stopped_for_another_reason(process_group, handlers):
+    with Stopper(FaultConfig(exit_interval=1)) as stopper:
+        assert stopper.reason(1) == "exit-interval=1"
+    assert all(signal.getsignal(number) == signal.SIG_IGN for number in SIGNALS)
+
+
+def test_after_a_run_that_has_finished_handlers_are_as_before(process_group, handlers):
+    with Stopper(FaultConfig()) as stopper:
+        assert stopper.reason(1) is None
         assert signal.getsignal(signal.SIGTERM) != handlers[signal.SIGTERM]
     assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
