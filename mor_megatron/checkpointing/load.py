@@ -32,7 +32,7 @@ from mor_megatron.training.progress import Progress
 def load_checkpoint(engine: Engine, config: Config, vocab_size: int) -> Progress:
     """Restore the newest intact checkpoint of `config.checkpoint.load`; collective over all ranks.
 
-    Without `--load`, or with a directory that has no checkpoint, the run begins with the one that `--branch-from` names,
+    Without `--load`, or with a directory that has no checkpoint, the run begins with that of `--branch-from`,
     else from scratch, and rank 0 says so. A damaged or incomplete one is named, and the one before it is taken, unless
     `load_strict`. With `finetune`, weights are all that is loaded, and the run starts at iteration 0.
 
