@@ -67,19 +67,19 @@ class Ticks(BaseStreamer):
 
 @dataclass
 class Contender:
-    """One model and what was measured of it, by batch size."""
+    """One model and what was measured of it: by batch size, one value a round."""
 
     name: str
     model: MoRForCausalLM | LlamaForCausalLM
     first: dict[int, list[float]] = field(default_factory=dict)
-    """Seconds to the first token, one value a round."""
+    """Seconds to the first token."""
     rest: dict[int, list[float]] = field(default_factory=dict)
     """Seconds for all tokens after it."""
-    fractions: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    fractions: dict[int, list[tuple[float, ...]]] = field(default_factory=dict)
     """Tokens at each recursion, of prompt and continuation."""
-    block_rows: dict[int, int] = field(default_factory=dict)
+    block_rows: dict[int, list[int]] = field(default_factory=dict)
     """(token, layer) pairs with keys and values, but for the first and the last layer, which no recursion shares."""
-    nbytes: dict[int, int] = field(default_factory=dict)
+    nbytes: dict[int, list[int]] = field(default_factory=dict)
     """Of all key and value buffers."""
 
     def run(self, prompt: torch.Tensor, new: int, clock: Callable[[], float], warming: bool) -> None:
@@ -109,9 +109,14 @@ class Contender:
         self.rest.setdefault(batch, []).append(ticks.times[-1] - ticks.times[1])
         if is_ours:
             count = self.model.config.num_recursions
-            self.fractions[batch] = tuple((cache.depths > r).float().mean().item() for r in range(count))
-            self.block_rows[batch] = cache.num_rows() - 2 * sum(cache.lengths)
-            self.nbytes[batch] = cache.nbytes()
+            fractions = tuple((cache.depths > r).float().mean().item() for r in range(count))
+            self.fractions.setdefault(batch, []).append(fractions)
+            self.block_rows.setdefault(batch, []).append(cache.num_rows() - 2 * sum(cache.lengths))
+            self.nbytes.setdefault(batch, []).append(cache.nbytes())
+
+    def mean_fractions(self, batch: int) -> tuple[float, ...]:
+        """Over the rounds."""
+        return tuple(map(statistics.mean, zip(*self.fractions[batch], strict=True)))
 
 
 def build(name: str, args: argparse.Namespace, prompt: torch.Tensor) -> Contender:
@@ -175,7 +180,7 @@ def prefill_flops(contender: Contender, batch: int, args: argparse.Namespace) ->
     """Of the prompt: all layers and routers, and the head once for each sequence."""
     config = training_config(contender.model.config)
     config = replace(config, data=replace(config.data, seq_length=args.prompt))
-    fractions = contender.fractions[batch]
+    fractions = contender.mean_fractions(batch)
     layers = sum(layer_flops_per_token(config, fractions)) + router_flops_per_token(config, fractions)
     return batch * (args.prompt * layers + head_flops_per_token(config))
 
@@ -190,9 +195,10 @@ def measure(args: argparse.Namespace) -> list[dict]:
     for contender in contenders:
         contender.run(largest[:1], 8, clock, warming=True)
     for batch, rounds in zip(args.batch_sizes, args.rounds, strict=True):
-        for _ in range(rounds):
+        for number in range(rounds):
+            prompt = largest.roll(-number, 0)[:batch]  # other sequences, since depths of a single one vary
             for contender in contenders:
-                contender.run(largest[:batch], args.new, clock, warming=False)
+                contender.run(prompt, args.new, clock, warming=False)
         print(f"batch {batch}: {rounds} rounds done", flush=True)
     vanilla = next(contender for contender in contenders if contender.name == VANILLA)
     return [row(c, vanilla, batch, args) for batch in args.batch_sizes for c in contenders]
@@ -215,9 +221,9 @@ def row(contender: Contender, vanilla: Contender, batch: int, args: argparse.Nam
         flops = prefill_flops(contender, batch, args) / prefill_flops(vanilla, batch, args)
         facts |= {
             "prefill_flops_to_vanilla": flops,
-            "mean_depth": sum(contender.fractions[batch]),
-            "block_rows_to_vanilla": contender.block_rows[batch] / vanilla.block_rows[batch],
-            "kv_bytes_to_vanilla": contender.nbytes[batch] / vanilla.nbytes[batch],
+            "mean_depth": sum(contender.mean_fractions(batch)),
+            "block_rows_to_vanilla": sum(contender.block_rows[batch]) / sum(vanilla.block_rows[batch]),
+            "kv_bytes_to_vanilla": sum(contender.nbytes[batch]) / sum(vanilla.nbytes[batch]),
         }
     return facts
 
