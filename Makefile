@@ -19,8 +19,9 @@ TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 quickstart: $(STAMP)
 	$(PY) examples/quickstart.py
 
+# Two processes, a file at a time: many tests wait for ranks more than they compute.
 test: lint
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

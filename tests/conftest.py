@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+# Before torch is imported: tests share the cores with each other and with the ranks they start, and two threads that
+# wait for one core are slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from worker_pool import WorkerPool
 
