@@ -78,7 +78,8 @@ class MoRPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
-    _no_split_modules = ("MoRDecoderLayer",)
+    # A pass prepares once, on one device, what its layers know of the rows; and a shared layer runs many times a token.
+    _no_split_modules = ("MoRModel",)
     _supports_sdpa = True
     _supports_flash_attn = True
     _keep_in_fp32_modules_strict = ("balance_bias",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import infer_auto_device_map
 from pairs import ALL, ROUTED, TOLERANCE, VOCAB, pair, random_ids, training_logits
 
 from mor_megatron.data.batch import Batch
@@ -152,3 +153,13 @@ def test_every_shared_weight_is_one_parameter():
     assert len(layers) == 4  # eight positions: two ends and a block of two
     assert isinstance(export, MoRForCausalLM)
     assert export.lm_head.weight is export.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("name", ["vanilla", "expert"])
+def test_a_device_map_keeps_the_layers_on_one_device(name: str):
+    """Also where the first device has room for half of them. Planned for devices that need not be there."""
+    _, model = pair(name)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    room = {0: size // 2, 1: 3 * size, "cpu": 3 * size}
+    plan = infer_auto_device_map(model, max_memory=room, no_split_module_classes=list(model._no_split_modules))
+    assert {device for part, device in plan.items() if part in ("", "model") or part.startswith("model.")} == {1}
