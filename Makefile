@@ -21,7 +21,7 @@ quickstart: $(STAMP)
 
 # Two processes, a file at a time: many tests wait for ranks more than they compute.
 test: lint
-	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
