@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from megatron.core import parallel_state
 from table import SEQ_LENGTH, STEPS, VOCABULARY
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from mor_megatron.model import MoRModel, build_model
 from mor_megatron.parallel.distributed import initialize_distributed
 from mor_megatron.parallel.full_state import gather_buffers, gather_parameters
 from mor_megatron.recursion.routers import score
-from mor_megatron.training.engine import Engine, build_engine
+from mor_megatron.training.engine import Engine, build_engine, loss_scale
 from mor_megatron.training.train_step import StepReport, train_step
 
 FP32_LAYOUT_TOL = 1e-5
@@ -103,6 +105,36 @@ def run_steps(engine: Engine, config: Config, first: int = 1, count: int = STEPS
     engine.module.train()
     steps = range(first, first + count)
     return [train_step(engine, my_batches(config, step), config, step, config.optimizer.lr) for step in steps]
+
+
+def step_with_a_fault(config: Config, victim: int, where: Literal["loss", "gradient"]) -> dict:
+    """A healthy step, one with a loss or a gradient on one rank that is not finite, a healthy one; what came of it."""
+    if config.training.fp16:
+        get_accelerator().is_fp16_supported = lambda: True  # PyTorch computes fp16 on any CPU, slowly
+    initialize_distributed(config)
+    engine = build_engine(build_model(config, VOCABULARY), config)
+    engine.module.train()
+    run_steps(engine, config, count=1)
+    before = gather_parameters(engine.module)
+    hook = None
+    if dist.get_rank() == victim:
+        if where == "loss":
+            hook = engine.module.register_forward_hook(lambda module, args, losses: losses * math.nan)
+        else:
+            weight = [p for name, p in engine.module.named_parameters() if name.endswith("linear_fc1.weight")][-1]
+            hook = weight.register_hook(lambda gradient: gradient * math.inf)
+    report = train_step(engine, my_batches(config, 2), config, 2, 0.1)
+    if hook is not None:
+        hook.remove()
+    after = gather_parameters(engine.module)
+    return {
+        "applied": report.applied,
+        "overflow": report.overflow,
+        "faulty": report.faulty_ranks,
+        "unchanged": all(torch.equal(after[name], value) for name, value in before.items()),
+        "scale": loss_scale(engine),
+        "then": run_steps(engine, config, first=3, count=1)[0].applied,
+    }
 
 
 def global_batch(size: int, step: int) -> Batch:

@@ -5,19 +5,15 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from layout_runs import describe, differences, my_batches, run_steps, train
+from layout_runs import describe, differences, my_batches, run_steps, step_with_a_fault, train
 from table import VOCABULARY, Layout, build_config
 
 from mor_megatron.config.schema import Config
 from mor_megatron.model import build_model
 from mor_megatron.parallel.distributed import initialize_distributed
-from mor_megatron.parallel.full_state import gather_parameters
-from mor_megatron.training.engine import build_engine, loss_scale
+from mor_megatron.training.engine import build_engine
 from mor_megatron.training.evaluate import evaluate
-from mor_megatron.training.train_step import train_step
 
 ZERO2, ZERO3 = Layout("dp2-zero2", dp=2, zero=2), Layout("dp2-zero3", dp=2, zero=3)
 SEQUENCE2 = Layout("tp2-sp-zero2", tp=2, zero=2, sequence_parallel=True)
@@ -90,36 +86,6 @@ def test_zero_3_evaluates_as_zero_1_does(workers, partitioned):
     assert three == pytest.approx(one, rel=1e-6)
 
 
-def fault_on_rank_1(config: Config, where: str) -> dict:
-    """A healthy step, one with a loss or a gradient on rank 1 that is not finite, a healthy one."""
-    if config.training.fp16:
-        get_accelerator().is_fp16_supported = lambda: True  # PyTorch computes fp16 on any CPU, slowly
-    engine = start(config)
-    run_steps(engine, config, count=1)
-    before = gather_parameters(engine.module)
-    hook = None
-    if dist.get_rank() == 1:
-        if where == "loss":
-            hook = engine.module.register_forward_hook(lambda module, args, losses: losses * math.nan)
-        else:
-            weight = engine.module.layers[1].mlp.linear_fc1.weight
-            hook = weight.register_hook(lambda gradient: gradient * math.inf)
-    report = train_step(engine, my_batches(config, 2), config, 2, 0.1)
-    if hook is not None:
-        hook.remove()
-    after = gather_parameters(engine.module)
-    unchanged = all(torch.equal(after[name], value) for name, value in before.items())
-    then = run_steps(engine, config, first=3, count=1)[0]
-    return {
-        "applied": report.applied,
-        "overflow": report.overflow,
-        "faulty": report.faulty_ranks,
-        "unchanged": unchanged,
-        "scale": loss_scale(engine),
-        "then": then.applied,
-    }
-
-
 @pytest.mark.parametrize(
     ("layout", "where"),
     [
@@ -131,7 +97,7 @@ def fault_on_rank_1(config: Config, where: str) -> dict:
 )
 def test_a_fault_on_one_rank_skips_the_step_on_all(workers, partitioned, layout, where):
     settings = partitioned if layout.zero == 3 else {}
-    results = workers.run(2, layout.groups, fault_on_rank_1, build_config("expert-nr3", layout, **settings), where)
+    results = workers.run(2, layout.groups, step_with_a_fault, build_config("expert-nr3", layout, **settings), 1, where)
     faulty = (1,) if where == "loss" else ()
     expected = {"applied": False, "overflow": False, "faulty": faulty, "unchanged": True, "scale": 1.0, "then": True}
     assert results == [expected, expected]
@@ -139,6 +105,6 @@ def test_a_fault_on_one_rank_skips_the_step_on_all(workers, partitioned, layout,
 
 def test_an_overflow_on_one_rank_lowers_the_scale_on_all(workers):
     config = build_config("expert-nr3", ZERO2, fp16=True, initial_loss_scale=1024.0, hysteresis=1)
-    results = workers.run(2, ZERO2.groups, fault_on_rank_1, config, "gradient")
+    results = workers.run(2, ZERO2.groups, step_with_a_fault, config, 1, "gradient")
     expected = {"applied": False, "overflow": True, "faulty": (), "unchanged": True, "scale": 512.0, "then": True}
     assert results == [expected, expected]

@@ -22,6 +22,8 @@ from mor_megatron.inference.loading import load_model
 from mor_megatron.parallel.distributed import initialize_distributed
 from mor_megatron.training.pretrain import pretrain
 
+pytestmark = pytest.mark.usefixtures("modules_of_exports")
+
 evaluate = load_tool("evaluate")
 FP32_TOL = 2e-6  # relative; other products, the same sums in another order
 
@@ -94,14 +96,6 @@ def test_refusals(run: Path, tmp_path: Path, capsys):
 
 
 # lm-eval ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", autouse=True)
-def modules_of_exports(tmp_path_factory):
-    """Code that travels with an export is copied here and imported from here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
 
 
 @pytest.fixture(scope="module")

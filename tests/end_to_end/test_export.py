@@ -19,6 +19,8 @@ from mor_megatron.data.tokenizer_training import train_tokenizer
 from mor_megatron.huggingface import verify
 from mor_megatron.huggingface.export import read_checkpoint
 
+pytestmark = pytest.mark.usefixtures("modules_of_exports")
+
 export_hf, generate, show_routing = (load_tool(name) for name in ("export_hf", "generate", "show_routing"))
 
 SETTINGS = """num-layers: 8
@@ -40,14 +42,6 @@ lr: 1e-2
 eval-iters: 0
 peak-tflops: 1
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def modules_of_exports(tmp_path_factory):
-    """Code that travels with an export is copied here and imported from here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
 
 
 @pytest.fixture(scope="module")

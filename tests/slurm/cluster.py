@@ -18,8 +18,8 @@ TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-pe
 _FLAGS = """--num-layers 8 --hidden-size 64 --ffn-hidden-size 176 --num-attention-heads 2 --num-recursions 3
     --routing expert_choice --vocab-size 64 --seq-length 64 --split 1,0,0 --micro-batch-size 2 --global-batch-size 48
     --lr-decay-style constant --eval-iters 0 --log-interval 1 --save-interval 10 --peak-tflops 1"""
-SHORT, LONG = 40, 120
-"""Iterations. The micro-batches make one last about half a second, the long run more than a minute."""
+SHORT, LONG = 40, 300
+"""Iterations. On an idle machine one lasts a quarter of a second; the long run outlasts the minute until the signal."""
 STARTED = "iteration {:8d}/"
 """What the log says of an iteration that is over."""
 
