@@ -19,9 +19,9 @@ TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 quickstart: $(STAMP)
 	$(PY) examples/quickstart.py
 
-# Two processes, a file at a time: many tests wait for ranks more than they compute.
+# Two processes, a directory each (tests/conftest.py): many tests wait for ranks more than they compute.
 test: lint
-	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile
+	$(PY) -m pytest -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

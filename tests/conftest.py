@@ -8,6 +8,8 @@ import os
 # wait for one core are slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from pathlib import Path
+
 import pytest
 from worker_pool import WorkerPool
 
@@ -38,6 +40,13 @@ def lone_worker():
     pool = WorkerPool(1)
     yield pool
     pool.stop()
+
+
+def pytest_collection_modifyitems(items):
+    """What pytest-xdist keeps in one process and in order: each directory of tests."""
+    tests = Path(__file__).parent
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(item.path.relative_to(tests).parts[0]))
 
 
 def pytest_addoption(parser):

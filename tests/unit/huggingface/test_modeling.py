@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import infer_auto_device_map
-from pairs import ALL, ROUTED, TOLERANCE, VOCAB, pair, random_ids, training_logits
+from pairs import ALL, ROUTED, TOLERANCE, VOCAB, exported, pair, random_ids, training_logits
 
 from mor_megatron.data.batch import Batch
 from mor_megatron.huggingface.configuration_mor import MoRConfig, MoRPlan
@@ -35,7 +35,8 @@ def test_plan_is_that_of_the_training_stack(num_recursions: int, strategy: str, 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ALL)
 def test_logits_and_routing(name: str, implementation: str):
-    model, export = pair(name)
+    model, _ = pair(name)
+    export = exported(model)  # its own: the pair is other tests' as well
     export.set_attn_implementation(implementation)
     ids = random_ids()
     expected, depths = training_logits(model, ids)
