@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 
+from mor_megatron.data.fingerprint import check_corpora, read_fingerprint
 from mor_megatron.data.indexed import Index, read_index, read_tokens, verify
 from mor_megatron.data.tokenizers import Tokenizer, build_tokenizer
 
@@ -15,6 +16,8 @@ def describe(prefix: str, index: Index) -> str:
     """Counts and the distribution of document lengths."""
     ends = np.concatenate(([0], np.cumsum(index.lengths, dtype=np.int64)))[index.bounds]
     lengths = np.diff(ends)
+    made_with = read_fingerprint(prefix)
+    known = "not known" if made_with is None else made_with.origin
     quantiles = "  ".join(f"{q}% {int(np.percentile(lengths, q)):,}" for q in (5, 25, 50, 75, 95))
     return (
         f"{prefix}\n"
@@ -22,6 +25,7 @@ def describe(prefix: str, index: Index) -> str:
         f"  documents  {index.documents:,}\n"
         f"  sequences  {len(index.lengths):,}\n"
         f"  tokens     {index.tokens:,}\n"
+        f"  tokenizer  {known}\n"
         f"  tokens per document: mean {lengths.mean():,.1f}  min {lengths.min():,}  max {lengths.max():,}  {quantiles}"
     )
 
@@ -53,6 +57,7 @@ def main() -> int:
                 print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
                 return 1
         index = read_index(args.prefix)
+        check_corpora([args.prefix], tokenizer)
         print(describe(args.prefix, index))
         for number in np.linspace(0, len(index.lengths) - 1, args.samples).round().astype(int):
             print(sample(args.prefix, index, int(number), tokenizer, args.sample_tokens))

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mor_megatron.config.schema import Config, DataConfig
 from mor_megatron.data.batch import Batch
+from mor_megatron.data.fingerprint import check_corpora
 from mor_megatron.data.gpt_dataset import EpochDataset, EpochDatasetConfig
 from mor_megatron.data.indexed import Index, read_index, read_tokens
 from mor_megatron.data.tokenizers import Tokenizer
@@ -41,15 +42,16 @@ def build_datasets(
 
     Args:
         config: reads the data section and training.seed.
-        tokenizer: its vocabulary is compared with the data; None compares with model.vocab_size, if set.
+        tokenizer: its vocabulary and behaviour are compared with the data's; None compares with model.vocab_size, if
+            set.
         num_samples: sequences that the run needs of each split; 0 builds none (None in its place).
     Returns:
         Megatron-core datasets; item i holds `tokens` and `labels`, [S] int64. At least num_samples long; a split that
         has fewer is repeated, each time in another order.
     Raises:
         ValueError: no data, a bad blend or split, a damaged corpus (names file and offset), tokens outside the
-            vocabulary, no ends of documents where they are needed, a split without documents, or a cache directory
-            that cannot be written.
+            vocabulary or of another tokenizer, no ends of documents where they are needed, a split without documents,
+            or a cache directory that cannot be written.
     """
     data = config.data
     paths, weights = parse_blend(data.data_path)
@@ -62,6 +64,7 @@ def build_datasets(
             _check_ends(path, index, tokenizer)
         _check_split(path, index, data.split, proportions, num_samples)
         _check_writable(Path(data.data_cache_path or Path(path).parent / "index-cache"))
+    check_corpora(paths, tokenizer)
     if len(paths) > 1 and weights is None:
         weights = [float(index.tokens) for index in indexes]
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mor_megatron.data.fingerprint import SUFFIX, Fingerprint, common_fingerprint
+
 with warnings.catch_warnings():  # Megatron-core announces at import which CUDA packages are missing; no matter here
     warnings.simplefilter("ignore")
     from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, IndexedDatasetBuilder
@@ -67,13 +69,22 @@ class CorpusWriter:
         """Add all documents of a finished corpus of the same dtype."""
         self._builder.add_index(prefix)
 
-    def publish(self, prefix: str) -> None:
-        """Write the index, then give both files their final names, PREFIX.bin first."""
+    def publish(self, prefix: str, made_with: Fingerprint | None) -> None:
+        """Write the index, then give all files their final names, PREFIX.idx last.
+
+        Args:
+            made_with: the tokenizer; None if it is not known.
+        """
         self._builder.data_file.flush()
         os.fsync(self._builder.data_file.fileno())
         self._builder.finalize(self._idx)
         # An older index must not be seen beside the new tokens.
         Path(f"{prefix}.idx").unlink(missing_ok=True)
+        Path(f"{prefix}{SUFFIX}").unlink(missing_ok=True)
+        if made_with is not None:
+            partial = Path(f"{self._idx}{SUFFIX}")
+            partial.write_text(made_with.to_json(), encoding="utf-8")
+            os.replace(partial, f"{prefix}{SUFFIX}")
         os.replace(self._bin, f"{prefix}.bin")
         os.replace(self._idx, f"{prefix}.idx")
 
@@ -213,7 +224,8 @@ def merge(prefixes: list[str], output_prefix: str) -> Index:
     Returns:
         The index of the new corpus.
     Raises:
-        ValueError: nothing to merge, an unsound input, different dtypes, an input that is the output, or no space.
+        ValueError: nothing to merge, an unsound input, different dtypes or tokenizers, an input that is the output, or
+            no space.
     """
     if not prefixes:
         raise ValueError("input names no corpus: give prefixes, or a directory with .bin and .idx files.")
@@ -227,12 +239,13 @@ def merge(prefixes: list[str], output_prefix: str) -> Index:
                 f"{prefix} holds {other.__name__} and {first} holds {dtype.__name__}: their vocabularies differ in "
                 "size. Preprocess both with one tokenizer."
             )
+    made_with = common_fingerprint(prefixes)
     with working_folder(output_prefix) as folder:
         try:
             writer = CorpusWriter(folder, Path(output_prefix).name, dtype)
             for prefix in prefixes:
                 writer.append_corpus(prefix)
-            writer.publish(output_prefix)
+            writer.publish(output_prefix, made_with)
         except OSError as error:
             raise cannot_write(output_prefix, error) from error
     return read_index(output_prefix)

@@ -22,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mor_megatron.data.encoding import SHOWN, Done, Job, Settings, encode, start_worker
+from mor_megatron.data.fingerprint import fingerprint
 from mor_megatron.data.indexed import CorpusWriter, cannot_write, optimal_dtype, working_folder
 from mor_megatron.data.sources import Broken, Slice, describe, plan, read, slice_target
 from mor_megatron.data.tokenizers import Tokenizer
@@ -55,7 +56,7 @@ def preprocess(
     paragraphs: bool = False,
     progress: bool = True,
 ) -> Report:
-    """Write PREFIX_KEY_document.bin and .idx for each key.
+    """Write PREFIX_KEY_document.bin and .idx for each key, and which tokenizer made them.
 
     Args:
         inputs: files and dataset directories in any format of `sources.py`.
@@ -82,6 +83,7 @@ def preprocess(
     dtype = optimal_dtype(tokenizer.vocab_size)
     counters = context.Value("q", 0), context.Value("q", 0), context.Event()
     settings = Settings(tokenizer, dtype, keys, append_eod, strict, *counters)
+    made_with = fingerprint(tokenizer)
     report = Report([f"{output_prefix}_{key}_document" for key in keys])
     broken: list[Broken] = []
     with working_folder(output_prefix) as folder:
@@ -105,7 +107,7 @@ def preprocess(
                     f"input={' '.join(inputs)} gave no document ({report.empty} empty, {report.broken_count} broken)."
                 )
             for writer, prefix in zip(writers, report.prefixes, strict=True):
-                writer.publish(prefix)
+                writer.publish(prefix, made_with)
         except OSError as error:
             raise cannot_write(output_prefix, error) from error
         except BrokenProcessPool as error:

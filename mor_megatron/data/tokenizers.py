@@ -11,9 +11,10 @@ Every wrapper uses one thread: the preprocessor gets its parallelism from proces
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from mor_megatron.config.schema import Config, DataConfig
 
@@ -29,10 +30,12 @@ class Tokenizer(Protocol):
 
     Attributes:
         vocab_size: number of ids, added tokens included; every id is in [0, vocab_size).
+        origin: `--tokenizer-model`, as it was given.
         eod: id of the end-of-document token. Raises ValueError when the tokenizer has none.
     """
 
     vocab_size: int
+    origin: str
 
     @property
     def eod(self) -> int: ...
@@ -46,23 +49,29 @@ class Tokenizer(Protocol):
     def detokenize(self, ids: list[int]) -> str:
         """The text of ids; special tokens of Hugging Face tokenizers appear by name."""
 
+    def behaviour(self) -> dict[str, Any]:
+        """All that decides which ids a text gets, by name, as JSON can write it (`fingerprint.py` compares it)."""
+
 
 class _Base:
     vocab_size: int
+    origin: str
     _eod: int | None
-    _origin: str
 
     @property
     def eod(self) -> int:
         if self._eod is None:
             raise ValueError(
-                f"tokenizer-model={self._origin} has no end-of-document token: use a tokenizer with an eos token "
+                f"tokenizer-model={self.origin} has no end-of-document token: use a tokenizer with an eos token "
                 "(tools/train_tokenizer.py makes one), or leave out --append-eod, --eod-mask-loss and --reset-*."
             )
         return self._eod
 
     def tokenize(self, text: str) -> list[int]:
         return self.tokenize_batch([text])[0]
+
+    def behaviour(self) -> dict[str, Any]:
+        return {"vocab-size": self.vocab_size, "end-of-document": self._eod, **self._parts()}
 
 
 class SentencePieceTokenizer(_Base):
@@ -71,7 +80,7 @@ class SentencePieceTokenizer(_Base):
     def __init__(self, model: str):
         import sentencepiece
 
-        self._origin = model
+        self.origin = model
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_file=model)
         except RuntimeError as error:
@@ -91,12 +100,30 @@ class SentencePieceTokenizer(_Base):
     def detokenize(self, ids: list[int]) -> str:
         return self._sp.decode([int(i) for i in ids])
 
+    def _parts(self) -> dict[str, Any]:
+        from sentencepiece import sentencepiece_model_pb2
+
+        model = sentencepiece_model_pb2.ModelProto.FromString(self._sp.serialized_model_proto())
+        trainer, normalizer = model.trainer_spec, model.normalizer_spec
+        return {
+            "algorithm": f"sentencepiece {type(trainer).ModelType.Name(trainer.model_type).lower()}",
+            "vocabulary": [(piece.piece, piece.type) for piece in model.pieces],
+            "scores": [piece.score for piece in model.pieces],
+            "normalisation": (
+                normalizer.precompiled_charsmap.hex(),
+                normalizer.add_dummy_prefix,
+                normalizer.remove_extra_whitespaces,
+                normalizer.escape_whitespaces,
+                trainer.treat_whitespace_as_suffix,
+            ),
+        }
+
 
 class FastTokenizer(_Base):
     """A `tokenizers` (Rust) tokenizer; `eod` is given, or found among EOD_NAMES."""
 
     def __init__(self, backend, origin: str, eod: int | None = None):
-        self._origin = origin
+        self.origin = origin
         self._backend = backend
         # A tokenizer.json may carry truncation or padding of its first user; both would change the corpus.
         backend.no_truncation()
@@ -111,12 +138,27 @@ class FastTokenizer(_Base):
     def detokenize(self, ids: list[int]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    def _parts(self) -> dict[str, Any]:
+        settings = json.loads(self._backend.to_str())
+        model = settings["model"]
+        if isinstance(model.get("vocab"), dict):
+            del model["vocab"]  # a list has scores
+        # Older versions of the library wrote a merge as one word.
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.pop("merges", ())]
+        return {
+            "algorithm": model.get("type") or type(self._backend.model).__name__,
+            "vocabulary": self._backend.get_vocab(with_added_tokens=True),
+            "merges": [pairs, model],
+            "normalisation": [settings["normalizer"], settings["pre_tokenizer"]],
+            "added-tokens": settings["added_tokens"],
+        }
+
 
 class SlowTokenizer(_Base):
     """A transformers tokenizer that has no Rust backend."""
 
     def __init__(self, tokenizer, origin: str):
-        self._origin = origin
+        self.origin = origin
         self._tokenizer = tokenizer
         self.vocab_size = _id_count(tokenizer.get_vocab())
         self._eod = tokenizer.eos_token_id
@@ -127,6 +169,14 @@ class SlowTokenizer(_Base):
     def detokenize(self, ids: list[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], clean_up_tokenization_spaces=False)
 
+    def _parts(self) -> dict[str, Any]:
+        files = [Path(self.origin) / name for name in sorted(self._tokenizer.vocab_files_names.values())]
+        return {
+            "algorithm": type(self._tokenizer).__name__,
+            "vocabulary": self._tokenizer.get_vocab(),
+            "files": [file.read_bytes().hex() for file in files if file.is_file()],
+        }
+
 
 class NullTokenizer(_Base):
     """Text that already is ids: decimal numbers separated by white space (Megatron-LM's NullTokenizer).
@@ -135,7 +185,7 @@ class NullTokenizer(_Base):
     """
 
     def __init__(self, size: str):
-        self._origin = size
+        self.origin = size
         if not size.isdecimal() or int(size) < 1:
             raise ValueError(f"tokenizer-model={size!r}: NullTokenizer wants the number of ids, for example 1024.")
         self._eod = int(size)
@@ -146,6 +196,9 @@ class NullTokenizer(_Base):
 
     def detokenize(self, ids: list[int]) -> str:
         return " ".join(str(int(i)) for i in ids)
+
+    def _parts(self) -> dict[str, Any]:
+        return {"algorithm": "numbers"}
 
 
 def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None) -> Tokenizer:
