@@ -11,9 +11,9 @@ from dataclasses import fields, replace
 from itertools import pairwise
 
 from mor_megatron.config.deepspeed_settings import check_engine
-from mor_megatron.config.ignored import ALPHAS, say, sections, warn_of_ignored
 from mor_megatron.config.layout import check_batch, check_layout, default_batch
 from mor_megatron.config.schema import Config
+from mor_megatron.config.unread import ALPHAS, say, sections, warn_of_unread
 from mor_megatron.recursion.plan import default_capacities, effective_depth
 
 FLASH_LARGEST_HEAD = 256
@@ -39,7 +39,7 @@ def validate(config: Config, world_size: int = 1) -> Config:
     config = _training(config, world_size)
     check_engine(config)
     _check_faults(config)
-    warn_of_ignored(config)
+    warn_of_unread(config)
     return _without_effect_off(config)
 
 

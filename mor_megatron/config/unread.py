@@ -73,7 +73,7 @@ _READERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
 )
 
 
-def warn_of_ignored(config: Config) -> None:
+def warn_of_unread(config: Config) -> None:
     """Warn about every setting that was changed and that this configuration does not read."""
     changed = {
         entry.name: getattr(part, entry.name)
