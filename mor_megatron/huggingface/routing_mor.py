@@ -21,6 +21,10 @@ from torch import Tensor, nn
 from .configuration_mor import MoRConfig
 from .rows_mor import Rows
 
+TIE = 1e-5
+"""Logits count as equal within TIE * (1 + their mean size in the sequence): repeated tokens have equal hidden states
+but for rounding, and rounding depends on the device."""
+
 Block = Callable[[int, Tensor, Rows], Tensor]
 """block(recursion, hidden [T, H], rows) -> [T, H]: one pass of the shared layers."""
 
@@ -140,10 +144,8 @@ class MoRExpertChoice(nn.Module):
         if orders.selection == "threshold":
             return (decisive >= orders.threshold_logit).nonzero().squeeze(1)
         wanted = [max(1, int(self.config.capacity[r] * everything.lengths[b])) for b in active.present]
-        order = active.pad(logits, fill=-math.inf).argsort(dim=1, descending=True, stable=True)
-        rank = order.argsort(dim=1)
-        kept = rank < torch.tensor(wanted, device=rank.device).unsqueeze(1)
-        return active.unpad(kept).nonzero().squeeze(1)
+        padded = active.pad(logits.nan_to_num(), fill=-math.inf)
+        return active.unpad(best(padded, torch.tensor(wanted, device=logits.device))).nonzero().squeeze(1)
 
     def _combine(self, x: Tensor, update: Tensor, logits: Tensor) -> Tensor:
         if self.config.router_gating == "additive":
@@ -210,6 +212,22 @@ class MoRTokenChoice(nn.Module):
                 products = (scores.mean(0) * chosen.mean(0)).sum()
             orders.add_loss(config.num_recursions * products, config.router_balance_coef)
         orders.add_loss(torch.logsumexp(logits, dim=1).square().mean(), config.router_z_loss_coef)
+
+
+def best(scores: Tensor, wanted: Tensor) -> Tensor:
+    """Mask of the highest scores of each sequence, [B, L]; among equal ones at the cut, the earlier tokens.
+
+    Args:
+        scores: [B, L], -inf at padding.
+        wanted: how many of each sequence, [B], at least 1.
+    """
+    real = scores != -math.inf
+    size = scores.masked_fill(~real, 0.0).abs().sum(1, keepdim=True) / real.sum(1, keepdim=True)
+    wanted = wanted.unsqueeze(1).minimum(real.sum(1, keepdim=True))
+    cut, band = scores.sort(dim=1, descending=True).values.gather(1, wanted - 1), TIE * (1.0 + size)
+    above = scores > cut + band
+    tied = (scores >= cut - band) & ~above
+    return above | (tied & (tied.cumsum(1) <= wanted - above.sum(1, keepdim=True)))
 
 
 def gate_of(logits: Tensor, config: MoRConfig) -> Tensor:

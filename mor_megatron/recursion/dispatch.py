@@ -15,6 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+TIE = 1e-5
+"""Router logits count as equal within TIE * (1 + their mean size in the sequence). A run of one token at the start of a
+sequence has equal hidden states but for rounding, and rounding depends on device and layout. It moves fp32 logits by
+less than a tenth of this; a gate of sigmoid with alpha 0.1 changes by 2.5e-7 within it."""
+
 
 @dataclass(frozen=True)
 class ActiveTokens:
@@ -233,7 +238,9 @@ class LocalRows:
 
 
 def select_topk(scores: Tensor, k: int) -> Tensor:
-    """The k highest scores of each sequence, in causal order.
+    """The k highest scores of each sequence, in causal order; among equal ones at the cut, the earlier tokens.
+
+    What counts as equal to the k-th highest says `TIE`.
 
     Args:
         scores: router logits of the candidates, [k_prev, B], fp32 (bf16 logits tie at the cut; docs/mor.md, sec. 3.1).
@@ -245,8 +252,15 @@ def select_topk(scores: Tensor, k: int) -> Tensor:
     """
     if k > scores.shape[0]:
         raise ValueError(f"cannot select k={k} of {scores.shape[0]} candidates: capacities must not increase")
-    keep = scores.topk(k, dim=0, sorted=False).indices.sort(dim=0).values
-    return keep * scores.shape[1] + torch.arange(scores.shape[1], device=scores.device)
+    scores = scores.nan_to_num()  # k tokens are kept even in a step that will be skipped
+    cut = scores.topk(k, dim=0, sorted=False).values.amin(0)  # [B]
+    band = TIE * (1.0 + scores.abs().mean(0))
+    above = scores > cut + band
+    tied = (scores >= cut - band) & ~above
+    keep = above | (tied & (tied.cumsum(0) <= k - above.sum(0)))
+    slot = torch.where(keep, keep.cumsum(0) - 1, k)  # slot k takes what is not kept
+    index = torch.arange(scores.numel(), device=scores.device).view_as(scores)
+    return index.new_empty(k + 1, scores.shape[1]).scatter_(0, slot, index)[:k]
 
 
 def select_mask(mask: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from megatron.core import parallel_state
-from table import SEQ_LENGTH, STEPS, VOCABULARY
+from table import RUN, SEQ_LENGTH, STEPS, VOCABULARY
 from torch import Tensor, nn
 
 from mor_megatron.config.schema import Config
@@ -20,6 +20,7 @@ from mor_megatron.data.batch import Batch
 from mor_megatron.model import MoRModel, build_model
 from mor_megatron.parallel.distributed import initialize_distributed
 from mor_megatron.parallel.full_state import gather_buffers, gather_parameters
+from mor_megatron.recursion.dispatch import TIE
 from mor_megatron.recursion.routers import score
 from mor_megatron.training.engine import Engine, build_engine, loss_scale
 from mor_megatron.training.train_step import StepReport, train_step
@@ -37,11 +38,14 @@ class Margins:
     """The closest decision of all routers of a model: how near another token, or another depth, was to being chosen.
 
     A layout changes router logits by 1e-7. A decision closer than that may fall either way, which is no fault of the
-    layout: with some seeds it happens, and those are passed over.
+    layout: with some seeds it happens, and those are passed over. Ties are no close decisions: position decides them,
+    alike in every layout. Close is a logit on the edge of the band within which logits are tied.
     """
 
     def __init__(self, model: MoRModel):
         self.smallest = math.inf
+        self.ties = 0
+        """Selections with more than one token at the cut."""
         self.recursion = model.run_config.recursion
         self.model = model
         for r, router in enumerate(getattr(model.router, "routers", ())):
@@ -52,8 +56,11 @@ class Margins:
     def _of_selection(self, r: int, router: nn.Module, args: tuple[Tensor], logits: Tensor) -> None:
         kept = int(self.recursion.capacity[r] * SEQ_LENGTH)
         if kept < logits.shape[0]:
-            ordered = logits.detach().squeeze(-1).sort(dim=0, descending=True).values
-            self._note(ordered[kept - 1] - ordered[kept])
+            logits = logits.detach().squeeze(-1)
+            distance = (logits - logits.topk(kept, dim=0).values[-1]).abs()
+            band = TIE * (1.0 + logits.abs().mean(0))
+            self.ties += int(((distance <= band).sum(0) > 1).sum())
+            self._note((distance - band).abs())
 
     def _of_depth(self, router: nn.Module, args: tuple[Tensor], logits: Tensor) -> None:
         scores = score(logits.detach(), self.recursion.router_func, self.recursion.router_alpha)
@@ -77,6 +84,8 @@ class Result:
     """This rank's parameter elements, each storage once: built, wrapped."""
     margin: float = math.inf
     """The closest routing decision; only looked at where one process has the whole model."""
+    ties: int = 0
+    """Selections that position decided; likewise."""
 
 
 def train(config: Config, fault: Callable[[nn.Module], None] | None = None) -> Result:
@@ -97,7 +106,10 @@ def train(config: Config, fault: Callable[[nn.Module], None] | None = None) -> R
     reports = run_steps(engine, config)
     final, buffers = gather_parameters(engine.module), gather_buffers(engine.module)
     seed = config.training.seed
-    return Result(seed, reports, initial, final, buffers, storages, margins.smallest if margins else math.inf)
+    result = Result(seed, reports, initial, final, buffers, storages)
+    if margins is not None:
+        result.margin, result.ties = margins.smallest, margins.ties
+    return result
 
 
 def run_steps(engine: Engine, config: Config, first: int = 1, count: int = STEPS) -> list[StepReport]:
@@ -138,9 +150,13 @@ def step_with_a_fault(config: Config, victim: int, where: Literal["loss", "gradi
 
 
 def global_batch(size: int, step: int) -> Batch:
-    """`size` sequences of one step; the number of counted tokens falls from one end of the batch to the other."""
+    """`size` sequences of one step; the number of counted tokens falls from one end of the batch to the other.
+
+    Every other sequence begins with a run of one token, as tables and blank lines do: router logits are equal there.
+    """
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(0, VOCABULARY, (size, SEQ_LENGTH + 1), generator=generator)
+    tokens[::2, :RUN] = tokens[::2, :1]
     counted = torch.linspace(SEQ_LENGTH, 1, size).long() if step % 2 else torch.full((size,), SEQ_LENGTH)
     mask = (torch.arange(SEQ_LENGTH) < counted.unsqueeze(1)).float()
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), mask)

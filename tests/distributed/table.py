@@ -21,6 +21,8 @@ from mor_megatron.config.validate import validate
 
 VOCABULARY = 61
 SEQ_LENGTH = 24
+RUN = 20
+"""Equal tokens at the start of every other sequence: the cut of each selection falls among them."""
 BLOCK = 4
 """Layers of the shared block, so that four pipeline ranks have one each."""
 MICRO_BATCH = 2

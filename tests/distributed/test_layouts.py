@@ -46,6 +46,7 @@ def _cells():
 @pytest.mark.parametrize(("layout", "model", "optimizer"), _cells())
 def test_layout(workers, single, layout: Layout, model: str, optimizer: str):
     expected = single(model, optimizer, layout.global_batch)
+    assert (expected.ties > 0) == model.startswith(("expert", "cycle")), "repeated tokens should tie at the cut"
     config = build_config(model, layout, optimizer, seed=expected.seed)
     got = workers.run(layout.world_size, layout.groups, train, config)[0]
     found = differences(got, expected)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import infer_auto_device_map
-from pairs import ALL, ROUTED, TOLERANCE, VOCAB, exported, pair, random_ids, training_logits
+from pairs import ALL, ROUTED, SEQ, TOLERANCE, VOCAB, exported, pair, random_ids, training_logits
 
 from mor_megatron.data.batch import Batch
 from mor_megatron.huggingface.configuration_mor import MoRConfig, MoRPlan
@@ -62,9 +62,13 @@ def test_fixed_depth(name: str, depth: int):
 
 @pytest.mark.parametrize("name", ROUTED)
 def test_training_with_labels(name: str):
-    """Selection by capacity, cross entropy and router losses, and the gradient of all of it."""
+    """Selection by capacity, cross entropy and router losses, and the gradient of all of it.
+
+    One sequence begins with a run of one token, among which position decides.
+    """
     model, export = pair(name)
     ids = random_ids()
+    ids[0, : 3 * SEQ // 4] = ids[0, 0]
     model.zero_grad()
     export.zero_grad()
     losses = model.train()(Batch(ids[:, :-1], labels=ids[:, 1:]), RoutingContext())

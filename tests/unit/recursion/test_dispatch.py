@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -23,6 +25,16 @@ def test_topk_is_causal_order_and_best():
         assert (local[:, b] % B == b).all()
         assert torch.equal(kept, kept.sort().values)
         assert set(kept.tolist()) == set(scores[:, b].topk(4).indices.tolist())
+
+
+def test_topk_prefers_earlier_tokens_among_equal_ones():
+    """Also where rounding made the later ones larger; and k tokens are kept whatever the scores are."""
+    scores = torch.tensor([[1.0, -2.0], [1.0, 3.0], [1.0, -2.0], [5.0, -2.0], [1.0, 3.0]])
+    noise = 1e-7 * torch.arange(5.0).unsqueeze(1)
+    for noisy in (scores, scores + noise, scores - noise):
+        assert (select_topk(noisy, 3) // 2).T.tolist() == [[0, 1, 3], [0, 1, 4]]
+    for broken in (math.nan, math.inf, -math.inf):
+        assert (select_topk(torch.full((5, 2), broken), 3) // 2).T.tolist() == [[0, 1, 2]] * 2
 
 
 def test_topk_refuses_more_than_there_are():
