@@ -36,7 +36,6 @@ import xxhash
 from footprint import processor
 
 from mor_megatron.checkpointing.save import Saver, local_pieces
-from mor_megatron.checkpointing.tensor_file import flush
 from mor_megatron.config.schema import (
     CheckpointConfig,
     Config,
@@ -47,6 +46,7 @@ from mor_megatron.config.schema import (
 )
 from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
+from mor_megatron.files import flush
 from mor_megatron.model import build_model
 from mor_megatron.parallel.distributed import initialize_distributed
 from mor_megatron.training.batches import build_data

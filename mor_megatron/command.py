@@ -21,5 +21,7 @@ def exit_status(work: Callable[[], int | None], failures: tuple[type[ValueError]
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, failures) else 2
     except OSError as error:
-        print(f"error: {error.filename} ({error.strerror})", file=sys.stderr)
+        reason = error.strerror or str(error)
+        # write(2) names no file.
+        print(f"error: {reason if error.filename is None else f'{error.filename} ({reason})'}", file=sys.stderr)
         return 2

@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mor_megatron.files import whole_file
+
 DOWNLOAD_SECONDS = 60
 """Limit of one download."""
 DOCUMENT_CHARACTERS = 4000
@@ -142,10 +144,8 @@ def collect(output: Path, sources: tuple[Source, ...] = SOURCES) -> Path:
         raise ValueError(f"sources={', '.join(s.name for s in sources)}: none could be had; add the source cpython")
     # Training and validation are cut by position: both should see every source.
     random.Random(0).shuffle(collected)
-    partial = corpus.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with whole_file(corpus) as file:
         file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in collected)
-    partial.replace(corpus)
     print(f"{corpus}: {corpus.stat().st_size / 1e6:.1f} MB, {len(collected)} documents")
     return corpus
 

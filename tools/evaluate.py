@@ -23,6 +23,7 @@ from mor_megatron.evaluation.likelihood import likelihood
 from mor_megatron.evaluation.report import summary, table
 from mor_megatron.evaluation.sequences import IndexedPieces, settings_of, text_pieces, token_bytes
 from mor_megatron.evaluation.ways import ways_of
+from mor_megatron.files import write_whole
 from mor_megatron.huggingface.export import DTYPES
 from mor_megatron.inference.loading import load_model
 from mor_megatron.parallel.distributed import initialize_distributed
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         if is_first:
             print(harness.table(facts["tasks"]), flush=True)
     if args.output is not None and is_first:
-        args.output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        write_whole(args.output, json.dumps(facts, indent=1) + "\n")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from mor_megatron.command import exit_status
+from mor_megatron.files import write_whole
 from mor_megatron.huggingface.card import write_card
 from mor_megatron.huggingface.export import DTYPES, export, read_checkpoint, to_model
 from mor_megatron.huggingface.tokenizer import export_tokenizer
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> Path:
         print(f"export and training stack on {comparison}", flush=True)
     card = write_card(to_model(*facts), checkpoint, comparison)
     output = export(*facts, args.output, args.dtype)
-    (output / "README.md").write_text(card)
+    write_whole(output / "README.md", card)
     return output
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from mor_megatron.command import exit_status
+from mor_megatron.files import write_whole
 from mor_megatron.huggingface.export import DTYPES
 from mor_megatron.inference import show
 from mor_megatron.inference.generation import Token, generate
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         mean = sum(depth for _, depth in tokens) / len(tokens)
         print(f"mean depth {mean:.2f} of {count}; keys and values {cache.nbytes() / 2**20:.2f} MiB", file=sys.stderr)
     if args.html is not None:
-        args.html.write_text(show.page(tokens, count, f"Depth of each token, {args.model.name}"), encoding="utf-8")
+        write_whole(args.html, show.page(tokens, count, f"Depth of each token, {args.model.name}"))
 
 
 def main() -> int:

@@ -33,6 +33,8 @@ from pathlib import Path
 
 import torch
 
+from mor_megatron.files import write_whole
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "distributed"))
 
@@ -271,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = _or_failure(partial(STAGES[stage], plan), stage)
         results[stage] = rows
         print_table(stage, rows)
-        args.json.write_text(json.dumps(results, indent=1))
+        write_whole(args.json, json.dumps(results, indent=1))
     failed = [stage for stage in args.stages if any(row.get("failed") for row in results[stage])]
     print(f"\n{'DISAGREES: ' + ', '.join(failed) if failed else 'all agree'}; {args.json}")
     return 1 if failed else 0

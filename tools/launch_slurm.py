@@ -18,6 +18,7 @@ from pathlib import Path
 from mor_megatron.command import exit_status
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Config
+from mor_megatron.files import write_whole
 from mor_megatron.parallel.layout import dry_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +88,7 @@ def submit(script: str, save: Path) -> tuple[str, Path]:
     """
     save.mkdir(parents=True, exist_ok=True)
     copy = save / "job.sbatch"
-    copy.write_text(script)
+    write_whole(copy, script)
     try:
         done = subprocess.run(["sbatch", "--parsable", str(copy)], capture_output=True, text=True, check=False)
     except FileNotFoundError:

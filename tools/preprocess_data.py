@@ -24,8 +24,9 @@ def main() -> int:
     parser.add_argument("--split-paragraphs", action="store_true", help="plain text: a document per paragraph")
     parser.add_argument("--no-progress", action="store_true", help="draw no progress bar")
     args = parser.parse_args()
-    # A terminated run must clean up like an interrupted one.
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    # A terminated run must clean up like an interrupted one. A shell has programs in the background ignore SIGINT, so
+    # that its handler is not taken.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         report = preprocess(
             args.input,

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from mor_megatron.command import exit_status
+from mor_megatron.files import write_whole
 from mor_megatron.inference import show
 from mor_megatron.inference.loading import Pieces, encode, load_model
 
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     if args.output.suffix == ".png":
         show.heat_map(tokens, count, title, args.output)
     else:
-        args.output.write_text(show.table_page(tokens, count, title, means), encoding="utf-8")
+        write_whole(args.output, show.table_page(tokens, count, title, means))
 
 
 def main() -> int:

@@ -12,7 +12,8 @@ from torch import Tensor
 from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, StoredFile
 from mor_megatron.checkpointing.pieces import STEP, Cut
 from mor_megatron.checkpointing.reader import WHOLE, CheckpointReader, open_checkpoint
-from mor_megatron.checkpointing.tensor_file import checksum_of, flush, flush_directory, write_text
+from mor_megatron.checkpointing.tensor_file import checksum_of, write_text
+from mor_megatron.files import as_os_error, flush, flush_directory
 
 OPTIMIZER = "optimizer.safetensors"
 
@@ -66,7 +67,8 @@ def _write(reader: CheckpointReader, partial: Path, with_optimizer: bool) -> Non
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> StoredFile:
-    save_file(tensors, path, metadata={"format": "pt"})
+    with as_os_error(path):
+        save_file(tensors, path, metadata={"format": "pt"})
     with path.open("rb+") as file:
         flush(file)
     return StoredFile(path.stat().st_size, checksum_of(path))

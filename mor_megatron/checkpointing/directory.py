@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 
 from mor_megatron.checkpointing.manifest import damage, read_manifest
-from mor_megatron.checkpointing.tensor_file import flush, flush_directory
+from mor_megatron.files import flush, flush_directory
 
 LATEST = "latest"
 PARTIAL, REPLACED = ".partial", ".replaced"

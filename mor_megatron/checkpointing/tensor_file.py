@@ -7,7 +7,6 @@ once more for its checksum. Reading is the library's (`safetensors.safe_open`).
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from pathlib import Path
 import torch
 import xxhash
 from torch import Tensor
+
+from mor_megatron.files import flush
 
 ITEM_BYTES = 4
 _CHUNK = 1 << 22  # what is hashed is still in the cache when it is written
@@ -85,18 +86,3 @@ def checksum_of(path: Path) -> str:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
-
-
-def flush(file) -> None:
-    """Return when everything written so far is on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def flush_directory(path: Path) -> None:
-    """Return when the names in a directory are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,6 +23,7 @@ import yaml
 from mor_megatron.config.schema import Config
 from mor_megatron.config.settings import COMMAND_LINE, Setting, flag_name, read_command_line, read_files
 from mor_megatron.config.validate import validate
+from mor_megatron.files import write_whole
 from mor_megatron.parallel.launch import launched_world_size
 from mor_megatron.parallel.layout import dry_run
 
@@ -125,10 +126,7 @@ def save_config(config: Config, path: str | Path) -> None:
     Raises:
         OSError: the directory is missing or not writable.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(to_yaml(config), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, to_yaml(config))
 
 
 class _Dumper(yaml.SafeDumper):

@@ -5,11 +5,14 @@ Every tokenizer made here is lossless (text comes back byte for byte) and has on
 
 from __future__ import annotations
 
+import io
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from mor_megatron.data.sources import Document, plan, read
+from mor_megatron.files import as_os_error, whole_file, write_whole
 
 MODEL_TYPES = ("bpe", "unigram", "hf-bpe")
 EOD = "<|endoftext|>"
@@ -48,12 +51,13 @@ def train_tokenizer(
 def _train_sentencepiece(documents: Iterator[str], vocab_size: int, model_type: str, prefix: str) -> str:
     import sentencepiece
 
+    model = io.BytesIO()  # the library writes files without looking whether there is room
     # The trainer works on lines; a newline is then encoded as its byte piece, one token, as in LLaMA's vocabulary.
     lines = (line for text in documents for line in text.split("\n") if 0 < len(line) <= LONGEST_LINE)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
-            model_prefix=prefix,
+            model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
             # Lossless: change no character, drop no space, add none, and spell what is unknown in bytes.
@@ -77,6 +81,12 @@ def _train_sentencepiece(documents: Iterator[str], vocab_size: int, model_type: 
         raise ValueError(
             f"vocab-size={vocab_size}: sentencepiece could not train ({error}). With little text, lower --vocab-size."
         ) from error
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    table = [f"{pieces.id_to_piece(i)}\t{pieces.get_score(i):g}\n" for i in range(pieces.get_piece_size())]
+    with whole_file(f"{prefix}.vocab") as file:
+        file.writelines(table)
+        file.flush()  # both or none
+        write_whole(f"{prefix}.model", model.getvalue())
     return f"{prefix}.model"
 
 
@@ -103,7 +113,12 @@ def _train_huggingface(documents: Iterator[str], vocab_size: int, prefix: str) -
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=EOD, eos_token=EOD, clean_up_tokenization_spaces=False
     )
-    wrapped.save_pretrained(prefix)
+    with tempfile.TemporaryDirectory(prefix=f"{Path(prefix).name}.partial-", dir=Path(prefix).parent) as partial:
+        with as_os_error(prefix):
+            wrapped.save_pretrained(partial)
+        Path(prefix).mkdir(exist_ok=True)
+        for file in Path(partial).iterdir():
+            file.replace(Path(prefix) / file.name)
     return prefix
 
 

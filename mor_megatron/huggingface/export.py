@@ -20,6 +20,7 @@ from mor_megatron.checkpointing.reader import read_buffers, read_parameters
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Config
 from mor_megatron.config.validate import validate
+from mor_megatron.files import as_os_error
 from mor_megatron.huggingface.convert_config import export_config
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 from mor_megatron.huggingface.weights import export_names, to_theirs
@@ -144,9 +145,10 @@ def export(
     partial = output.with_name(output.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+        with as_os_error(output):
+            model.save_pretrained(partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
         partial.rename(output)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)

@@ -23,6 +23,7 @@ from pathlib import Path
 from mor_megatron.config.cli import read_config, save_config
 from mor_megatron.config.schema import Config
 from mor_megatron.config.validate import validate
+from mor_megatron.files import write_whole
 from mor_megatron.recursion.accounting import iterations_for_budget
 
 FAMILY = "family.json"
@@ -193,9 +194,9 @@ def write_family(directory: Path, family: Sequence[tuple[Run, Config, Config]]) 
         for config, path in zip((trunk, decay), run.configs, strict=True):
             save_config(config, path)
     runs = [run for run, *_ in family]
-    (directory / "run.sh").write_text(_run_script(runs))
-    (directory / "submit.sh").write_text(_submit_script(runs))
-    (directory / FAMILY).write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n")
+    write_whole(directory / "run.sh", _run_script(runs))
+    write_whole(directory / "submit.sh", _submit_script(runs))
+    write_whole(directory / FAMILY, json.dumps([asdict(run) for run in runs], indent=1) + "\n")
 
 
 def _run_script(runs: Iterable[Run]) -> str:

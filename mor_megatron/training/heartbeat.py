@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from mor_megatron.files import write_whole
+
 FILE = "heartbeat.json"
 State = Literal["training", "finished", "stopped", "failed"]
 
@@ -40,11 +42,9 @@ class Heartbeat:
             return
         self._last = now, state
         record = {"iteration": iteration, "time": now, "state": state, "host": socket.gethostname(), "pid": os.getpid()}
-        partial = self.path.with_suffix(".partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(record) + "\n")
-            partial.replace(self.path)  # a reader sees one or the other, never half of it
+            write_whole(self.path, json.dumps(record) + "\n", sync=False)
             self._failing = False
         except OSError as error:
             if not self._failing:

@@ -7,7 +7,9 @@ import json
 import multiprocessing
 import os
 import resource
+import runpy
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -253,11 +255,18 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers through /proc")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_interrupted_run_leaves_nothing_finished(how: int, large: str, tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_interrupted_run_leaves_nothing_finished(
+    how: int, large: str, sentencepiece_model: str, tmp_path: Path
+) -> None:
+    """Also one in the background, where the shell has it ignore SIGINT."""
+
     def start() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        run([large] * 5, tmp_path / "o", tokenizer, workers=2)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        tokenizer = f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {sentencepiece_model}"
+        sys.argv = f"tool --output-prefix {tmp_path}/o --workers 2 {tokenizer} --no-progress --input".split()
+        sys.argv += [large] * 5
+        runpy.run_path(str(Path(__file__).parents[3] / "tools" / "preprocess_data.py"), run_name="__main__")
 
     child = in_child(start)
     wait_for(lambda: any(p.stat().st_size for p in tmp_path.rglob("corpus0.bin.partial")))
@@ -268,7 +277,8 @@ def test_interrupted_run_leaves_nothing_finished(how: int, large: str, tokenizer
     assert child.exitcode != 0
     assert not list(tmp_path.rglob("*.idx"))
     assert not list(tmp_path.rglob("*.bin"))
-    if how == signal.SIGINT:
+    if how == signal.SIGTERM:
+        assert child.exitcode == 130
         assert not list(tmp_path.iterdir()), "an interrupt cleans up; only a kill cannot"
     wait_for(lambda: not any(map(alive, workers)))
 

@@ -1,0 +1,77 @@
+"""Writing a file whole or not at all, and being told when that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path, mode: str = "w", sync: bool = True) -> Iterator[IO]:
+    """A file to write that gets its name when the block ends: whoever reads that name finds the old content or all of
+    the new. Text is UTF-8. What is no regular file, such as /dev/stdout, is written in place.
+
+    Args:
+        mode: `w` or `wb`.
+        sync: wait until it is on the disk, where some file systems notice only then that there is no room.
+    Raises:
+        OSError: it cannot be written; the error names `path`, and nothing is left behind.
+    """
+    path = Path(os.path.realpath(path))  # the target of a link, not the link, is replaced
+    in_place = path.exists() and not path.is_file()
+    place = path if in_place else path.with_name(f"{path.name}.partial")
+    try:
+        with place.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            if sync and not in_place:
+                flush(file)
+        if not in_place:
+            place.replace(path)
+    except BaseException as error:
+        if not in_place:
+            with contextlib.suppress(OSError):
+                place.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(place)):
+            error.filename = str(path)  # write(2) names none
+        raise
+
+
+def write_whole(path: str | Path, content: str | bytes, sync: bool = True) -> None:
+    """`whole_file` for content that is at hand."""
+    with whole_file(path, "w" if isinstance(content, str) else "wb", sync) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def as_os_error(path: str | Path) -> Iterator[None]:
+    """Turn what libraries written in Rust (safetensors, tokenizers) raise where they cannot write into an OSError.
+
+    Raises:
+        OSError: names `path`.
+    """
+    try:
+        yield
+    except Exception as error:  # tokenizers has no narrower type
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None or isinstance(error, OSError):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def flush(file: IO) -> None:
+    """Return when everything written so far is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def flush_directory(path: Path) -> None:
+    """Return when the names in a directory are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
