@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 
 from mor_megatron.config.cli import parse_config
 from mor_megatron.parallel.launch import adopt_srun
@@ -20,8 +19,6 @@ def main() -> int:
     """0: trained; 1: broke down; 2: settings, data or checkpoint do not fit; 85: stopped early, run it again."""
     adopt_srun()
     config = parse_config()
-    # Megatron-core and DeepSpeed tell every rank of every run that GPU packages are missing and calls are old.
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|full scope|_tensor` is deprecated).*")
     # After the flags: --help and a wrong flag need not wait for torch.
     import torch.distributed as dist
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mor_megatron  # noqa: F401  # isort: skip  # before Megatron-core: quiets what it announces
+
 import contextlib
 import json
 import os

@@ -8,6 +8,8 @@ process groups are the real ones; nothing in the product knows about the clock.
 
 from __future__ import annotations
 
+import mor_megatron  # noqa: F401  # isort: skip  # before Megatron-core: quiets what it announces
+
 import contextlib
 import time
 from collections.abc import Callable, Iterator

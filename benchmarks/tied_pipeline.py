@@ -7,6 +7,8 @@ only: the layers are ours and the initial weights those of `MoRModel`, so that b
 
 from __future__ import annotations
 
+import mor_megatron  # noqa: F401  # isort: skip  # before Megatron-core: quiets what it announces
+
 import contextlib
 import os
 from collections.abc import Callable, Iterator

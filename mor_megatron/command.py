@@ -1,9 +1,15 @@
-"""How the command lines in tools/ end: a user's error is one line on stderr and an exit status, not a traceback."""
+"""What the command lines in tools/ share; above all their end: a user's error is one line on stderr and an exit status.
+
+Programs import what needs torch after they have read their arguments: --help and a wrong flag need not wait for it.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""What --dtype takes -> torch's name."""
 
 
 def exit_status(work: Callable[[], int | None], failures: tuple[type[ValueError], ...] = ()) -> int:

@@ -6,9 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from mor_megatron.checkpointing.convert import convert
-from mor_megatron.checkpointing.directory import candidates, delete, superfluous
-from mor_megatron.checkpointing.inspection import describe, verify
 from mor_megatron.command import exit_status
 
 
@@ -18,6 +15,8 @@ def named_checkpoints(path: Path) -> list[Path]:
     Raises:
         ValueError: there is none.
     """
+    from mor_megatron.checkpointing.directory import candidates
+
     if (path / "manifest.json").exists() or path.name.startswith("iter_"):
         return [path]
     found = candidates(path)
@@ -27,6 +26,8 @@ def named_checkpoints(path: Path) -> list[Path]:
 
 
 def run_verify(args: argparse.Namespace) -> int:
+    from mor_megatron.checkpointing.inspection import verify
+
     failed = False
     for path in named_checkpoints(args.path):
         problems = list(verify(path))
@@ -38,18 +39,24 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def run_info(args: argparse.Namespace) -> int:
+    from mor_megatron.checkpointing.inspection import describe
+
     for path in named_checkpoints(args.path):
         print(describe(path))
     return 0
 
 
 def run_convert(args: argparse.Namespace) -> int:
+    from mor_megatron.checkpointing.convert import convert
+
     (source, *_) = named_checkpoints(args.path)
     print(f"{source} -> {convert(source, args.output, args.with_optimizer)}")
     return 0
 
 
 def run_prune(args: argparse.Namespace) -> int:
+    from mor_megatron.checkpointing.directory import delete, superfluous
+
     if args.keep_last < 1 or (args.keep_every is not None and args.keep_every < 1):
         raise ValueError("keep-last and keep-every are 1 or more: nothing would be left to resume from")
     unwanted = superfluous(args.path, args.keep_last, args.keep_every)

@@ -13,20 +13,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
-from mor_megatron.command import exit_status
+from mor_megatron.command import DTYPES, exit_status
 from mor_megatron.config.schema import Config
-from mor_megatron.evaluation import harness
-from mor_megatron.evaluation.likelihood import likelihood
-from mor_megatron.evaluation.report import summary, table
-from mor_megatron.evaluation.sequences import IndexedPieces, settings_of, text_pieces, token_bytes
-from mor_megatron.evaluation.ways import ways_of
 from mor_megatron.files import write_whole
-from mor_megatron.huggingface.export import DTYPES
-from mor_megatron.inference.loading import load_model
-from mor_megatron.parallel.distributed import initialize_distributed
 from mor_megatron.parallel.launch import adopt_srun, is_launched
 
 
@@ -36,6 +25,17 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the model, the data or the tasks cannot be had, or a setting does not apply to them.
     """
+    import torch
+    import torch.distributed as dist
+
+    from mor_megatron.evaluation import harness
+    from mor_megatron.evaluation.likelihood import likelihood
+    from mor_megatron.evaluation.report import summary, table
+    from mor_megatron.evaluation.sequences import IndexedPieces, settings_of, text_pieces, token_bytes
+    from mor_megatron.evaluation.ways import ways_of
+    from mor_megatron.inference.loading import load_model
+    from mor_megatron.parallel.distributed import initialize_distributed
+
     adopt_srun()
     if is_launched():
         initialize_distributed(Config())
@@ -116,6 +116,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """0: done; 2: something cannot be read, or a setting does not apply."""
     args = parse()
+    import torch.distributed as dist
+
     try:
         return exit_status(lambda: run(args))
     finally:

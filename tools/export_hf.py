@@ -7,12 +7,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from mor_megatron.command import exit_status
+from mor_megatron.command import DTYPES, exit_status
 from mor_megatron.files import write_whole
-from mor_megatron.huggingface.card import write_card
-from mor_megatron.huggingface.export import DTYPES, export, read_checkpoint, to_model
-from mor_megatron.huggingface.tokenizer import export_tokenizer
-from mor_megatron.huggingface.verify import EXTRACT, AnotherModelError, compare
 
 
 def run(args: argparse.Namespace) -> Path:
@@ -21,6 +17,11 @@ def run(args: argparse.Namespace) -> Path:
     Raises:
         ValueError: the checkpoint cannot be read, the output not be written, or the export is another model.
     """
+    from mor_megatron.huggingface.card import write_card
+    from mor_megatron.huggingface.export import export, read_checkpoint, to_model
+    from mor_megatron.huggingface.tokenizer import export_tokenizer
+    from mor_megatron.huggingface.verify import EXTRACT, compare
+
     checkpoint = read_checkpoint(args.load)
     config, vocab_size = checkpoint.config, checkpoint.vocab_size
     tokenizer = None
@@ -56,6 +57,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.verify_text is not None and not args.verify:
         parser.error("--verify-text does nothing without --verify")
+    from mor_megatron.huggingface.verify import AnotherModelError
+
     return exit_status(lambda: print(f"{args.load} -> {run(args)}"), failures=(AnotherModelError,))
 
 

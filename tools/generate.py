@@ -6,14 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-from mor_megatron.command import exit_status
+from mor_megatron.command import DTYPES, exit_status
 from mor_megatron.files import write_whole
-from mor_megatron.huggingface.export import DTYPES
-from mor_megatron.inference import show
-from mor_megatron.inference.generation import Token, generate
-from mor_megatron.inference.loading import Pieces, encode, load_model
 
 
 def run(args: argparse.Namespace) -> None:
@@ -22,6 +16,12 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the model cannot be read, or a setting does not apply to it.
     """
+    import torch
+
+    from mor_megatron.inference import show
+    from mor_megatron.inference.generation import Token, generate
+    from mor_megatron.inference.loading import Pieces, encode, load_model
+
     model, tokenizer = load_model(args.model, args.dtype, args.device)
     prompt = encode(args.prompt, tokenizer, model.config.vocab_size)
     count = model.config.num_recursions

@@ -31,8 +31,6 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
 from mor_megatron.files import write_whole
 
 ROOT = Path(__file__).parents[1]
@@ -235,6 +233,8 @@ def machine(plan: Plan) -> Row:
         except PackageNotFoundError:
             found[package] = "not installed"
     if plan.device == "cuda":
+        import torch
+
         query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
         cards = subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
@@ -262,6 +262,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help="only these")
     parser.add_argument("--json", type=Path, default=Path("gpu_check.json"), help="where to write (%(default)s)")
     args = parser.parse_args(argv)
+    import torch
+
     if args.device == "cuda" and not torch.cuda.is_available():
         print("no GPU here; on a machine with GPUs this would run (shown for 8):\n")
         print(describe(Plan("cuda", 8, args.quick)))

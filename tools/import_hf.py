@@ -13,7 +13,6 @@ from typing import get_args
 
 from mor_megatron.command import exit_status
 from mor_megatron.config.schema import RecursionConfig, SharingStrategy
-from mor_megatron.huggingface.importing import kind_of, read_authors, read_export, read_llama, write_checkpoint
 from mor_megatron.huggingface.uptraining import INITIALIZATIONS
 
 _UP_TRAINING = ("num_recursions", "num_layers", "sharing_strategy", "initialization", "depth_rounding", "seed")
@@ -25,6 +24,8 @@ def run(args: argparse.Namespace) -> Path:
     Raises:
         ValueError: the model is of another kind, or a flag does not apply to it.
     """
+    from mor_megatron.huggingface.importing import kind_of, read_authors, read_export, read_llama, write_checkpoint
+
     given = {name: getattr(args, name) for name in _UP_TRAINING if getattr(args, name) is not None}
     kind = "authors" if args.authors_config is not None else kind_of(args.model)
     if kind != "llama" and given:

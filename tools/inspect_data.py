@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mor_megatron.data.fingerprint import check_corpora, read_fingerprint
-from mor_megatron.data.indexed import Index, read_index, read_tokens, verify
 from mor_megatron.data.tokenizers import Tokenizer, build_tokenizer
+
+if TYPE_CHECKING:
+    from mor_megatron.data.indexed import Index
 
 
 def describe(prefix: str, index: Index) -> str:
@@ -32,6 +35,8 @@ def describe(prefix: str, index: Index) -> str:
 
 def sample(prefix: str, index: Index, number: int, tokenizer: Tokenizer | None, shown: int) -> str:
     """The first `shown` tokens of one sequence, as text when there is a tokenizer."""
+    from mor_megatron.data.indexed import read_tokens
+
     begin = int(index.pointers[number]) // np.dtype(index.dtype).itemsize
     ids = read_tokens(prefix, index)[begin : begin + min(shown, int(index.lengths[number]))].tolist()
     content = repr(tokenizer.detokenize(ids)) if tokenizer else " ".join(map(str, ids))
@@ -48,6 +53,8 @@ def main() -> int:
     parser.add_argument("--vocab-size", type=int, help="--verify: every id must be below this")
     parser.add_argument("--verify", action="store_true", help="read everything; exit status 1 if something is wrong")
     args = parser.parse_args()
+    from mor_megatron.data.indexed import read_index, verify
+
     try:
         tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model) if args.tokenizer_type else None
         if args.verify:

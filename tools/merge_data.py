@@ -6,14 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from mor_megatron.data.indexed import merge, prefixes_in
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, help="prefixes, or directories of .bin/.idx pairs")
     parser.add_argument("--output-prefix", required=True, help="PREFIX of the output")
     args = parser.parse_args()
+    from mor_megatron.data.indexed import merge, prefixes_in
+
     try:
         prefixes = [p for name in args.input for p in (prefixes_in(name) if Path(name).is_dir() else [name])]
         index = merge(prefixes, args.output_prefix)

@@ -6,7 +6,6 @@ import argparse
 import signal
 import sys
 
-from mor_megatron.data.preprocess import default_workers, preprocess, summary
 from mor_megatron.data.sources import SUPPORTED
 from mor_megatron.data.tokenizers import build_tokenizer
 
@@ -19,11 +18,13 @@ def main() -> int:
     parser.add_argument("--tokenizer-type", required=True, help="SentencePieceTokenizer, HuggingFaceTokenizer, ...")
     parser.add_argument("--tokenizer-model", required=True, help="file or directory of the tokenizer")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
-    parser.add_argument("--workers", type=int, default=default_workers(), help="processes (default: all cores)")
+    parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     parser.add_argument("--strict", action="store_true", help="stop at a broken record instead of skipping it")
     parser.add_argument("--split-paragraphs", action="store_true", help="plain text: a document per paragraph")
     parser.add_argument("--no-progress", action="store_true", help="draw no progress bar")
     args = parser.parse_args()
+    from mor_megatron.data.preprocess import default_workers, preprocess, summary
+
     # A terminated run must clean up like an interrupted one. A shell has programs in the background ignore SIGINT, so
     # that its handler is not taken.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -34,7 +35,7 @@ def main() -> int:
             build_tokenizer(args.tokenizer_type, args.tokenizer_model),
             tuple(args.json_keys),
             append_eod=args.append_eod,
-            workers=args.workers,
+            workers=default_workers() if args.workers is None else args.workers,
             strict=args.strict,
             paragraphs=args.split_paragraphs,
             progress=not args.no_progress,

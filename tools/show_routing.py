@@ -6,12 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from mor_megatron.command import exit_status
 from mor_megatron.files import write_whole
-from mor_megatron.inference import show
-from mor_megatron.inference.loading import Pieces, encode, load_model
 
 
 def run(args: argparse.Namespace) -> None:
@@ -20,6 +16,11 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the model cannot be read, or does not route.
     """
+    import torch
+
+    from mor_megatron.inference import show
+    from mor_megatron.inference.loading import Pieces, encode, load_model
+
     if args.output.suffix not in (".png", ".html"):
         raise ValueError(f"output={args.output} must end in .png or .html")
     model, tokenizer = load_model(args.model, device=args.device)

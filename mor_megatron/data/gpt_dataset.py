@@ -15,16 +15,12 @@ import hashlib
 import math
 import os
 import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-with warnings.catch_warnings():  # Megatron-core announces at import which CUDA packages are missing; no matter here
-    warnings.simplefilter("ignore")
-    from megatron.core.datasets import helpers
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets import helpers
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 _PARTS = ("documents", "samples", "shuffle")
 

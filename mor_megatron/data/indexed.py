@@ -11,18 +11,14 @@ import os
 import shutil
 import struct
 import tempfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, IndexedDatasetBuilder
 
 from mor_megatron.data.fingerprint import SUFFIX, Fingerprint, common_fingerprint
-
-with warnings.catch_warnings():  # Megatron-core announces at import which CUDA packages are missing; no matter here
-    warnings.simplefilter("ignore")
-    from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, IndexedDatasetBuilder
 
 _HEADER_BYTES = 34
 # Tokens read at once when a whole corpus is scanned.

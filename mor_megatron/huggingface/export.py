@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from mor_megatron import command
 from mor_megatron.checkpointing.directory import candidates
 from mor_megatron.checkpointing.manifest import CONFIG, Manifest, read_manifest
 from mor_megatron.checkpointing.reader import read_buffers, read_parameters
@@ -25,7 +26,7 @@ from mor_megatron.huggingface.convert_config import export_config
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 from mor_megatron.huggingface.weights import export_names, to_theirs
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {name: getattr(torch, full) for name, full in command.DTYPES.items()}
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,14 @@ become one; the others pick one layer for each: `stepwise` evenly spaced ones, `
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from mor_megatron.recursion.plan import RecursionPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INITIALIZATIONS = ("average", "stepwise", "lower", "upper", "random")
 

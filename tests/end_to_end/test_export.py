@@ -109,7 +109,7 @@ def test_wrong_weights_get_no_card(run: Path, tmp_path: Path, monkeypatch, capsy
         return checkpoint
 
     honest = verify.training_model
-    monkeypatch.setattr(export_hf, "read_checkpoint", spoilt)
+    monkeypatch.setattr("mor_megatron.huggingface.export.read_checkpoint", spoilt)
     monkeypatch.setattr(verify, "training_model", lambda weights, *rest: honest(read_checkpoint(run).weights, *rest))
     assert call(monkeypatch, "--load", run, "--output", tmp_path / "model", "--verify") == 1
     assert "not the model that was trained" in capsys.readouterr().err
