@@ -176,23 +176,41 @@ def _pipeline_only(config: Config) -> Problem | None:
 
 
 def _batch(config: Config, world_size: int) -> Problem | None:
-    """Whether the global batch can be dealt to the ranks, and fills a ring."""
+    """Whether every global batch can be dealt to the ranks, and fills a ring."""
+    problem = _dealt(config, world_size)
+    if problem is None:
+        return None
+    # The recipe's batch first: whoever has more ranks than its author wants the same run, faster.
+    for size in range(config.training.micro_batch_size - 1, 0, -1):
+        if _dealt(replace(config, training=replace(config.training, micro_batch_size=size)), world_size) is None:
+            return problem[0], f"--micro-batch-size {size}, which keeps the global batch, or {problem[1]}"
+    return problem
+
+
+def _dealt(config: Config, world_size: int) -> Problem | None:
     training, stages = config.training, config.parallel.pipeline_model_parallel_size
     ranks = data_parallel_size(config, world_size)
     unit, batch = training.micro_batch_size * ranks, default_batch(config, world_size)
+    cut = f"micro-batch-size={training.micro_batch_size} x {ranks} data-parallel ranks"
     if batch % unit:
         below = batch - batch % unit
-        return (
-            f"global-batch-size={batch} is not a multiple of micro-batch-size={training.micro_batch_size} x "
-            f"{ranks} data-parallel ranks",
-            " or ".join(str(size) for size in (below, below + unit) if size),
-        )
+        near = " or ".join(str(size) for size in (below, below + unit) if size)
+        return f"global-batch-size={batch} is not a multiple of {cut}", f"--global-batch-size {near}"
+    ramp = training.rampup_batch_size
+    shown = f"global-batch-size={batch}"
+    if ramp is not None:
+        shown = f"rampup-batch-size={' '.join(map(str, ramp))}"
+        if ramp[0] % unit or ramp[1] % unit:
+            return (
+                f"{shown} makes batches that are not multiples of {cut}",
+                f"START and INCREMENT in multiples of {unit}",
+            )
+        batch = ramp[0]
     if is_ring(config) and batch // unit < stages:
         return (
-            f"global-batch-size={batch} gives a rank {batch // unit} micro-batches (micro-batch-size="
-            f"{training.micro_batch_size}, {ranks} data-parallel ranks), too few to fill a ring of "
-            f"pipeline-model-parallel-size={stages}",
-            f"{stages * unit} or more",
+            f"{shown} gives a rank {batch // unit} micro-batches (micro-batch-size={training.micro_batch_size}, "
+            f"{ranks} data-parallel ranks), too few to fill a ring of pipeline-model-parallel-size={stages}",
+            f"{'--global-batch-size' if ramp is None else 'a START of'} {stages * unit} or more",
         )
     return None
 

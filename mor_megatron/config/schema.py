@@ -143,10 +143,18 @@ class OptimizerConfig:
     """Schedule after warm-up; WSD holds the peak and decays at the end."""
     lr_decay_iters: int | None = None
     """Iteration at which the decay ends; default train-iters."""
+    lr_decay_samples: int | None = None
+    """The same in a run of --train-samples; default train-samples."""
     lr_warmup_iters: int = 0
     """Linear warm-up from 0."""
+    lr_warmup_samples: int = 0
+    """The same in a run of --train-samples."""
+    lr_warmup_fraction: float | None = None
+    """Warm-up as a fraction of lr-decay-iters or lr-decay-samples, in the place of its length."""
     lr_wsd_decay_iters: int | None = None
     """WSD: length of the final decay; default a fifth of the run (paper)."""
+    lr_wsd_decay_samples: int | None = None
+    """The same in a run of --train-samples."""
     lr_wsd_decay_style: Literal["linear", "minus_sqrt"] = "linear"
     """WSD: shape of the final decay, linear (paper) or 1-sqrt."""
     weight_decay: float = 0.1
@@ -173,8 +181,13 @@ class TrainingConfig:
     """Sequences a rank processes at once."""
     global_batch_size: int | None = None
     """Sequences per iteration over all ranks; default micro-batch-size x data-parallel size, in a ring x its ranks."""
-    train_iters: int = 100
-    """Optimizer steps of the whole run."""
+    rampup_batch_size: tuple[int, ...] | None = None
+    """START INCREMENT SAMPLES: the global batch grows from START sequences to global-batch-size by INCREMENT, in equal
+    parts of the first SAMPLES; with --train-samples."""
+    train_iters: int | None = None
+    """Optimizer steps of the whole run; default 100 without --train-samples."""
+    train_samples: int | None = None
+    """Sequences of the whole run, in the place of --train-iters; a last batch that would exceed it is left out."""
     seed: int = 1234
     """Seeds weights, data order and everything else."""
     bf16: bool = False

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 from mor_megatron.config.deepspeed_settings import check_engine
 from mor_megatron.config.layout import check_batch, check_layout, default_batch
+from mor_megatron.config.run_length import resolve_length
 from mor_megatron.config.schema import Config
 from mor_megatron.config.unread import ALPHAS, say, sections, warn_of_unread
 from mor_megatron.recursion.plan import default_capacities, effective_depth
@@ -24,8 +25,9 @@ def validate(config: Config, world_size: int = 1) -> Config:
     """Check a configuration and fill in what follows from other fields. Validating twice changes nothing.
 
     Filled in: the effective `num_layers`, `kv_channels`, `capacity`, `router_func`, `router_alpha`,
-    `global_batch_size`, `lr_decay_iters` and `lr_wsd_decay_iters`; `sequence_parallel` is off with one tensor-parallel
-    rank. A setting that nothing will read is warned about.
+    `global_batch_size`, `train_iters` unless `train_samples` is given, and the ends of the learning rate's decay in the
+    same unit; `sequence_parallel` is off with one tensor-parallel rank. A setting that nothing will read is warned
+    about.
 
     Args:
         config: as parsed.
@@ -34,7 +36,7 @@ def validate(config: Config, world_size: int = 1) -> Config:
         ValueError: settings contradict each other; the message names field, value and remedy.
     """
     _check_ranges(config)
-    for step in (_model, _recursion, _data, _optimizer):
+    for step in (_model, _recursion, _data, resolve_length):
         config = step(config)
     config = _training(config, world_size)
     check_engine(config)
@@ -45,12 +47,13 @@ def validate(config: Config, world_size: int = 1) -> Config:
 
 _AT_LEAST_1 = """num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels
     max_position_embeddings vocab_size make_vocab_size_divisible_by num_recursions seq_length lr_decay_iters
-    micro_batch_size global_batch_size train_iters eval_interval save_interval keep_last keep_every log_interval
-    tensor_model_parallel_size pipeline_model_parallel_size check_routing_consistency
+    train_samples lr_decay_samples micro_batch_size global_batch_size train_iters eval_interval save_interval keep_last
+    keep_every log_interval tensor_model_parallel_size pipeline_model_parallel_size check_routing_consistency
     initial_loss_scale loss_scale_window min_loss_scale hysteresis exit_interval"""
 _AT_LEAST_0 = """init_method_std capacity_warmup_iters router_aux_loss_coeff router_aux_lr_mult router_z_loss_coeff
     router_balance_coeff router_bias_update_rate router_balance_warmup_iters num_workers min_lr lr_warmup_iters
-    lr_wsd_decay_iters weight_decay clip_grad seed eval_iters max_skipped_steps max_rollbacks"""
+    lr_wsd_decay_iters lr_warmup_samples lr_wsd_decay_samples weight_decay clip_grad seed eval_iters
+    max_skipped_steps max_rollbacks"""
 _ABOVE_0 = """norm_epsilon rotary_base router_alpha router_temperature lr adam_eps distributed_timeout_minutes
     peak_tflops exit_duration_in_mins"""
 _BELOW_1 = "adam_beta1 adam_beta2 sgd_momentum"
@@ -59,6 +62,7 @@ _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (_AT_LEAST_0, "0 or more", lambda value: value >= 0),
     (_ABOVE_0, "a value above 0", lambda value: value > 0),
     (_BELOW_1, "a value from 0 to below 1", lambda value: 0 <= value < 1),
+    ("lr_warmup_fraction", "a value from 0 to 1", lambda value: 0 <= value <= 1),
 )
 
 
@@ -189,28 +193,6 @@ def _data(config: Config) -> Config:
             "give --tokenizer-type, such as SentencePieceTokenizer or HuggingFaceTokenizer"
         )
     return config
-
-
-def _optimizer(config: Config) -> Config:
-    optimizer = config.optimizer
-    if optimizer.min_lr > optimizer.lr:
-        raise ValueError(f"min-lr={optimizer.min_lr} exceeds lr={optimizer.lr}: lower min-lr or raise lr")
-    decay_end = optimizer.lr_decay_iters or config.training.train_iters
-    wsd = optimizer.lr_wsd_decay_iters
-    if optimizer.lr_decay_style == "WSD" and wsd is None:
-        # A fifth, rounded: 1888 of the paper's 9438 iterations.
-        wsd = min(round(decay_end / 5), max(decay_end - optimizer.lr_warmup_iters, 0))
-    if optimizer.lr_warmup_iters > decay_end:
-        raise ValueError(
-            f"lr-warmup-iters={optimizer.lr_warmup_iters} exceeds lr-decay-iters={decay_end} "
-            "(default train-iters): warm up for less, or decay later"
-        )
-    if optimizer.lr_decay_style == "WSD" and optimizer.lr_warmup_iters + wsd > decay_end:
-        raise ValueError(
-            f"lr-wsd-decay-iters={wsd} after lr-warmup-iters={optimizer.lr_warmup_iters} does not fit "
-            f"lr-decay-iters={decay_end} (default train-iters): use at most {decay_end - optimizer.lr_warmup_iters}"
-        )
-    return replace(config, optimizer=replace(optimizer, lr_decay_iters=decay_end, lr_wsd_decay_iters=wsd))
 
 
 def _training(config: Config, world_size: int) -> Config:

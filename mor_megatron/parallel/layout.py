@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from mor_megatron.config.layout import data_parallel_size
-from mor_megatron.config.schema import Config
+from mor_megatron.config.schema import Config, TrainingConfig
 from mor_megatron.config.validate import validate
 from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocab_size
 from mor_megatron.parallel.memory import RankState, rank_parameters, rank_state
@@ -124,8 +124,15 @@ def _batch(config: Config, world_size: int) -> str:
     ranks = _count(data_parallel_size(config, world_size), "data-parallel rank")
     return (
         f"batch: {training.global_batch_size} sequences of {config.data.seq_length} tokens = "
-        f"{training.micro_batch_size} a micro-batch x {count} x {ranks}"
+        f"{training.micro_batch_size} a micro-batch x {count} x {ranks}{_growth(training)}"
     )
+
+
+def _growth(training: TrainingConfig) -> str:
+    if training.rampup_batch_size is None:
+        return ""
+    start, increment, samples = training.rampup_batch_size
+    return f", reached from {start} by {increment} over the first {samples:,} sequences"
 
 
 def _schedule(config: Config, world_size: int, pipeline: PipelinePlan) -> str:

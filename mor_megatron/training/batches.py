@@ -13,6 +13,7 @@ from mor_megatron.data.batch import Batch
 from mor_megatron.data.datasets import build_batches, build_datasets
 from mor_megatron.data.tokenizers import Tokenizer
 from mor_megatron.training.progress import Progress
+from mor_megatron.training.schedule import samples_left
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def build_data(config: Config, tokenizer: Tokenizer | None) -> Batches:
     training = config.training
     build = partial(build_datasets, config, tokenizer)
     evaluated = training.eval_iters * training.global_batch_size
-    train_data, validation_data, _ = build((training.train_iters * training.global_batch_size, evaluated, 0))
+    train_data, validation_data, _ = build((samples_left(config, Progress()), evaluated, 0))
 
     deal = partial(
         build_batches,
@@ -48,7 +49,7 @@ def build_data(config: Config, tokenizer: Tokenizer | None) -> Batches:
 
     def remaining(progress: Progress) -> Iterator[Batch]:
         dataset = train_data
-        end = progress.consumed_samples + (training.train_iters - progress.iteration) * training.global_batch_size
+        end = progress.consumed_samples + samples_left(config, progress)
         if end > len(dataset):  # samples were left out, or the global batch was larger once
             dataset, _, _ = build((end, 0, 0))
         return deal(dataset, progress.consumed_samples)

@@ -30,7 +30,7 @@ from mor_megatron.training.metrics import (
 )
 from mor_megatron.training.peak import device_peak
 from mor_megatron.training.progress import Progress
-from mor_megatron.training.schedule import learning_rate
+from mor_megatron.training.schedule import last_iteration, next_iteration
 from mor_megatron.training.spikes import is_spike, update_average
 from mor_megatron.training.stopping import Stopper
 from mor_megatron.training.train_step import StepReport, train_step
@@ -43,7 +43,7 @@ class NonFiniteError(RuntimeError):
 def train(
     engine: Engine, config: Config, progress: Progress, batches: Batches, vocab_size: int, stopper: Stopper
 ) -> bool:
-    """The iterations from `progress`, which is kept up to date, to `train_iters`; returns and raises as `pretrain`."""
+    """The iterations from `progress`, which is kept up to date, to the last; returns and raises as `pretrain`."""
     with contextlib.ExitStack() as stack:
         saver = stack.enter_context(Saver(engine, config, vocab_size)) if config.checkpoint.save is not None else None
         loop = _Loop(engine, config, progress, batches, vocab_size, stopper, saver)
@@ -86,6 +86,7 @@ class _Loop:
         self.writers: list[Writer] = open_writers(config, progress.iteration) if dist.get_rank() == 0 else []
         reports = dist.get_rank() == 0 and config.checkpoint.save is not None
         self.heartbeat = Heartbeat(Path(config.checkpoint.save)) if reports else None
+        self.last_iteration = last_iteration(config, progress)
         self.window: list[Record] = []
         """Records since the last log line."""
 
@@ -94,16 +95,16 @@ class _Loop:
         training, checkpoint, progress = self.config.training, self.config.checkpoint, self.progress
         micro_batches = self.batches.training(progress)
         self.engine.module.train()
-        while progress.iteration < training.train_iters:
-            lr = learning_rate(self.config.optimizer, progress.iteration)
+        while progress.iteration < self.last_iteration:
+            config, lr = next_iteration(self.config, progress)
             report_iteration(progress.iteration + 1)
             start = time.perf_counter()
-            report = train_step(self.engine, micro_batches, self.config, progress.iteration + 1, lr)
-            spiked = self._advance(report, lr, time.perf_counter() - start)
+            report = train_step(self.engine, micro_batches, config, progress.iteration + 1, lr)
+            spiked = self._advance(report, config, lr, time.perf_counter() - start)
             if spiked and self._roll_back():
                 micro_batches = self.batches.training(progress)
                 continue
-            last = progress.iteration == training.train_iters
+            last = progress.iteration == self.last_iteration
             reason = None if last else self.stopper.reason(progress.iteration)
             if reason is not None:
                 self._save()  # before the evaluation: whoever sent the signal may not wait for long
@@ -129,12 +130,12 @@ class _Loop:
         for writer in self.writers:
             writer.close()
 
-    def _advance(self, report: StepReport, lr: float, seconds: float) -> bool:
-        """Count an iteration and report it; whether its loss is a spike."""
-        progress, factor = self.progress, self.config.faults.loss_spike_factor
-        advance(progress, report, self.config)
+    def _advance(self, report: StepReport, config: Config, lr: float, seconds: float) -> bool:
+        """Count an iteration of these settings and report it; whether its loss is a spike."""
+        progress, factor = self.progress, config.faults.loss_spike_factor
+        advance(progress, report, config)
         record = training_record(
-            self.config,
+            config,
             self.vocab_size,
             progress,
             report,
@@ -145,9 +146,9 @@ class _Loop:
         )
         self._write(record)
         self.window.append(record)
-        train_iters = self.config.training.train_iters
-        if progress.iteration == train_iters or progress.iteration % self.config.logging.log_interval == 0:
-            print_rank_0(log_line(self.window, train_iters, datetime.now()))
+        last = self.last_iteration
+        if progress.iteration == last or progress.iteration % self.config.logging.log_interval == 0:
+            print_rank_0(log_line(self.window, last, datetime.now()))
             self.window = []
         self.beat("training")
         if not report.applied:

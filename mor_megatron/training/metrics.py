@@ -71,7 +71,7 @@ def training_record(
     return {name: value if math.isfinite(value) else None for name, value in record.items()}
 
 
-def log_line(records: list[Record], train_iters: int, now: datetime) -> str:
+def log_line(records: list[Record], last_iteration: int, now: datetime) -> str:
     """Megatron-LM's log line, its fields in its order, then the router's and ours.
 
     Times, losses and router metrics are means over `records`, the iterations since the last line; the rest is the last
@@ -79,9 +79,10 @@ def log_line(records: list[Record], train_iters: int, now: datetime) -> str:
     """
     last = records[-1]
     seconds = _mean(records, "iteration_time_ms") / 1e3
-    tokens_per_second = last["tokens_per_second"] * last["iteration_time_ms"] / 1e3 / seconds
+    tokens = [record["tokens_per_second"] * record["iteration_time_ms"] / 1e3 for record in records]  # batches may grow
+    tokens_per_second = sum(tokens) / len(tokens) / seconds
     fields = [
-        f"iteration {last['iteration']:8d}/{train_iters:8d}",
+        f"iteration {last['iteration']:8d}/{last_iteration:8d}",
         f"consumed samples: {last['consumed_samples']:12d}",
         f"elapsed time per iteration (ms): {1e3 * seconds:.1f}",
         f"throughput per GPU (TFLOP/s/GPU): {_mean(records, 'tflops_per_gpu'):.3f}",

@@ -23,7 +23,7 @@ from mor_megatron.training.stopping import Stopper
 
 
 def pretrain(config: Config) -> bool:
-    """Train to `train_iters`: resume, iterate, evaluate, save, report. Every rank calls it, in its main thread.
+    """Train to the last iteration: resume, iterate, evaluate, save, report. Every rank calls it, in its main thread.
 
     Returns:
         Whether it got there; False: it was told to stop, and saved if `save` is set.

@@ -25,3 +25,8 @@ class Progress:
     """Times that the run went back to a checkpoint because of a loss spike."""
     left_out_samples: int = 0
     """Training sequences that it then left out, a part of `consumed_samples`."""
+
+    @property
+    def trained_samples(self) -> int:
+        """Training sequences used, whatever was left out: what schedules in samples count."""
+        return self.consumed_samples - self.left_out_samples

@@ -32,6 +32,25 @@ def test_ten_and_ten_is_twenty(process_group, corpus, tmp_path, mode):
     assert any(not torch.equal(ten[name], twenty[name]) for name in ten)
 
 
+def test_a_ramp_in_samples_goes_on_where_it_was_stopped(process_group, corpus, tmp_path):
+    """The batch grows from 2 by 2 to 8 over 36 samples; the run is stopped after 7 of its 17 iterations."""
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    samples = {"train_iters": None, "train_samples": 91, "rampup_batch_size": (2, 2, 36), "eval_interval": 4}
+    rates = {"lr_warmup_iters": 0, "lr_decay_iters": None, "lr_wsd_decay_iters": None, "lr_warmup_fraction": 0.1}
+    pretrain(small_config(corpus, save=whole, **samples, **rates))
+    assert not pretrain(small_config(corpus, save=parts, exit_interval=7, **samples, **rates))
+    assert pretrain(small_config(corpus, save=parts, load=parts, **samples, **rates))
+    assert read_metrics(parts) == read_metrics(whole)
+    assert_same_checkpoint(whole, parts, 17)
+
+    lines = read_metrics(whole)
+    assert [line["iteration"] for line in lines if "validation_loss_topk" in line] == [4, 8, 12, 16, 17]
+    lines = [line for line in lines if "lm_loss" in line]
+    assert [line["global_batch_size"] for line in lines] == [2] * 6 + [4] * 3 + [6] * 2 + [8] * 6
+    assert lines[-1]["consumed_samples"] == 84, "another batch of 8 would exceed 91"
+    assert lines[1]["learning_rate"] == 1e-2 * 2 / 9.1
+
+
 def test_same_seed_same_run_and_another_seed_another(process_group, corpus, tmp_path):
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
         pretrain(small_config(corpus, save=str(tmp_path / name), train_iters=6, seed=seed))

@@ -62,7 +62,10 @@ def test_a_spike_is_reported_and_training_goes_on(process_group, spoilt, tmp_pat
 
 def test_a_rollback_leaves_the_samples_out(process_group, spoilt, tmp_path, capsys):
     save = str(tmp_path / "run")
-    settings = {**SETTINGS, "max_rollbacks": 1, "save": save}
+    # Measured in samples, those left out must count neither for the end of the run nor for its learning rate.
+    in_samples = {"train_iters": None, "train_samples": 240, "lr_warmup_samples": 4, "lr_wsd_decay_samples": 16}
+    in_iterations = {"lr_warmup_iters": 0, "lr_decay_iters": None, "lr_wsd_decay_iters": None}
+    settings = {**SETTINGS, **in_samples, **in_iterations, "max_rollbacks": 1, "save": save}
     pretrain(small_config(spoilt, **settings))
     output = capsys.readouterr().out
     spike = spikes(output)[0]
@@ -76,6 +79,9 @@ def test_a_rollback_leaves_the_samples_out(process_group, spoilt, tmp_path, caps
     assert [line["iteration"] for line in lines] == list(range(1, 121))
     consumed = [line["consumed_samples"] for line in lines]
     assert consumed == [2 * i + (left_out if i > back else 0) for i in range(1, 121)]
+    assert [line["learning_rate"] for line in lines if line["iteration"] > 112] == [
+        1e-2 * i / 8 for i in range(8, 0, -1)
+    ]
     dropped = [json.loads(line) for line in (Path(save) / "metrics.dropped.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in dropped] == list(range(back + 1, spike + 1))
     assert lines[back]["lm_loss"] != dropped[0]["lm_loss"], "other samples"

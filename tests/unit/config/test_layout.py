@@ -106,7 +106,7 @@ REFUSED = {
         8,
         "global-batch-size=12 gives a rank 3 micro-batches .micro-batch-size=2, 2 data-parallel ranks.*"
         "pipeline-model-parallel-size=4",
-        "use 16 or more",
+        "use --micro-batch-size 1, which keeps the global batch, or --global-batch-size 16 or more",
     ),
 }
 

@@ -81,3 +81,14 @@ def test_360m_iterations_spend_the_papers_budget(method):
     flops = paper_flops_per_token(config) * config.data.seq_length * config.training.global_batch_size
     # 16.5e18 forward FLOPs; the published 14161 is one iteration above the quotient.
     assert config.training.train_iters == pytest.approx(16.5e18 / flops, abs=1.01)
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(256, 4), (1024, 1)])
+def test_more_ranks_than_a_micro_batch_fits_keep_the_recipe(ranks, micro_batch):
+    """The batch is a part of the recipe; how it is cut is not."""
+    files = [str(CONFIGS / f"{name}.yaml") for name in ("mor_expert_nr3", "360m")]
+    kept = f"use --micro-batch-size {micro_batch}, which keeps the global batch, or --global-batch-size {16 * ranks}"
+    with pytest.raises(ValueError, match=f"global-batch-size=1024 .*{ranks} data-parallel ranks: {kept}$"):
+        validate(read_config(["--config", *files]), ranks)
+    config = validate(read_config(["--config", *files, "--micro-batch-size", str(micro_batch)]), ranks)
+    assert config.training.global_batch_size == 1024

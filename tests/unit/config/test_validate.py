@@ -12,6 +12,7 @@ from mor_megatron.config.schema import Config
 from mor_megatron.config.validate import validate
 
 EXPERT = "--num-layers 8 --num-recursions 3 --routing expert_choice"
+RAMP = "--train-samples 99 --global-batch-size 32 --micro-batch-size 4 --rampup-batch-size"
 TOKEN = "--num-layers 8 --num-recursions 3 --routing token_choice"
 
 
@@ -94,6 +95,28 @@ REFUSED = {
         "lr-wsd-decay-iters=51 .*lr-warmup-iters=50",
         "use at most 50",
     ),
+    "two lengths": ("--train-iters 5 --train-samples 50", "train-iters=5 and train-samples=50", "--train-iters None"),
+    "samples in iterations": ("--lr-decay-samples 9", "lr-decay-samples=9 .*train-iters=100", "give --lr-decay-iters"),
+    "iterations in samples": (
+        "--train-samples 50 --lr-warmup-iters 9",
+        "lr-warmup-iters=9 .*train-samples=50",
+        r"give --lr-warmup-samples \(--lr-warmup-iters 0 undoes",
+    ),
+    "two warm-ups": (
+        "--lr-warmup-iters 9 --lr-warmup-fraction 0.1",
+        "lr-warmup-iters=9 and lr-warmup-fraction=0.1",
+        "leave one out",
+    ),
+    "warm-up beyond the end": ("--lr-warmup-fraction 1.5", "lr-warmup-fraction=1.5", "from 0 to 1"),
+    "warm-up and decay": (
+        "--train-samples 50 --lr-warmup-fraction 0.5 --lr-wsd-decay-samples 26",
+        "lr-wsd-decay-samples=26 after lr-warmup-fraction=0.5",
+        "use at most 25",
+    ),
+    "ramp in iterations": ("--rampup-batch-size 4 4 50", "rampup-batch-size=4 4 50 .*train-iters", "--train-samples"),
+    "ramp in two numbers": (f"{RAMP} 4 4", "rampup-batch-size=4 4 is not", "three numbers above 0"),
+    "ramp in uneven steps": (f"{RAMP} 4 12 50", "global-batch-size=32 in whole steps", "INCREMENT that divides"),
+    "ramp of uneven batches": (f"{RAMP} 4 2 50", "rampup-batch-size=4 2 50", "micro-batch-size 2, .*multiples of 4"),
     "timeout": ("--distributed-timeout-minutes 0", "distributed-timeout-minutes=0.0", "use a value above 0"),
     "tensor parallel": ("--tensor-model-parallel-size 0", "tensor-model-parallel-size=0", "use 1 or more"),
     "pipeline": ("--pipeline-model-parallel-size -1", "pipeline-model-parallel-size=-1", "use 1 or more"),
@@ -102,7 +125,7 @@ REFUSED = {
     "global batch": (
         "--micro-batch-size 4 --global-batch-size 10",
         "global-batch-size=10 .*micro-batch-size=4",
-        "use 8 or 12",
+        "use --micro-batch-size 2, which keeps the global batch, or --global-batch-size 8 or 12",
     ),
 }
 
@@ -117,7 +140,7 @@ def test_refused_with_field_value_and_remedy(flags, fault, remedy):
 def test_global_batch_depends_on_the_number_of_ranks():
     assert run("--micro-batch-size 4", 3).training.global_batch_size == 12
     assert run("--micro-batch-size 4 --global-batch-size 24", 3).training.global_batch_size == 24
-    with pytest.raises(ValueError, match="3 data-parallel ranks: use 12 or 24"):
+    with pytest.raises(ValueError, match="3 data-parallel ranks: use --global-batch-size 12 or 24"):
         run("--micro-batch-size 4 --global-batch-size 16", 3)
 
 
@@ -210,6 +233,8 @@ QUIET = {
     "cosine": "--lr-decay-style cosine --min-lr 1e-4",
     "constant": "--lr-decay-style constant",
     "sgd": "--optimizer sgd --sgd-momentum 0.5",
+    "samples": "--train-samples 90 --lr-warmup-fraction 0.1 --global-batch-size 8 --rampup-batch-size 4 4 20 "
+    "--micro-batch-size 2",
     "saving": "--save runs/a --save-interval 5",
 }
 

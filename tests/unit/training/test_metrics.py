@@ -32,7 +32,7 @@ def record(iteration=10, loss=7.125, norm=1.25, seconds=0.5, routing=ROUTING):
 
 
 def test_log_line_has_megatrons_fields_in_megatrons_order():
-    line = log_line([record()], train_iters=100, now=datetime(2026, 1, 2, 3, 4, 5))
+    line = log_line([record()], last_iteration=100, now=datetime(2026, 1, 2, 3, 4, 5))
     number = r"\d+\.\d+(?:E[+-]\d\d)?"
     pattern = (
         r"^ \[2026-01-02 03:04:05\] iteration +10/ +100 \| consumed samples: +80 \| "
@@ -50,12 +50,12 @@ def test_the_loss_scale_is_the_real_one():
     progress = Progress(10, 80)
     got = training_record(CONFIG, 100, progress, report, lr=3e-3, seconds=0.5, ranks=2, peak_tflops=2e-3)
     assert got["loss_scale"] == 32768.0
-    assert "| loss scale: 32768.0 |" in log_line([record(9), got], train_iters=100, now=datetime.now())
+    assert "| loss scale: 32768.0 |" in log_line([record(9), got], last_iteration=100, now=datetime.now())
 
 
 def test_log_line_averages_and_leaves_out_what_was_not_finite():
     records = [record(9, loss=4.0, seconds=0.25), record(10, loss=math.nan, norm=math.inf, seconds=0.75)]
-    line = log_line(records, train_iters=100, now=datetime.now())
+    line = log_line(records, last_iteration=100, now=datetime.now())
     assert "lm loss: 4.000000E+00 |" in line
     assert "grad norm: nan |" in line
     assert "elapsed time per iteration (ms): 500.0 |" in line
