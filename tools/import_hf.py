@@ -15,7 +15,8 @@ from mor_megatron.command import exit_status
 from mor_megatron.config.schema import RecursionConfig, SharingStrategy
 from mor_megatron.huggingface.uptraining import INITIALIZATIONS
 
-_UP_TRAINING = ("num_recursions", "num_layers", "sharing_strategy", "initialization", "depth_rounding", "seed")
+_SHARING = ("sharing_strategy", "initialization", "depth_rounding", "seed")
+_OF_LLAMA = ("max_position_embeddings", "num_recursions", "num_layers", *_SHARING)
 
 
 def run(args: argparse.Namespace) -> Path:
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> Path:
     """
     from mor_megatron.huggingface.importing import kind_of, read_authors, read_export, read_llama, write_checkpoint
 
-    given = {name: getattr(args, name) for name in _UP_TRAINING if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in _OF_LLAMA if getattr(args, name) is not None}
     kind = "authors" if args.authors_config is not None else kind_of(args.model)
     if kind != "llama" and given:
         raise ValueError(f"--{next(iter(given)).replace('_', '-')} applies to models of the LLaMA family only")
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> Path:
     elif kind == "mor":
         weights, config = read_export(args.model)
     else:
-        if given.get("num_recursions", 1) == 1 and set(given) - {"num_recursions", "num_layers"}:
+        if given.get("num_recursions", 1) == 1 and set(given) & set(_SHARING):
             raise ValueError("sharing and its initialization need --num-recursions above 1")
         names = ("num_recursions", "sharing_strategy", "depth_rounding")
         recursion = RecursionConfig(**{name: given[name] for name in names if name in given})
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> Path:
             given.get("num_layers"),
             given.get("initialization", "stepwise"),
             given.get("seed", 0),
+            given.get("max_position_embeddings"),
         )
         for physical, chosen in sorted(sources.items()):
             how = "mean of layers" if len(chosen) > 1 else "layer"
@@ -58,7 +60,8 @@ def main() -> int:
     parser.add_argument("--model", type=Path, required=True, help="directory with config.json and weights")
     parser.add_argument("--output", type=Path, required=True, help="new directory of checkpoints")
     parser.add_argument("--authors-config", type=Path, help="YAML of the authors' run; the model is theirs")
-    group = parser.add_argument_group("up-training of a LLaMA model")
+    group = parser.add_argument_group("models of the LLaMA family (Llama, Mistral, Qwen2), and up-training of them")
+    group.add_argument("--max-position-embeddings", type=int, help="longest sequence; default the model's")
     group.add_argument("--num-recursions", type=int, help="default 1: nothing is shared")
     group.add_argument("--num-layers", type=int, help="unrolled depth; default the model's")
     group.add_argument("--sharing-strategy", choices=get_args(SharingStrategy))

@@ -40,6 +40,8 @@ def model_shape(config: Config, vocab_size: int) -> dict[str, Any]:
         "num-recursions": recursion.num_recursions,
         "routing": recursion.routing,
     }
+    if model.add_qkv_bias:
+        shape["add-qkv-bias"] = True
     if recursion.num_recursions > 1:
         shape |= {"sharing-strategy": recursion.sharing_strategy, "kv-mode": recursion.kv_mode}
     if recursion.routing != "none":

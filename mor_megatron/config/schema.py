@@ -17,7 +17,7 @@ KVMode = Literal["caching", "sharing", "sharing_update"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Decoder shape (LLaMA family: RMSNorm, SwiGLU, RoPE, no biases)."""
+    """Decoder shape (LLaMA family: RMSNorm, SwiGLU, RoPE; no biases but, as in Qwen2, those of q, k and v)."""
 
     num_layers: int = 8
     """Unrolled depth: virtual layers that a token of full depth passes."""
@@ -39,6 +39,12 @@ class ModelConfig:
     """RMSNorm epsilon."""
     rotary_base: float = 10000.0
     """RoPE theta."""
+    use_rope_scaling: bool = False
+    """Stretch the slow rotary frequencies as Llama 3.1 does, for sequences longer than its first 8192 positions."""
+    rope_scaling_factor: float = 8.0
+    """How far: 8 in Llama 3.1 and 3.3, 32 in Llama 3.2."""
+    add_qkv_bias: bool = False
+    """Give the query, key and value projections a bias, as Qwen2 does; it starts at 0."""
     init_method_std: float = 0.02
     """Every linear, embedding and router weight starts from N(0, std^2) (MoR: no depth scaling)."""
     untie_embeddings_and_output_weights: bool = False

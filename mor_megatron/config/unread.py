@@ -18,6 +18,7 @@ ALPHAS = {"sigmoid": 0.1, "tanh": 0.1, "softmax": 1.0, "none": 1.0}
 # Who reads a setting: its names, the condition, and the condition in words.
 _READERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("num_query_groups", lambda c: c.model.group_query_attention, "--group-query-attention"),
+    ("rope_scaling_factor", lambda c: c.model.use_rope_scaling, "--use-rope-scaling"),
     ("depth_rounding sharing_strategy", lambda c: c.recursion.num_recursions > 1, "--num-recursions above 1"),
     (
         "router_type router_func router_alpha router_temperature router_gating router_objective router_z_loss_coeff",

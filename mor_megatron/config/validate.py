@@ -54,8 +54,8 @@ _AT_LEAST_0 = """init_method_std capacity_warmup_iters router_aux_loss_coeff rou
     router_balance_coeff router_bias_update_rate router_balance_warmup_iters num_workers min_lr lr_warmup_iters
     lr_wsd_decay_iters lr_warmup_samples lr_wsd_decay_samples weight_decay clip_grad seed eval_iters
     max_skipped_steps max_rollbacks"""
-_ABOVE_0 = """norm_epsilon rotary_base router_alpha router_temperature lr adam_eps distributed_timeout_minutes
-    peak_tflops exit_duration_in_mins"""
+_ABOVE_0 = """norm_epsilon rotary_base rope_scaling_factor router_alpha router_temperature lr adam_eps
+    distributed_timeout_minutes peak_tflops exit_duration_in_mins"""
 _BELOW_1 = "adam_beta1 adam_beta2 sgd_momentum"
 _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (_AT_LEAST_1, "1 or more", lambda value: value >= 1),

@@ -5,6 +5,7 @@ This file travels with an exported model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 
@@ -166,9 +167,9 @@ class MoRAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         width, groups = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, groups, bias=False)
-        self.v_proj = nn.Linear(width, groups, bias=False)
+        self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, groups, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, groups, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=False)
 
     def forward(
@@ -196,17 +197,23 @@ class MoRAttention(nn.Module):
 
 def rotation_of(positions: Tensor, config: MoRConfig, dtype: torch.dtype) -> Pair:
     """cos and sin of RoPE of positions [T], computed in fp32, [T, 1, D]; the first half of sin is negative."""
-    angles = torch.outer(positions.float(), inverse_frequencies(config.head_dim, config.rope_theta, positions.device))
+    settings = (config.head_dim, config.rope_theta, config.rope_scaling_factor)
+    angles = torch.outer(positions.float(), inverse_frequencies(*settings, positions.device))
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat([cos, cos], 1).unsqueeze(1), torch.cat([-sin, sin], 1).unsqueeze(1)
 
 
 @lru_cache
-def inverse_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+def inverse_frequencies(head_dim: int, theta: float, scaling: float | None, device: torch.device) -> Tensor:
     """[D/2] fp32. Kept: it takes longer to make than to use."""
     with torch.inference_mode(False):
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-        return 1.0 / theta**exponents
+        frequencies = 1.0 / theta**exponents
+        if scaling is None:
+            return frequencies
+        # Llama 3's: what turns less than once in 8192 positions is slowed down, what turns four times stays as it is.
+        stays = ((8192 / (2 * math.pi) * frequencies - 1.0) / 3.0).clamp(0.0, 1.0)
+        return frequencies * (stays + (1.0 - stays) / scaling)
 
 
 def rotate(x: Tensor, rotation: Pair) -> Tensor:

@@ -123,6 +123,10 @@ class MoRConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling_factor: float | None = None
+    """Of Llama 3's scaled rotary embedding; None: not scaled."""
+    qkv_bias: bool = False
+    """Whether query, key and value projections have a bias, as Qwen2's."""
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     use_cache: bool = True

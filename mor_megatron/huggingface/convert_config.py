@@ -55,6 +55,8 @@ def export_config(config: Config, vocab_size: int, **tokens: int | None) -> MoRC
         max_position_embeddings=model.max_position_embeddings,
         rms_norm_eps=model.norm_epsilon,
         rope_theta=model.rotary_base,
+        rope_scaling_factor=model.rope_scaling_factor if model.use_rope_scaling else None,
+        qkv_bias=model.add_qkv_bias,
         initializer_range=model.init_method_std,
         tie_word_embeddings=not model.untie_embeddings_and_output_weights,
         capacity=list(recursion.capacity) if recursion.routing == "expert_choice" else None,
@@ -71,6 +73,11 @@ def run_config(model: ModelConfig, recursion: RecursionConfig) -> Config:
     """
     seq_length = min(DataConfig.seq_length, model.max_position_embeddings)
     return validate(Config(model=model, recursion=recursion, data=DataConfig(seq_length=seq_length)))
+
+
+def rope_scaling(factor: float | None) -> dict[str, bool | float]:
+    """Fields of `ModelConfig` for Llama 3's scaling by a factor; None: none."""
+    return {} if factor is None else {"use_rope_scaling": True, "rope_scaling_factor": factor}
 
 
 def training_config(exported: MoRConfig) -> Config:
@@ -91,6 +98,8 @@ def training_config(exported: MoRConfig) -> Config:
         max_position_embeddings=exported.max_position_embeddings,
         norm_epsilon=exported.rms_norm_eps,
         rotary_base=exported.rope_theta,
+        **rope_scaling(exported.rope_scaling_factor),
+        add_qkv_bias=exported.qkv_bias,
         init_method_std=exported.initializer_range,
         untie_embeddings_and_output_weights=not exported.tie_word_embeddings,
         vocab_size=exported.vocab_size,

@@ -98,8 +98,7 @@ def to_model(
     if tokenizer is not None:
         tokens = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     exported = export_config(config, vocab_size, **tokens)
-    names = export_names(exported.plan.num_physical_layers, exported.tie_word_embeddings, config.recursion)
-    state = to_theirs(weights, names, config.model)
+    state = to_theirs(weights, export_names(config), config.model)
     if exported.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     with torch.device("meta"):

@@ -5,17 +5,13 @@ Three kinds are known: our own exports, models of the LLaMA family, and the chec
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mor_megatron.checkpointing.directory import PARTIAL, checkpoint_name, publish
@@ -25,10 +21,11 @@ from mor_megatron.checkpointing.pieces import BUFFER, WEIGHT, Cut, Piece
 from mor_megatron.checkpointing.randomness import random_state
 from mor_megatron.checkpointing.tensor_file import write_tensors, write_text
 from mor_megatron.config.cli import to_yaml
-from mor_megatron.config.schema import Config, ModelConfig, RecursionConfig
+from mor_megatron.config.schema import Config, RecursionConfig
 from mor_megatron.huggingface.authors import SECTIONS, first_uses, parameter_names, recursion_config
 from mor_megatron.huggingface.configuration_mor import MoRConfig
 from mor_megatron.huggingface.convert_config import run_config, training_config
+from mor_megatron.huggingface.published import FAMILY, model_config, read_settings, read_tensors
 from mor_megatron.huggingface.uptraining import initial_weights, source_layers
 from mor_megatron.huggingface.weights import BALANCE_BIAS, export_names, layer_names, outer_names, to_ours
 from mor_megatron.recursion.plan import plan_from_config
@@ -46,18 +43,6 @@ _CUTS = {
     "linear_fc2": (1, 1),
 }
 """Along which dimension, and in how many parts by themselves, tensor parallelism cuts a weight of this name."""
-_LLAMA = ("llama", "mistral")
-"""Model types whose layers are these, as far as `_llama_config` lets them through."""
-_NEEDED = (
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "vocab_size",
-)
-"""Settings of theirs that have no default here."""
 
 
 def read_export(path: Path) -> Imported:
@@ -68,12 +53,16 @@ def read_export(path: Path) -> Imported:
     """
     exported = MoRConfig.from_pretrained(path)
     config = training_config(exported)
-    names = export_names(exported.plan.num_physical_layers, exported.tie_word_embeddings, config.recursion)
-    return to_ours(_tensors(path, exported.tie_word_embeddings), names, config.model), config
+    return to_ours(read_tensors(path, exported.tie_word_embeddings), export_names(config), config.model), config
 
 
 def read_llama(
-    path: Path, recursion: RecursionConfig, num_layers: int | None, initialization: str, seed: int
+    path: Path,
+    recursion: RecursionConfig,
+    num_layers: int | None,
+    initialization: str,
+    seed: int,
+    max_positions: int | None = None,
 ) -> tuple[dict[str, Tensor], Config, dict[int, tuple[int, ...]]]:
     """A model of the LLaMA family, as it is or as the beginning of a recursive one.
 
@@ -81,18 +70,19 @@ def read_llama(
         recursion: how the new model shares its layers; a run that fine-tunes it may add routing.
         num_layers: its unrolled depth; None: the old one's.
         initialization, seed: see `uptraining.source_layers`.
+        max_positions: longest sequence of the new model; None: the old one's.
     Returns:
         Weights, settings, and the layers that each stored layer comes from.
     Raises:
         ValueError: the model has something that ours has not, or the depths do not fit.
     """
-    model, old_layers = _llama_config(path)
+    model, old_layers = model_config(path, max_positions)
     config = run_config(replace(model, num_layers=num_layers or old_layers), recursion)
     tied = not model.untie_embeddings_and_output_weights
-    tensors = _tensors(path, tied)
+    tensors = read_tensors(path, tied)
     names = outer_names(tied)
     for number in range(old_layers):
-        names |= layer_names(number, f"model.layers.{number}")
+        names |= layer_names(number, f"model.layers.{number}", model.add_qkv_bias)
     old = to_ours(tensors, names, config.model)
 
     def layer(number: int) -> dict[str, Tensor]:
@@ -114,9 +104,9 @@ def read_authors(path: Path, settings_file: Path) -> Imported:
         ValueError: a setting is unknown, or uses of a shared layer have weights of their own.
     """
     settings = yaml.safe_load(settings_file.read_text())
-    model, depth = _llama_config(path)
+    model, depth = model_config(path)
     recursion = recursion_config({name: settings.get(name) for name in SECTIONS}, depth, settings_file)
-    tensors = _tensors(path, tied=False)
+    tensors = read_tensors(path, tied=False)
     tied = "lm_head.weight" not in tensors or torch.equal(
         tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
     )
@@ -180,71 +170,9 @@ def kind_of(path: Path) -> str:
     Raises:
         ValueError: no config.json, or another kind of model.
     """
-    model_type = _json(path).get("model_type")
+    model_type = read_settings(path).get("model_type")
     if model_type == MoRConfig.model_type:
         return "mor"
-    if model_type in _LLAMA:
+    if model_type in FAMILY:
         return "llama"
-    raise ValueError(f"{path} is of model_type={model_type}: only {', '.join(('mor', *_LLAMA))} can be imported")
-
-
-def _llama_config(path: Path) -> tuple[ModelConfig, int]:
-    """Shape of a model of the LLaMA family, and its number of layers."""
-    settings = _json(path)
-    for name in _NEEDED:
-        if name not in settings:
-            raise ValueError(f"{path}/config.json lacks {name}: give a directory of transformers")
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    refused = {
-        "attention_bias": settings.get("attention_bias", False),
-        "mlp_bias": settings.get("mlp_bias", False),
-        "sliding_window": settings.get("sliding_window"),
-        "rope_type": None if rope.get("rope_type", rope.get("type", "default")) == "default" else rope,
-        "hidden_act": None if settings.get("hidden_act", "silu") == "silu" else settings["hidden_act"],
-    }
-    for name, value in refused.items():
-        if value:
-            raise ValueError(f"{path}: {name}={value} is more than these layers can do: it cannot be imported")
-    heads = settings["num_attention_heads"]
-    groups = settings.get("num_key_value_heads") or heads
-    model = ModelConfig(
-        hidden_size=settings["hidden_size"],
-        ffn_hidden_size=settings["intermediate_size"],
-        num_attention_heads=heads,
-        group_query_attention=groups != heads,
-        num_query_groups=groups if groups != heads else None,
-        kv_channels=settings.get("head_dim") or settings["hidden_size"] // heads,
-        max_position_embeddings=settings["max_position_embeddings"],
-        norm_epsilon=settings["rms_norm_eps"],
-        rotary_base=rope.get("rope_theta") or settings.get("rope_theta", 10000.0),
-        init_method_std=settings.get("initializer_range", 0.02),
-        untie_embeddings_and_output_weights=not settings.get("tie_word_embeddings", False),
-        vocab_size=settings["vocab_size"],
-    )
-    return model, settings["num_hidden_layers"]
-
-
-def _json(path: Path) -> dict:
-    try:
-        return json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}/config.json cannot be read ({error}): give a directory of transformers") from error
-
-
-def _tensors(path: Path, tied: bool) -> dict[str, Tensor]:
-    """All weights of a directory, fp32; without the head if it is the embedding."""
-    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            if file.suffix == ".bin":
-                tensors |= torch.load(file, map_location="cpu", weights_only=True)
-            else:
-                tensors |= load_file(file)
-        except (OSError, EOFError, RuntimeError, SafetensorError, UnpicklingError) as error:
-            raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]}): copy it again") from error
-    if not tensors:
-        raise ValueError(f"{path} has no weights: *.safetensors or pytorch_model*.bin")
-    if tied:
-        tensors.pop("lm_head.weight", None)
-    return {name: tensor.float() for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    raise ValueError(f"{path} is of model_type={model_type}: only {', '.join(('mor', *FAMILY))} can be imported")

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mor_megatron.config.schema import ModelConfig
+from mor_megatron.config.schema import Config, ModelConfig
 from mor_megatron.model.mor_model import EMBEDDING, HEAD
+from mor_megatron.recursion.plan import plan_from_config
 
 FINAL_NORM = "final_layernorm.weight"
 BALANCE_BIAS = "router.balance_bias"
@@ -28,15 +29,16 @@ def outer_names(tied: bool) -> Names:
     return names if tied else {**names, HEAD: ("lm_head.weight",)}
 
 
-def layer_names(physical: int, theirs: str) -> Names:
+def layer_names(physical: int, theirs: str, qkv_bias: bool = False) -> Names:
     """One layer.
 
     Args:
         physical: our number of it.
         theirs: prefix of its tensors, `model.layers.0`.
+        qkv_bias: whether query, key and value have biases.
     """
     ours = f"layers.{physical}"
-    return {
+    names = {
         f"{ours}.input_layernorm.weight": (f"{theirs}.input_layernorm.weight",),
         f"{ours}.pre_mlp_layernorm.weight": (f"{theirs}.post_attention_layernorm.weight",),
         f"{ours}.self_attention.linear_qkv.weight": tuple(f"{theirs}.self_attn.{x}_proj.weight" for x in "qkv"),
@@ -44,6 +46,9 @@ def layer_names(physical: int, theirs: str) -> Names:
         f"{ours}.mlp.linear_fc1.weight": tuple(f"{theirs}.mlp.{x}_proj.weight" for x in ("gate", "up")),
         f"{ours}.mlp.linear_fc2.weight": (f"{theirs}.mlp.down_proj.weight",),
     }
+    if qkv_bias:
+        names[f"{ours}.self_attention.linear_qkv.bias"] = tuple(f"{theirs}.self_attn.{x}_proj.bias" for x in "qkv")
+    return names
 
 
 def router_names(ours: str, theirs: str, router_type: str, parts: tuple[str, str]) -> Names:
@@ -57,17 +62,16 @@ def router_names(ours: str, theirs: str, router_type: str, parts: tuple[str, str
     return {f"{ours}.weights.{i}": (f"{theirs}.{suffix}.weight",) for i, suffix in enumerate(suffixes)}
 
 
-def export_names(num_layers: int, tied: bool, recursion) -> Names:
+def export_names(config: Config) -> Names:
     """All names of an exported model.
 
     Args:
-        num_layers: stored layers.
-        tied: whether the head is the embedding.
-        recursion: `RecursionConfig` of the model.
+        config: validated settings of the run.
     """
-    names = outer_names(tied)
-    for physical in range(num_layers):
-        names |= layer_names(physical, f"model.layers.{physical}")
+    recursion = config.recursion
+    names = outer_names(tied=not config.model.untie_embeddings_and_output_weights)
+    for physical in range(plan_from_config(config).num_physical_layers):
+        names |= layer_names(physical, f"model.layers.{physical}", config.model.add_qkv_bias)
     routers = []
     if recursion.routing == "expert_choice":
         kinds = ("routers", "aux_routers") if recursion.router_objective == "aux_router" else ("routers",)
@@ -105,21 +109,21 @@ def to_ours(tensors: Mapping[str, Tensor], names: Names, model: ModelConfig) -> 
 
 def fuse(name: str, tensors: list[Tensor], model: ModelConfig) -> Tensor:
     """q, k, v -> for each key/value group its query heads, k, v; gate, up -> one below the other."""
-    if not name.endswith("linear_qkv.weight"):
+    if ".linear_qkv." not in name:
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-    width = tensors[0].shape[-1]
-    heads = [t.reshape(num_groups(model), -1, model.kv_channels, width) for t in tensors]
-    return torch.cat(heads, dim=1).reshape(-1, width)
+    inputs = tensors[0].shape[1:]  # a bias has none
+    heads = [t.reshape(num_groups(model), -1, model.kv_channels, *inputs) for t in tensors]
+    return torch.cat(heads, dim=1).reshape(-1, *inputs)
 
 
 def split(name: str, tensor: Tensor, count: int, model: ModelConfig) -> list[Tensor]:
     """The reverse of `fuse`."""
-    if not name.endswith("linear_qkv.weight"):
+    if ".linear_qkv." not in name:
         return [part.contiguous() for part in tensor.chunk(count)]
-    width = tensor.shape[-1]
-    heads = tensor.reshape(num_groups(model), -1, model.kv_channels, width)
+    inputs = tensor.shape[1:]
+    heads = tensor.reshape(num_groups(model), -1, model.kv_channels, *inputs)
     parts = heads.split([heads.shape[1] - 2, 1, 1], dim=1)
-    return [part.reshape(-1, width) for part in parts]
+    return [part.reshape(-1, *inputs) for part in parts]
 
 
 def num_groups(model: ModelConfig) -> int:

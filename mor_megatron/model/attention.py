@@ -12,6 +12,7 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
@@ -33,11 +34,18 @@ class SharedKeys:
 
 
 class RotaryTable(nn.Module):
-    """cos and sin of RoPE for every position, fp32, [max_positions, D/2]."""
+    """cos and sin of RoPE for every position, fp32, [max_positions, D/2].
 
-    def __init__(self, head_dim: int, max_positions: int, base: float):
+    Args:
+        scaling: Llama 3's factor of the slow frequencies; None leaves them.
+    """
+
+    def __init__(self, head_dim: int, max_positions: int, base: float, scaling: float | None = None):
         super().__init__()
         frequencies = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        if scaling is not None:
+            options = {"rope_scaling": True, "rope_scaling_factor": scaling, "use_cpu_initialization": True}
+            frequencies = RotaryEmbedding(head_dim, rotary_percent=1.0, rotary_base=base, **options).inv_freq
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
@@ -212,13 +220,15 @@ class MoRSelfAttention(SelfAttention):
     def _queries(self, hidden_states: Tensor) -> Tensor:
         """Query projection alone, [R, C, N, D]: the key and value rows of the fused weight are not multiplied."""
         groups, width = self.num_query_groups_per_partition, self.key_hidden_size
-        weight = self.linear_qkv.weight
+        weight, bias = self.linear_qkv.weight, None
         weight = weight.view(groups, -1, width, weight.shape[-1])[:, :-2].reshape(-1, weight.shape[-1])
+        if self.config.add_qkv_bias:
+            bias = self.linear_qkv.bias.view(groups, -1, width)[:, :-2].reshape(-1)
         sequence_parallel = self.config.sequence_parallel
         query = linear_with_grad_accumulation_and_async_allreduce(
             hidden_states,
             weight,
-            None,
+            bias,
             gradient_accumulation_fusion=False,
             allreduce_dgrad=self.config.tensor_model_parallel_size > 1 and not sequence_parallel,
             sequence_parallel=sequence_parallel,

@@ -71,6 +71,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         use_te_activation_func=True,
         bias_activation_fusion=False,
         add_bias_linear=False,
+        add_qkv_bias=model.add_qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # Weights are drawn by `initialization.py`, independent of the layout.

@@ -111,9 +111,9 @@ class MoRModel(MegatronModule):
             if self.tied and not self.is_first_stage:
                 # DeepSpeed's mark of a copy: it stays out of the global norm.
                 self.output_layer.weight.ds_pipe_replicated = True
-        self.rotary = RotaryTable(
-            layer_config.kv_channels, config.model.max_position_embeddings, config.model.rotary_base
-        )
+        shape = config.model
+        scaling = shape.rope_scaling_factor if shape.use_rope_scaling else None
+        self.rotary = RotaryTable(layer_config.kv_channels, shape.max_position_embeddings, shape.rotary_base, scaling)
 
     @property
     def is_first_stage(self) -> bool:

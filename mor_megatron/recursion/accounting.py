@@ -50,10 +50,15 @@ class _Widths:
     ffn: int
     query: int
     key_value: int
+    has_qkv_bias: bool
 
     @property
     def layer_matrices(self) -> int:
         return self.hidden * (2 * self.query + 2 * self.key_value) + 3 * self.hidden * self.ffn
+
+    @property
+    def layer_biases(self) -> int:
+        return self.query + 2 * self.key_value if self.has_qkv_bias else 0
 
     @property
     def layer_norms(self) -> int:
@@ -64,7 +69,8 @@ def _widths(config: Config) -> _Widths:
     model = config.model
     head = model.kv_channels or model.hidden_size // model.num_attention_heads
     groups = model.num_query_groups if model.group_query_attention else model.num_attention_heads
-    return _Widths(model.hidden_size, model.ffn_hidden_size, head * model.num_attention_heads, head * groups)
+    query, key_value = head * model.num_attention_heads, head * groups
+    return _Widths(model.hidden_size, model.ffn_hidden_size, query, key_value, model.add_qkv_bias)
 
 
 def _vocabulary(config: Config, vocab_size: int | None) -> int:
@@ -106,9 +112,9 @@ def count_parameters(config: Config, vocab_size: int | None = None) -> Parameter
 
 
 def layer_parameters(config: Config, tensor_parallel_size: int = 1) -> int:
-    """Weights of one layer on one tensor-parallel rank: its share of the matrices, and whole norms."""
+    """Weights of one layer on one tensor-parallel rank: its share of matrices and biases, and whole norms."""
     widths = _widths(config)
-    return widths.layer_matrices // tensor_parallel_size + widths.layer_norms
+    return (widths.layer_matrices + widths.layer_biases) // tensor_parallel_size + widths.layer_norms
 
 
 def padded_vocab_size(vocab_size: int, divisor: int, tensor_parallel_size: int = 1) -> int:

@@ -95,7 +95,8 @@ MODELS: dict[str, dict] = {
     "expert-sharing-update": EXPERT3 | {"kv_mode": "sharing_update"},
     "expert-aux-router": EXPERT3 | {"router_objective": "aux_router", "router_type": "mlp"},
     "expert-untied": EXPERT3 | {"untie_embeddings_and_output_weights": True},
-    "expert-gqa": EXPERT3 | {"kv_mode": "sharing", "group_query_attention": True, "num_query_groups": 2},
+    "expert-gqa": EXPERT3
+    | {"kv_mode": "sharing", "group_query_attention": True, "num_query_groups": 2, "add_qkv_bias": True},
     "cycle": EXPERT3 | {"sharing_strategy": "cycle"},
     "middle-sequence": {"num_recursions": 2, "sharing_strategy": "middle_sequence", "kv_mode": "sharing"},
     "token-balance": TOKEN3,

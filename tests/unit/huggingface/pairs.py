@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -16,7 +17,7 @@ from mor_megatron.huggingface.weights import export_names, to_theirs
 from mor_megatron.model import MoRModel, build_model
 from mor_megatron.recursion.context import RoutingContext
 
-ALL = (*RECURSIONS, "expert_mlp_tanh", "expert_additive", "token_mlp")
+ALL = (*RECURSIONS, "expert_mlp_tanh", "expert_additive", "token_mlp", "expert_sharing_update_bias")
 ROUTED = tuple(name for name in ALL if "expert" in name or "token" in name)
 DECODED = (
     "vanilla",
@@ -37,6 +38,8 @@ EXTRA = {
     "expert_additive": {"router_gating": "additive"},
     "token_mlp": {"router_type": "mlp", "router_func": "sigmoid"},
 }
+BIASED = {"add_qkv_bias": True, "use_rope_scaling": True, "rotary_base": 500000.0}
+"""Model settings of names that end in `bias`: Qwen2's biases and Llama 3's scaled rotary embedding."""
 TOLERANCE = 1e-5  # fp32, eight layers, other row counts in every product
 __all__ = ["ALL", "DECODED", "ROUTED", "SEQ", "TOLERANCE", "VOCAB", "exported", "pair", "random_ids", "training_logits"]
 
@@ -44,7 +47,10 @@ __all__ = ["ALL", "DECODED", "ROUTED", "SEQ", "TOLERANCE", "VOCAB", "exported", 
 @cache
 def pair(name: str) -> tuple[MoRModel, MoRForCausalLM]:
     """Made once; tests do not change them."""
-    config = small_config(name.split("_mlp")[0].split("_additive")[0], group_query_attention=True, num_query_groups=2)
+    kind = re.sub("_(mlp|additive|bias).*", "", name)
+    config = small_config(
+        kind, group_query_attention=True, num_query_groups=2, **BIASED if name.endswith("bias") else {}
+    )
     recursion = replace(config.recursion, **EXTRA.get(name, {}))
     if "expert" in name:
         recursion = replace(recursion, router_aux_loss_coeff=0.1)
@@ -58,7 +64,7 @@ def spread_routing(model: MoRModel) -> None:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.startswith("router."):
+            if name.startswith("router.") or name.endswith(".bias"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
         for name, buffer in model.named_buffers():
             if name.endswith("balance_bias"):
@@ -70,12 +76,12 @@ def exported(model: MoRModel) -> MoRForCausalLM:
     config = export_config(model.run_config, model.vocab_size, eos_token_id=None)
     state = model.state_dict()
     parameters = {name: state[name] for name in state if not name.endswith("_extra_state")}
-    names = export_names(config.plan.num_physical_layers, config.tie_word_embeddings, model.run_config.recursion)
     for name in parameters:
         if "word_embeddings" in name or "output_layer" in name:
             parameters[name] = parameters[name][: model.vocab_size]
     result = MoRForCausalLM(config)
-    missing, unexpected = result.load_state_dict(to_theirs(parameters, names, model.run_config.model), strict=False)
+    theirs = to_theirs(parameters, export_names(model.run_config), model.run_config.model)
+    missing, unexpected = result.load_state_dict(theirs, strict=False)
     assert set(missing) <= {"lm_head.weight"}, missing
     assert not unexpected
     result.tie_weights()

@@ -5,18 +5,31 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from pairs import VOCAB, pair, random_ids
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import save_file
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from mor_megatron.config.schema import RecursionConfig
 from mor_megatron.config.validate import validate
+from mor_megatron.data.batch import Batch
 from mor_megatron.huggingface.export import export, read_checkpoint, to_model
 from mor_megatron.huggingface.importing import kind_of, read_export, read_llama, write_checkpoint
 from mor_megatron.huggingface.uptraining import source_layers
+from mor_megatron.huggingface.verify import training_model
+from mor_megatron.recursion.accounting import count_parameters
+from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.plan import build_plan
 
 sys.path.append(str(Path(__file__).parents[3] / "tools"))
@@ -26,7 +39,15 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.mark.parametrize(
-    "name", ["vanilla", "expert_aux_router", "expert_mlp_tanh", "token_loss_free", "recursive_sharing"]
+    "name",
+    [
+        "vanilla",
+        "expert_aux_router",
+        "expert_mlp_tanh",
+        "token_loss_free",
+        "recursive_sharing",
+        "expert_sharing_update_bias",
+    ],
 )
 def test_an_export_comes_back_bit_for_bit(name: str, tmp_path: Path):
     model, _ = pair(name)
@@ -135,9 +156,64 @@ def test_command_line(llama, tmp_path: Path, monkeypatch, capsys):
     assert "--num-recursions above 1" in capsys.readouterr().err
 
 
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+PUBLISHED = {
+    "llama3": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"sliding_window": 8, "use_sliding_window": False}),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 32}),
+}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_families_as_they_are_published(kind: str, tmp_path: Path):
+    """In shards beside other files of weights: one function in transformers, our export and the training stack."""
+    model_class, config_class, settings = PUBLISHED[kind]
+    torch.manual_seed(1)
+    shape = {
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "head_dim": 16,
+        "initializer_range": 0.2,
+    }  # fmt: skip
+    theirs = model_class(config_class(**shape, **settings)).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    save_file({"layers.0.wq": torch.zeros(2)}, tmp_path / "consolidated.safetensors")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    if kind == "mistral":
+        with pytest.raises(ValueError, match=r"sliding_window=32 .*--max-position-embeddings 32"):
+            read_llama(tmp_path, RecursionConfig(), None, "stepwise", 0)
+    weights, config, _ = read_llama(tmp_path, RecursionConfig(), None, "stepwise", 0, max_positions=32)
+    ids = random_ids()
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        exported, trained = to_model(weights, config, VOCAB)(ids).logits, training_model(weights, config, VOCAB)
+        torch.testing.assert_close(exported, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(trained(Batch(ids), RoutingContext()), expected, atol=1e-5, rtol=0)
+    assert count_parameters(config).unique == sum(p.numel() for p in theirs.parameters())
+    if kind == "llama3":  # the settings matter at this length
+        plain = replace(config, model=replace(config.model, use_rope_scaling=False))
+        assert (to_model(weights, plain, VOCAB)(ids).logits - expected).abs().max() > 1e-4
+
+    (shard, *_) = sorted(tmp_path.glob("model-*.safetensors"))
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"lacks {shard.name}, one of 1 missing"):
+        read_llama(tmp_path, RecursionConfig(), None, "stepwise", 0, max_positions=32)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"attention_bias": True}, "attention_bias=True"), ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type")],
+    [
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 2.0}, "rope_parameters": None}, "low_freq_factor"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
 )
 def test_what_our_layers_cannot_do_is_refused(llama, tmp_path: Path, change: dict, message: str):
     shutil.copytree(llama[1], tmp_path / "model")
