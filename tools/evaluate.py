@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mor_megatron.command import DTYPES, exit_status
 from mor_megatron.config.schema import Config
+from mor_megatron.data.corpora import SOURCES
 from mor_megatron.files import write_whole
 from mor_megatron.parallel.launch import adopt_srun, is_launched
 
@@ -53,6 +54,8 @@ def run(args: argparse.Namespace) -> None:
     if args.text or args.data_path or not args.tasks:
         settings = settings_of(args.model, model.config)
         data = {"data_path": tuple(args.data_path), "split": args.split, "seq_length": args.seq_length}
+        if args.data_path:  # in the place of the run's, however it named them
+            settings = replace(settings, data=replace(settings.data, **{source: None for source in SOURCES}))
         settings = replace(settings, data=replace(settings.data, **{k: v for k, v in data.items() if v}))
         if args.seed is not None:
             settings = replace(settings, training=replace(settings.training, seed=args.seed))

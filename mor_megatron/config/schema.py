@@ -114,9 +114,19 @@ class DataConfig:
     """Corpus, tokenizer and batches."""
 
     data_path: tuple[str, ...] = ()
-    """Prefixes of .bin/.idx files, or weight prefix weight prefix ... to blend."""
+    """Prefixes of .bin/.idx files, or weight prefix weight prefix ... to blend; --split cuts each."""
+    data_args_path: str | None = None
+    """A file of what --data-path takes, separated by white space."""
     split: str = "969,30,1"
     """Proportions of training, validation and test documents."""
+    train_data_path: tuple[str, ...] = ()
+    """Corpora for training alone, in the form of --data-path, whole."""
+    valid_data_path: tuple[str, ...] = ()
+    """Corpora for validation alone. Where there are several, each is reported by itself, too."""
+    test_data_path: tuple[str, ...] = ()
+    """Corpora for the test of --skip-train alone."""
+    per_split_data_args_path: str | None = None
+    """JSON file of the three: {"train": [...], "valid": [...], "test": [...]}."""
     data_cache_path: str | None = None
     """Directory of the sample indexes; default: beside the data."""
     seq_length: int = 1024

@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from mor_megatron.config.schema import Config
+from mor_megatron.data.corpora import is_cut
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +18,7 @@ ALPHAS = {"sigmoid": 0.1, "tanh": 0.1, "softmax": 1.0, "none": 1.0}
 
 # Who reads a setting: its names, the condition, and the condition in words.
 _READERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
+    ("split", lambda c: is_cut(c.data), "--data-path"),
     ("num_query_groups", lambda c: c.model.group_query_attention, "--group-query-attention"),
     ("rope_scaling_factor", lambda c: c.model.use_rope_scaling, "--use-rope-scaling"),
     ("depth_rounding sharing_strategy", lambda c: c.recursion.num_recursions > 1, "--num-recursions above 1"),

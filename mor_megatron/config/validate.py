@@ -15,6 +15,7 @@ from mor_megatron.config.layout import check_batch, check_layout, default_batch
 from mor_megatron.config.run_length import resolve_length
 from mor_megatron.config.schema import Config
 from mor_megatron.config.unread import ALPHAS, say, sections, warn_of_unread
+from mor_megatron.data.corpora import PATHS_PER_SPLIT
 from mor_megatron.recursion.plan import default_capacities, effective_depth
 
 FLASH_LARGEST_HEAD = 256
@@ -186,6 +187,14 @@ def _data(config: Config) -> Config:
         raise ValueError(
             f"split={config.data.split!r} is not a division into training, validation and test: "
             "use up to three numbers of 0 or more, such as 969,30,1"
+        )
+    named = [name for name in ("data_path", "data_args_path", "per_split_data_args_path") if getattr(config.data, name)]
+    named += [name for name in PATHS_PER_SPLIT if getattr(config.data, name)][:1]
+    if len(named) > 1:
+        first, second = (name.replace("_", "-") for name in named[:2])
+        raise ValueError(
+            f"{first} and {second} both say where the data is: use --data-path with --split, or --train-data-path, "
+            "--valid-data-path and --test-data-path, or a file of either"
         )
     if config.data.tokenizer_model is not None and config.data.tokenizer_type is None:
         raise ValueError(

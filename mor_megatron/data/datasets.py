@@ -8,6 +8,7 @@ Sample i is a function of corpus, split and seed (see `gpt_dataset.py`), and ite
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -19,12 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from mor_megatron.config.schema import Config, DataConfig
 from mor_megatron.data.batch import Batch
+from mor_megatron.data.corpora import PATHS_PER_SPLIT, SPLITS, Blend, is_cut, parse_split, read_blends
 from mor_megatron.data.fingerprint import check_corpora
 from mor_megatron.data.gpt_dataset import EpochDataset, EpochDatasetConfig
 from mor_megatron.data.indexed import Index, read_index, read_tokens
 from mor_megatron.data.tokenizers import Tokenizer
 
-_SPLITS = ("training", "validation", "test")
 # Tokens at the head of a corpus that are compared with the vocabulary: enough to catch another tokenizer's data.
 _PROBE = 1 << 20
 _NEEDS_EOD = (
@@ -36,7 +37,7 @@ _NEEDS_EOD = (
 def build_datasets(
     config: Config, tokenizer: Tokenizer | None, num_samples: tuple[int, int, int]
 ) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
-    """Training, validation and test datasets from `--data-path` and `--split`. Collective over all ranks.
+    """Training, validation and test datasets from the corpora that the settings name. Collective over all ranks.
 
     Rank 0 builds the sample indexes and caches them, the others load them; works without a process group, too.
 
@@ -54,19 +55,23 @@ def build_datasets(
             or a cache directory that cannot be written.
     """
     data = config.data
-    paths, weights = parse_blend(data.data_path)
-    proportions = _parse_split(data.split)
+    blends = [blend if count else None for blend, count in zip(read_blends(data), num_samples, strict=True)]
+    for name, blend, count in zip(SPLITS, blends, num_samples, strict=True):
+        if count and blend is None:
+            raise ValueError(_missing(data, name))
     vocab_size = tokenizer.vocab_size if tokenizer is not None else config.model.vocab_size
-    indexes = [read_index(path) for path in paths]
-    for path, index in zip(paths, indexes, strict=True):
+    indexes = {path: read_index(path) for blend in blends if blend is not None for path in blend.paths}
+    for path, index in indexes.items():
         _check_vocabulary(path, index, vocab_size)
         if data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss:
             _check_ends(path, index, tokenizer)
-        _check_split(path, index, data.split, proportions, num_samples)
         _check_writable(Path(data.data_cache_path or Path(path).parent / "index-cache"))
-    check_corpora(paths, tokenizer)
-    if len(paths) > 1 and weights is None:
-        weights = [float(index.tokens) for index in indexes]
+    for name, blend in zip(SPLITS, blends, strict=True):
+        for path in () if blend is None else blend.paths:
+            if _is_empty(blend, indexes[path]):
+                raise ValueError(_no_tokens(data, name, path, len(indexes[path].lengths)))
+    check_corpora(list(indexes), tokenizer)
+    weighted = [None if blend is None else (list(blend.paths), _weights(blend, indexes)) for blend in blends]
 
     # Not at the top: it would be imported before gpt_dataset.py can silence what Megatron-core says at import.
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -76,8 +81,7 @@ def build_datasets(
     settings = EpochDatasetConfig(
         random_seed=config.training.seed,
         sequence_length=data.seq_length,
-        blend=(paths, weights if len(paths) > 1 else None),
-        split=",".join(map(str, proportions)),
+        **_sources(data, weighted),
         tokenizer=_NoTokenizer(),
         # Masks and positions follow from the tokens, in build_batches; an [S, S] mask is never made.
         create_attention_mask=False,
@@ -86,9 +90,10 @@ def build_datasets(
         eod_mask_loss=False,
         index_cache=data.data_cache_path,
     )
-    settings.split_matrix = [
-        part if wanted else None for part, wanted in zip(settings.split_matrix, num_samples, strict=True)
-    ]
+    if is_cut(data):
+        settings.split_matrix = [
+            part if wanted else None for part, wanted in zip(settings.split_matrix, num_samples, strict=True)
+        ]
     builder = BlendedMegatronDatasetBuilder(EpochDataset, list(num_samples), lambda: True, settings)
     return tuple(builder.build())
 
@@ -190,53 +195,57 @@ def _positions(ends: torch.Tensor) -> torch.Tensor:
     return index - begins.cummax(1).values
 
 
-def parse_blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None]:
-    """`p`, `p1 p2 ...` or `w1 p1 w2 p2 ...` as paths and weights (None: in proportion to tokens).
+def has_tokens(data: DataConfig, split: str) -> bool:
+    """Whether a split, one of `SPLITS`, has something of every one of its corpora.
 
     Raises:
-        ValueError: nothing given, weights for some paths only, or a weight that is not positive.
+        ValueError: a corpus is not there or damaged, or the settings name none.
     """
-    if not data_path:
-        raise ValueError("data-path is empty: give the prefix of a corpus, or weight prefix weight prefix ...")
-    numeric = [_number(item) is not None for item in data_path]
-    if not any(numeric):
-        return list(data_path), None
-    if len(data_path) % 2 or not all(numeric[::2]) or any(numeric[1::2]):
-        raise ValueError(f"data-path={' '.join(data_path)} must be weight prefix weight prefix ..., or prefixes only.")
-    weights = [float(item) for item in data_path[::2]]
-    if not all(0 < weight < float("inf") for weight in weights):
-        raise ValueError(f"data-path={' '.join(data_path)}: every weight must be positive; leave out a corpus instead.")
-    return list(data_path[1::2]), weights
+    blend = read_blends(data)[SPLITS.index(split)]
+    return blend is not None and not any(_is_empty(blend, read_index(path)) for path in blend.paths)
 
 
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
+def _sources(data: DataConfig, weighted: list[tuple[list[str], list[float] | None] | None]) -> dict:
+    """The blends as Megatron-core takes them."""
+    if not is_cut(data):
+        return {"blend_per_split": weighted}
+    # All splits are parts of one blend.
+    blend = next(blend for blend in weighted if blend is not None)
+    return {"blend": blend, "split": ",".join(map(str, parse_split(data.split)))}
+
+
+def _weights(blend: Blend, indexes: dict[str, Index]) -> list[float] | None:
+    if len(blend.paths) == 1:
         return None
+    return list(blend.weights or (float(indexes[path].tokens) for path in blend.paths))
 
 
-def _parse_split(split: str) -> tuple[float, float, float]:
-    parts = split.split(",")
-    values = [_number(part) for part in parts]
-    if len(values) > 3 or any(v is None or not 0 <= v < float("inf") for v in values) or not sum(values) > 0:
-        raise ValueError(f"split={split} must be up to three proportions such as 969,30,1.")
-    return tuple(values + [0.0] * (3 - len(values)))
-
-
-def _check_split(
-    path: str, index: Index, split: str, proportions: tuple[float, ...], num_samples: tuple[int, int, int]
-) -> None:
+def _is_empty(blend: Blend, index: Index) -> bool:
     """Megatron-core repeats a split until it has enough tokens, and never ends with a split that has none."""
-    edges = np.concatenate(([0], np.cumsum(proportions))) / sum(proportions)
     count = len(index.lengths)
-    for name, wanted, begin, end in zip(_SPLITS, num_samples, edges, edges[1:], strict=False):
-        part = index.lengths[round(begin * count) : round(end * count)]
-        if wanted and not part.sum(dtype=np.int64):
-            raise ValueError(
-                f"split={split} leaves no tokens for {name} in {path}, which has {count} documents: change --split, "
-                f"use more data{', or set --eval-iters 0' if name != 'training' else ''}."
-            )
+    return not index.lengths[round(blend.begin * count) : round(blend.end * count)].sum(dtype=np.int64)
+
+
+def _no_tokens(data: DataConfig, name: str, path: str, count: int) -> str:
+    """What to say of a corpus of `count` documents of which a split gets nothing."""
+    otherwise = ", or more data" if name == "training" else ", more data, or --eval-iters 0"
+    if not is_cut(data):
+        return f"{path}, named for {name}, holds no token: leave it out."
+    share = math.ceil(100 / count)  # per cent, so that it is at least one document
+    shares = {"training": (90, 10, 0), "validation": (100 - share, share, 0), "test": (100 - 2 * share, share, share)}
+    remedy = f"use --split {','.join(map(str, shares[name]))}"
+    if shares[name][0] <= 0:  # too few documents to be divided
+        remedy = "give it a corpus of its own (--train-data-path, --valid-data-path, --test-data-path)"
+    documents = f"{count} {'document' if count == 1 else 'documents'}"
+    return f"split={data.split} leaves no tokens for {name} in {path}, which has {documents}: {remedy}{otherwise}."
+
+
+def _missing(data: DataConfig, name: str) -> str:
+    flag = PATHS_PER_SPLIT[SPLITS.index(name)].replace("_", "-")
+    if data.per_split_data_args_path is not None:
+        flag = f"{flag.split('-')[0]} in per-split-data-args-path={data.per_split_data_args_path}"
+    without = "" if name == "training" else ", or --eval-iters 0"
+    return f"{flag} is missing, and {name} has no other data: give it{without}."
 
 
 def _check_vocabulary(path: str, index: Index, vocab_size: int | None) -> None:

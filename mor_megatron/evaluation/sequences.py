@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mor_megatron.config.schema import Config
-from mor_megatron.data.datasets import build_datasets, make_batch, parse_blend
+from mor_megatron.data.corpora import read_blends
+from mor_megatron.data.datasets import build_datasets, make_batch
 from mor_megatron.data.sources import Broken, describe, plan, read
 from mor_megatron.data.tokenizers import configured_tokenizer
 from mor_megatron.huggingface.configuration_mor import MoRConfig
@@ -90,7 +91,8 @@ class IndexedPieces:
         self.data = data
         self.eod = configured_tokenizer(data).eod if data.eod_mask_loss else None
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
-        is_blend = len(parse_blend(data.data_path)[0]) > 1
+        validation = read_blends(data)[1]
+        is_blend = validation is not None and len(validation.paths) > 1
         _, self.samples, _ = build_datasets(config, None, (0, count if is_blend else 1, 0))
         self.count = min(count, len(self.samples))
 

@@ -95,6 +95,7 @@ REFUSED = {
         "lr-wsd-decay-iters=51 .*lr-warmup-iters=50",
         "use at most 50",
     ),
+    "two sources of data": ("--data-path a --valid-data-path b", "data-path and valid-data-path both", "or a file of"),
     "two lengths": ("--train-iters 5 --train-samples 50", "train-iters=5 and train-samples=50", "--train-iters None"),
     "samples in iterations": ("--lr-decay-samples 9", "lr-decay-samples=9 .*train-iters=100", "give --lr-decay-iters"),
     "iterations in samples": (
@@ -176,6 +177,7 @@ def test_depth_rounding_becomes_the_depth_and_is_told(rounding, depth, caplog):
 
 # flags -> the setting that is warned about
 IGNORED = {
+    "split of own corpora": ("--train-data-path a --split 9,1,0", "split=9,1,0 is ignored.*--data-path"),
     "groups": ("--num-query-groups 2", "num-query-groups=2 is ignored.*--group-query-attention"),
     "strategy": ("--sharing-strategy cycle", "sharing-strategy=cycle is ignored"),
     "rounding": ("--depth-rounding up", "depth-rounding=up is ignored"),

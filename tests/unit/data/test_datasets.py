@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,8 @@ import torch
 from corpora import write_jsonl
 
 from mor_megatron.config.schema import Config, DataConfig, TrainingConfig
-from mor_megatron.data.datasets import build_batches, build_datasets, make_batch, parse_blend
+from mor_megatron.data.corpora import Blend, parse_blend
+from mor_megatron.data.datasets import build_batches, build_datasets, make_batch
 from mor_megatron.data.indexed import read_index, read_tokens
 from mor_megatron.data.preprocess import preprocess
 from mor_megatron.data.tokenizers import build_tokenizer
@@ -93,6 +96,67 @@ def test_blend_follows_weights(numbers: list[str], tmp_path: Path) -> None:
 def test_prefixes_without_weights_blend_by_tokens(numbers: list[str], corpus: str, tmp_path: Path) -> None:
     dataset = train(settings(numbers[0], numbers[0], numbers[1], cache=tmp_path), 90)
     assert sum(sample(dataset, i)[0] >= 3000 for i in range(90)) == 30
+
+
+def test_splits_have_corpora_of_their_own(numbers: list[str], tmp_path: Path) -> None:
+    """By flags or files, the same samples; each corpus whole, and trained on as it would be with `--data-path`."""
+    blend = ("0.25", numbers[0], "0.75", numbers[1])
+    flags = {"train_data_path": (numbers[1],), "valid_data_path": blend, "test_data_path": (numbers[0],)}
+    (tmp_path / "parts.json").write_text(
+        json.dumps({"train": [numbers[1]], "valid": " ".join(blend), "test": numbers[0]})
+    )
+    (tmp_path / "words").write_text("\n".join(blend))
+    by_flags = build_datasets(settings(cache=tmp_path, **flags), None, (90, 40, 7))
+    by_file = build_datasets(settings(per_split_data_args_path=str(tmp_path / "parts.json")), None, (90, 40, 7))
+    for one, other, count in zip(by_flags, by_file, (90, 40, 7), strict=True):
+        assert [sample(one, i) for i in range(count)] == [sample(other, i) for i in range(count)]
+    cut = train(settings(numbers[1], split="1,0,0", cache=tmp_path), 90)
+    assert [sample(by_flags[0], i) for i in range(90)] == [sample(cut, i) for i in range(90)]
+    origin = [sample(by_flags[1], i)[0] >= 3000 for i in range(40)]
+    assert sum(origin) == 30
+    assert [by_flags[1][i]["dataset_id"] for i in range(40)] == origin
+    in_file = train(settings(data_args_path=str(tmp_path / "words"), split="1,0,0", cache=tmp_path), 40)
+    named = train(settings(*blend, split="1,0,0", cache=tmp_path), 40)
+    assert [sample(in_file, i) for i in range(40)] == [sample(named, i) for i in range(40)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
+def test_the_split_that_is_suggested_works(count: int, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "s.jsonl", [f"{i} {i}" for i in range(count)])
+    null = build_tokenizer("NullTokenizer", "99")
+    (prefix,) = preprocess([source], str(tmp_path / "s"), null, progress=False).prefixes
+    for name, wanted in (("validation", (1, 1, 0)), ("test", (1, 1, 1))):
+        with pytest.raises(ValueError, match=f"no tokens for {name} in .* has {count} document") as error:
+            build_datasets(settings(prefix, split="1,0,0"), None, (0, name == "validation", name == "test"))
+        if match := re.search(r"use --split (\S+), more data, or --eval-iters 0", str(error.value)):
+            assert None not in build_datasets(settings(prefix, split=match[1]), None, wanted)[: sum(wanted)]
+        else:
+            assert "give it a corpus of its own" in str(error.value)
+            assert count < (2 if name == "validation" else 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", r'must be a JSON object {"train"'),
+        ('{"training": []}', r'must be a JSON object {"train"'),
+        ('{"train": 3}', "each split must be a list of prefixes"),
+        ('{"train": "0.5 a b"}', r"train of per-split-data-args-path=.*: 0\.5 a b must be weight prefix"),
+        ('{"train": ', r"is not valid JSON \(line 1"),
+        ('{"valid": "a"}', "train in per-split-data-args-path=.* is missing"),
+    ],
+)
+def test_wrong_files_of_data_arguments(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "parts.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        train(settings(per_split_data_args_path=str(tmp_path / "parts.json")), 1)
+
+
+def test_corpora_have_short_distinct_names() -> None:
+    names = lambda *paths: Blend(paths, None).names()  # noqa: E731
+    assert names("a/wiki", "b/books") == ["wiki", "books"]
+    assert names("x/wiki/text", "x/books/text", "y/wiki/news") == ["wiki/text", "books/text", "wiki/news"]
+    assert len(set(names("a", "a"))) == 2
 
 
 def test_changed_corpus_is_indexed_again(numbers: list[str], tmp_path: Path) -> None:
@@ -219,7 +283,11 @@ def test_real_corpus_with_document_masking(corpus: str, tokenizer, tmp_path: Pat
         ({"split": "1;2"}, (1, 0, 0), "split=1;2 must be"),
         ({"split": "0,0,0"}, (1, 0, 0), "split=0,0,0 must be"),
         ({"split": "1,2,3,4"}, (1, 0, 0), "must be up to three"),
-        ({"split": "99,1,0"}, (1, 1, 1), "no tokens for test in .*--eval-iters 0"),
+        ({"split": "99,1,0"}, (1, 1, 1), "no tokens for test in .*100 documents: use --split 98,1,1, .*--eval-iters 0"),
+        ({"split": "999,1,0"}, (1, 1, 0), "no tokens for validation in .*100 documents: use --split 99,1,0, more data"),
+        ({"data_args_path": "absent"}, (1, 0, 0), r"data-args-path=absent cannot be read \(No such file"),
+        ({"valid_data_path": ("x",)}, (1, 1, 0), "train-data-path is missing, and training has no other data"),
+        ({"train_data_path": ("x",)}, (1, 1, 0), "valid-data-path is missing, and validation has .*or --eval-iters 0"),
         ({"data_cache_path": "/dev/null/x"}, (1, 0, 0), "/dev/null/x cannot be written"),
         ({"reset_position_ids": True}, (1, 0, 0), "data made with --append-eod"),
     ],
