@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 
+from mor_megatron.data.planning import parse_shard
 from mor_megatron.data.sources import SUPPORTED
 from mor_megatron.data.tokenizers import build_tokenizer
 
@@ -14,13 +15,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help=SUPPORTED)
     parser.add_argument("--output-prefix", required=True, help="PREFIX of the output")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="fields that hold text")
+    parser.add_argument(
+        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="fields that hold text; a.b: field b of a"
+    )
     parser.add_argument("--tokenizer-type", required=True, help="SentencePieceTokenizer, HuggingFaceTokenizer, ...")
     parser.add_argument("--tokenizer-model", required=True, help="file or directory of the tokenizer")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     parser.add_argument("--strict", action="store_true", help="stop at a broken record instead of skipping it")
     parser.add_argument("--split-paragraphs", action="store_true", help="plain text: a document per paragraph")
+    parser.add_argument("--shard", metavar="I/N", help="part I of N only; merge_data.py joins them")
     parser.add_argument("--no-progress", action="store_true", help="draw no progress bar")
     args = parser.parse_args()
     from mor_megatron.data.preprocess import default_workers, preprocess, summary
@@ -39,6 +43,7 @@ def main() -> int:
             strict=args.strict,
             paragraphs=args.split_paragraphs,
             progress=not args.no_progress,
+            shard=None if args.shard is None else parse_shard(args.shard),
         )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

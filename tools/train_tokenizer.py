@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from mor_megatron.data.sources import SUPPORTED
-from mor_megatron.data.tokenizer_training import MODEL_TYPES, train_tokenizer
+from mor_megatron.data.tokenizer_training import CHARACTER_COVERAGE, MODEL_TYPES, train_tokenizer
 
 
 def main() -> int:
@@ -20,10 +20,18 @@ def main() -> int:
         help="bpe, unigram: sentencepiece, PREFIX.model; hf-bpe: Hugging Face byte-level BPE, directory PREFIX",
     )
     parser.add_argument("--output-prefix", required=True, help="PREFIX of the output")
-    parser.add_argument("--json-key", default="text", help="field that holds the text")
+    parser.add_argument("--json-key", default="text", help="field that holds the text; a.b: field b of a")
+    parser.add_argument(
+        "--character-coverage",
+        type=float,
+        help="sentencepiece: share of the text, 0.98 to 1, whose characters get a token each (default: "
+        f"{CHARACTER_COVERAGE}); rarer ones are spelled in bytes",
+    )
     args = parser.parse_args()
     try:
-        model = train_tokenizer(args.input, args.vocab_size, args.model_type, args.output_prefix, args.json_key)
+        model = train_tokenizer(
+            args.input, args.vocab_size, args.model_type, args.output_prefix, args.json_key, args.character_coverage
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -17,13 +17,11 @@ from multiprocessing.connection import wait
 
 import numpy as np
 
-from mor_megatron.data.sources import Broken, Document, Slice, describe, read
+from mor_megatron.data.sources import SHOWN, Broken, Document, Slice, describe, read
 from mor_megatron.data.tokenizers import Tokenizer
 
 # A batch call of the tokenizer gets so much: enough to pay for the call, small enough to stay in the caches.
 _BATCH_DOCUMENTS, _BATCH_BYTES = 32, 1 << 18
-# Broken records that a report shows; all are counted.
-SHOWN = 10
 
 
 @dataclass(frozen=True)

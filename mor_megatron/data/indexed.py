@@ -33,6 +33,7 @@ class Index:
     lengths: np.ndarray
     pointers: np.ndarray
     bounds: np.ndarray
+    multimodal: bool = False
 
     @property
     def tokens(self) -> int:
@@ -107,14 +108,22 @@ def cannot_write(output_prefix: str, error: OSError) -> ValueError:
     )
 
 
+def shard_prefix(prefix: str, shard: tuple[int, int] | None) -> str:
+    """Where part i of n of a corpus lies, shard = (i, n), i from 1, until they are merged; None: the whole corpus."""
+    return prefix if shard is None else f"{prefix}.shard-{shard[0]:05d}-of-{shard[1]:05d}"
+
+
 def optimal_dtype(vocab_size: int) -> type[np.integer]:
     """The dtype Megatron-LM gives a corpus of this vocabulary: uint16 below 65500, else int32."""
     return DType.optimal_dtype(vocab_size)
 
 
-def read_index(prefix: str) -> Index:
+def read_index(prefix: str, may_be_empty: bool = False) -> Index:
     """Map PREFIX.idx into memory after the checks that cost nothing: header, and sizes of both files.
 
+    Args:
+        prefix: the corpus.
+        may_be_empty: it is a shard, and may hold no sequence.
     Raises:
         ValueError: a missing file, a bad header, or sizes that disagree; names file and offset.
     """
@@ -137,18 +146,20 @@ def read_index(prefix: str) -> Index:
     expected = _HEADER_BYTES + 12 * n + 8 * d
     if size not in (expected, expected + n):  # + n: the modes of a multimodal corpus
         raise ValueError(f"{idx} has {size} bytes, but {n} sequences and {d} document bounds take {expected}: {_AGAIN}")
+    dtype = DType.dtype_from_code(code)
     if n == 0:
+        if may_be_empty:
+            return Index(dtype, np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(1, np.int64))
         raise ValueError(f"{idx} holds no sequence: {_AGAIN}")
     lengths = np.memmap(idx, np.int32, "r", _HEADER_BYTES, (n,))
     pointers = np.memmap(idx, np.int64, "r", _HEADER_BYTES + 4 * n, (n,))
     bounds = np.memmap(idx, np.int64, "r", _HEADER_BYTES + 12 * n, (d,)) if d else np.zeros(0, np.int64)
-    dtype = DType.dtype_from_code(code)
     end = int(pointers[-1]) + int(lengths[-1]) * DType.size(dtype)
     if os.path.getsize(data) != end:
         raise ValueError(
             f"{data} ends at byte {os.path.getsize(data)}, but by {idx} its last sequence ends at byte {end}: {_AGAIN}"
         )
-    return Index(dtype, lengths, pointers, bounds)
+    return Index(dtype, lengths, pointers, bounds, multimodal=size == expected + n)
 
 
 _AGAIN = "write the corpus again, or copy both files again."
@@ -215,36 +226,57 @@ def _out_of_range(prefix: str, index: Index, vocab_size: int) -> Iterator[str]:
 
 
 def merge(prefixes: list[str], output_prefix: str) -> Index:
-    """Concatenate corpora, in the order given.
+    """Concatenate corpora, in the order given. Shards without a document are passed over.
 
     Returns:
         The index of the new corpus.
     Raises:
-        ValueError: nothing to merge, an unsound input, different dtypes or tokenizers, an input that is the output, or
-            no space.
+        ValueError: nothing to merge, an unsound input, different dtypes or tokenizers, a multimodal corpus, an input
+            that is the output, or no space.
     """
     if not prefixes:
         raise ValueError("input names no corpus: give prefixes, or a directory with .bin and .idx files.")
     if any(os.path.abspath(p) == os.path.abspath(output_prefix) for p in prefixes):
         raise ValueError(f"output-prefix={output_prefix} is also an input: choose another name.")
-    first, dtype = prefixes[0], read_index(prefixes[0]).dtype
-    for prefix in prefixes:
-        other = read_index(prefix).dtype
-        if other is not dtype:
+    indexes = {prefix: read_index(prefix, may_be_empty=True) for prefix in prefixes}
+    first, dtype = prefixes[0], indexes[prefixes[0]].dtype
+    for prefix, index in indexes.items():
+        if index.dtype is not dtype:
             raise ValueError(
-                f"{prefix} holds {other.__name__} and {first} holds {dtype.__name__}: their vocabularies differ in "
-                "size. Preprocess both with one tokenizer."
+                f"{prefix} holds {index.dtype.__name__} and {first} holds {dtype.__name__}: their vocabularies differ "
+                "in size. Preprocess both with one tokenizer."
             )
+        if index.multimodal:
+            raise ValueError(f"{prefix} is multimodal, and its modes would be lost: merge it with Megatron-LM's tool.")
+    if not any(len(index.lengths) for index in indexes.values()):
+        raise ValueError(f"input={' '.join(prefixes)} holds no document: the shards have nothing to merge.")
     made_with = common_fingerprint(prefixes)
     with working_folder(output_prefix) as folder:
         try:
             writer = CorpusWriter(folder, Path(output_prefix).name, dtype)
             for prefix in prefixes:
-                writer.append_corpus(prefix)
+                if len(indexes[prefix].lengths):
+                    writer.append_corpus(prefix)
             writer.publish(output_prefix, made_with)
         except OSError as error:
             raise cannot_write(output_prefix, error) from error
     return read_index(output_prefix)
+
+
+def shards_of(prefix: str, count: int) -> list[str]:
+    """Prefixes of all shards of a corpus, in order.
+
+    Raises:
+        ValueError: some are not there; names them.
+    """
+    shards = {f"{number}/{count}": shard_prefix(prefix, (number, count)) for number in range(1, count + 1)}
+    missing = [name for name, path in shards.items() if not Path(f"{path}.idx").is_file()]
+    if missing:
+        raise ValueError(
+            f"shards={count}: {', '.join(missing)} of {prefix} are missing: run preprocess_data.py with --shard "
+            f"{missing[0]}{' and so on' if len(missing) > 1 else ''} again."
+        )
+    return list(shards.values())
 
 
 def prefixes_in(folder: str) -> list[str]:

@@ -8,7 +8,6 @@ is written.
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import sys
@@ -21,14 +20,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mor_megatron.data.encoding import SHOWN, Done, Job, Settings, encode, start_worker
+from mor_megatron.data.encoding import Done, Job, Settings, encode, start_worker
 from mor_megatron.data.fingerprint import fingerprint
-from mor_megatron.data.indexed import CorpusWriter, cannot_write, optimal_dtype, working_folder
-from mor_megatron.data.sources import Broken, Slice, describe, plan, read, slice_target
+from mor_megatron.data.indexed import CorpusWriter, cannot_write, optimal_dtype, shard_prefix, working_folder
+from mor_megatron.data.planning import cut, shard_of, slice_target, survey
+from mor_megatron.data.sources import SHOWN, Broken, Slice, describe, require_usable, skipped
 from mor_megatron.data.tokenizers import Tokenizer
-
-# Records looked at before the work starts: if not one of them is usable, the settings are wrong, not the data.
-_PROBE = 100
 
 
 @dataclass
@@ -55,11 +52,12 @@ def preprocess(
     strict: bool = False,
     paragraphs: bool = False,
     progress: bool = True,
+    shard: tuple[int, int] | None = None,
 ) -> Report:
     """Write PREFIX_KEY_document.bin and .idx for each key, and which tokenizer made them.
 
     Args:
-        inputs: files and dataset directories in any format of `sources.py`.
+        inputs: files, directories and patterns, as `inputs.py` takes them, in any format of `sources.py`.
         output_prefix: PREFIX; its directory is made if needed. Existing corpora are replaced at the very end.
         tokenizer: gives the ids, and with them the dtype (`optimal_dtype`).
         keys: fields of a record that hold text.
@@ -68,6 +66,8 @@ def preprocess(
         strict: stop at the first broken record instead of skipping it.
         paragraphs: cut plain text files at blank lines.
         progress: draw a bar with MB/s and tokens/s on stderr.
+        shard: (i, n) writes part i of n, from 1, to corpora of their own (`shard_prefix`); merged in order, they are
+            what one run writes. A part may have no document.
     Raises:
         ValueError: a setting or an input is wrong, no document was found, writing failed, or a worker died. Nothing
             is left behind then.
@@ -77,14 +77,15 @@ def preprocess(
         raise ValueError(f"workers={workers}: at least 1 is needed.")
     if append_eod:
         _ = tokenizer.eod  # raises now, not in a worker
-    slices = plan(inputs, keys, workers, paragraphs)
-    _probe(slices)
+    whole = survey(inputs, keys, paragraphs)
+    require_usable(whole)
+    slices = cut(whole if shard is None else shard_of(whole, *shard), workers)
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
     dtype = optimal_dtype(tokenizer.vocab_size)
     counters = context.Value("q", 0), context.Value("q", 0), context.Event()
     settings = Settings(tokenizer, dtype, keys, append_eod, strict, *counters)
     made_with = fingerprint(tokenizer)
-    report = Report([f"{output_prefix}_{key}_document" for key in keys])
+    report = Report([shard_prefix(f"{output_prefix}_{key}_document", shard) for key in keys])
     broken: list[Broken] = []
     with working_folder(output_prefix) as folder:
         jobs = [Job(i, part, folder) for i, part in enumerate(_parts(slices, workers))]
@@ -102,7 +103,7 @@ def preprocess(
                     report.broken_count += done.broken_count
                     broken += done.broken[: SHOWN - len(broken)]
             report.broken = describe(broken)
-            if report.tokens == 0:
+            if report.tokens == 0 and shard is None:
                 raise ValueError(
                     f"input={' '.join(inputs)} gave no document ({report.empty} empty, {report.broken_count} broken)."
                 )
@@ -117,15 +118,6 @@ def preprocess(
             ) from error
     report.seconds = time.monotonic() - started
     return report
-
-
-def _probe(slices: list[Slice]) -> None:
-    first = list(itertools.islice(itertools.chain.from_iterable(map(read, slices)), _PROBE))
-    if first and all(isinstance(item, Broken) for item in first):
-        raise ValueError(
-            f"none of the first {len(first)} records can be used: {describe(first[:1])[0]}. Check --json-keys and the "
-            "format."
-        )
 
 
 def _parts(slices: list[Slice], workers: int) -> Iterator[tuple[Slice, ...]]:
@@ -197,11 +189,5 @@ def summary(report: Report) -> str:
         f"{' '.join(Path(p).name for p in report.prefixes)}: {report.documents:,} documents, {report.tokens:,} tokens; "
         f"{mib:,.1f} MB in {seconds:,.1f} s ({mib / seconds:,.2f} MB/s, {report.tokens / seconds:,.0f} tokens/s)"
     ]
-    if report.empty:
-        lines.append(f"skipped {report.empty:,} empty texts")
-    if report.broken_count:
-        lines.append(f"skipped {report.broken_count:,} broken records:")
-        lines += [f"  {line}" for line in report.broken]
-        if report.broken_count > len(report.broken):
-            lines.append(f"  and {report.broken_count - len(report.broken):,} more")
+    lines += skipped(report.empty, report.broken_count, report.broken)
     return "\n".join(lines)

@@ -1,39 +1,41 @@
 """Read documents from JSONL (.gz and .zst too), parquet, plain text and Hugging Face dataset directories.
 
-`plan` cuts the input into slices that can be read independently, in input order; `read` yields the documents of one
-slice. Which worker reads a slice never changes what is in it, so a corpus does not depend on the number of workers.
+`read` yields the documents of one slice of the input; `planning.py` makes the slices. Which worker reads a slice never
+changes what is in it, so a corpus does not depend on the number of workers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 JSONL, TEXT, PARQUET, DATASET = "jsonl", "text", "parquet", "dataset"
-_KINDS = {".jsonl": JSONL, ".json": JSONL, ".ndjson": JSONL, ".txt": TEXT, ".text": TEXT, ".md": TEXT}
+_KINDS = {".jsonl": JSONL, ".json": JSONL, ".ndjson": JSONL, ".txt": TEXT, ".text": TEXT, ".md": TEXT}  # or compressed
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 SUPPORTED = (
-    "JSON lines (.jsonl .json .ndjson), plain text (.txt .text .md), either compressed (.gz .zst), .parquet, or a "
-    "directory written by datasets' save_to_disk"
+    "JSON lines (.jsonl .json .ndjson), plain text (.txt .text .md), either compressed (.gz .zst), .parquet, a "
+    "directory of such files or one written by datasets' save_to_disk, a pattern, or - for JSON lines on standard input"
 )
-
-# Slices are small enough to balance workers and to show progress, large enough that opening one costs nothing.
-_SMALLEST_SLICE, _LARGEST_SLICE = 1 << 18, 256 << 20
-_SLICES_PER_WORKER = 16
-# Only an estimate for progress and slice sizes: how much text a compressed byte holds.
-_TYPICAL_COMPRESSION = 3
+# By which a directory is known as a dataset.
+DATASET_FILES = ("state.json", "dataset_dict.json")
+# Broken records that a report shows; all are counted.
+SHOWN = 10
+# Records looked at before the work starts.
+_PROBE = 100
 
 
 @dataclass(frozen=True)
 class Slice:
     """A part of one input: bytes of the decompressed file (jsonl), row groups (parquet) or rows (dataset).
 
-    `stop` None means to the end. `size` is bytes of input, exact for jsonl without compression, else an estimate.
+    `stop` None means to the end, of what can be read as a whole only. `size` is bytes of input, exact for jsonl without
+    compression, else an estimate.
     """
 
     path: str
@@ -63,41 +65,6 @@ class Broken:
     reason: str
 
 
-def plan(
-    inputs: list[str], keys: tuple[str, ...] = ("text",), workers: int = 1, paragraphs: bool = False
-) -> list[Slice]:
-    """Cut the inputs into slices, in input order.
-
-    Args:
-        inputs: files and dataset directories.
-        keys: the fields of a record that hold text; plain text files have the one key `text`.
-        workers: how many processes will share the slices.
-        paragraphs: cut plain text at blank lines into documents, instead of one document per file.
-    Raises:
-        ValueError: a missing or unreadable input, an unknown format, or a column that is not there.
-    """
-    whole = [_whole(path, keys, paragraphs) for path in inputs]
-    target = slice_target(sum(part.size for part in whole), workers)
-    compressed = sum(part.kind == JSONL and _compression(part.path) is not None for part in whole)
-    slices: list[Slice] = []
-    for part in whole:
-        if part.kind == JSONL and _compression(part.path) is None:
-            slices += _cut(part, part.size, -(-part.size // target), part.size)
-        elif part.kind == JSONL and compressed < workers and part.size > _SMALLEST_SLICE:
-            # Too few files to go round. Each range decompresses what lies before it, so cut no finer than needed.
-            length = _decompressed_length(part.path)
-            slices += _cut(part, length, workers, length)
-        elif part.kind == PARQUET:
-            groups = _parquet(part.path).metadata.num_row_groups
-            slices += _cut(part, groups, groups, part.size)
-        elif part.kind == DATASET:
-            rows = len(_dataset(part.path))
-            slices += _cut(part, rows, min(rows, -(-part.size // target)), part.size)
-        else:
-            slices.append(part)
-    return slices
-
-
 def read(part: Slice) -> Iterator[Document | Broken]:
     """The documents of a slice, in order, with a `Broken` in the place of each record that has none.
 
@@ -105,10 +72,8 @@ def read(part: Slice) -> Iterator[Document | Broken]:
         ValueError: the file itself is damaged, such as compressed data that ends early.
     """
     readers = {JSONL: _read_jsonl, TEXT: _read_text, PARQUET: _read_parquet, DATASET: _read_dataset}
-    try:
+    with _readable(part.path):
         yield from readers[part.kind](part)
-    except OSError as error:  # the decompressors report damage as OSError, too
-        raise ValueError(f"{part.path} cannot be read ({error}): replace the file, or leave it out.") from error
 
 
 def describe(broken: list[Broken]) -> list[str]:
@@ -125,48 +90,37 @@ def describe(broken: list[Broken]) -> list[str]:
     return [f"{places[b.unit](b)}: {b.reason}" for b in broken]
 
 
-def slice_target(total: int, workers: int) -> int:
-    """Bytes that a unit of work should have when `workers` share `total`."""
-    return min(max(total // (_SLICES_PER_WORKER * workers), _SMALLEST_SLICE), _LARGEST_SLICE)
+def skipped(empty: int, broken_count: int, broken: list[str]) -> list[str]:
+    """What was left out, as lines for people; `broken` describes the first few of `broken_count` records."""
+    lines = [f"skipped {empty:,} empty texts"] if empty else []
+    if broken_count:
+        lines.append(f"skipped {broken_count:,} broken records:")
+        lines += [f"  {line}" for line in broken]
+        if broken_count > len(broken):
+            lines.append(f"  and {broken_count - len(broken):,} more")
+    return lines
 
 
-def _whole(path: str, keys: tuple[str, ...], paragraphs: bool) -> Slice:
-    place = Path(path)
-    if not place.exists():
-        raise ValueError(f"input={path} does not exist.")
-    if place.is_dir():
-        dataset = _dataset(path)
-        _need_columns(path, keys, dataset.column_names)
-        return Slice(path, DATASET, keys, size=dataset.select_columns(list(keys)).data.nbytes)
-    try:
-        with place.open("rb"):
-            size = place.stat().st_size
-    except OSError as error:
-        raise ValueError(f"input={path} cannot be read ({error.strerror}).") from error
-    if place.suffix == ".parquet":
-        file = _parquet(path)
-        _need_columns(path, keys, file.schema_arrow.names)
-        return Slice(path, PARQUET, keys, size=size * _TYPICAL_COMPRESSION)
-    compression = _compression(path)
-    suffix = place.with_suffix("").suffix if compression else place.suffix
-    if suffix not in _KINDS:
-        raise ValueError(f"input={path}: unknown format {place.suffix or 'without extension'}. Supported: {SUPPORTED}.")
-    if _KINDS[suffix] == TEXT:
-        _need_columns(path, keys, ["text"])
-    size *= _TYPICAL_COMPRESSION if compression else 1
-    return Slice(path, _KINDS[suffix], keys, size=size, paragraphs=paragraphs)
+def require_usable(parts: Iterable[Slice]) -> None:
+    """Look at the first records: if not one of them is usable, the settings are wrong, not the data.
+
+    Raises:
+        ValueError: that is so; names the first record.
+    """
+    first = list(itertools.islice(itertools.chain.from_iterable(map(read, parts)), _PROBE))
+    if first and all(isinstance(item, Broken) for item in first):
+        raise ValueError(
+            f"none of the first {len(first)} records can be used: {describe(first[:1])[0]}. Check the key and the "
+            "format."
+        )
 
 
-def _cut(part: Slice, length: int, pieces: int, size: int) -> list[Slice]:
-    """`part` as `pieces` ranges of about length / pieces."""
-    edges = [length * i // pieces for i in range(pieces + 1)] if pieces else []
-    return [replace(part, start=a, stop=b, size=size * (b - a) // length) for a, b in itertools.pairwise(edges)]
-
-
-def _need_columns(path: str, keys: tuple[str, ...], there: list[str]) -> None:
-    for key in keys:
-        if key not in there:
-            raise ValueError(f"json-keys={key} is not in {path}: it has {', '.join(there)}.")
+def kind_of(path: str | Path) -> str | None:
+    """JSONL, TEXT or PARQUET by the name of a file, whatever its case; None: no known format."""
+    path = Path(path)
+    if path.suffix.lower() == ".parquet":
+        return PARQUET
+    return _KINDS.get((path.with_suffix("") if compression(path) else path).suffix.lower())
 
 
 # JSON lines ------------------------------------------------------------------------------------------------------
@@ -198,10 +152,10 @@ def _parse(line: bytes, part: Slice, offset: int) -> Document | Broken:
         return broken(f"not JSON: {error}")
     if not isinstance(record, dict):
         return broken(f"not a JSON object but {type(record).__name__}")
-    for key in part.keys:
-        if key not in record:
-            return broken(f"no key {key!r}; the keys are {', '.join(map(repr, record)) or 'none'}")
-    texts = tuple(record[key] for key in part.keys)
+    try:
+        texts = tuple(_field(record, key) for key in part.keys)
+    except KeyError as missing:
+        return broken(f"no key {missing}; the keys are {', '.join(map(repr, _names(record))) or 'none'}")
     for key, text in zip(part.keys, texts, strict=True):
         if not isinstance(text, str):
             return broken(f"{key!r} holds {type(text).__name__}, not text")
@@ -209,6 +163,24 @@ def _parse(line: bytes, part: Slice, offset: int) -> Document | Broken:
         if (b"\\ud" in line or b"\\uD" in line) and not _encodes(text):
             return broken(f"{key!r} holds half a surrogate pair, which has no UTF-8")
     return Document(texts, len(line))
+
+
+def _field(record: dict, key: str) -> object:
+    """What stands under a key, or under `a.b`, the key b of the object under a. Raises KeyError."""
+    if key in record:
+        return record[key]
+    value: object = record
+    for name in key.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise KeyError(key)
+        value = value[name]
+    return value
+
+
+def _names(record: dict) -> list[str]:
+    """Keys, and with a dot those one level below."""
+    below = [(key, value if isinstance(value, dict) else {}) for key, value in record.items()]
+    return [name for key, value in below for name in ([f"{key}.{inner}" for inner in value] or [key])]
 
 
 def _encodes(text: str) -> bool:
@@ -234,23 +206,28 @@ def _read_text(part: Slice) -> Iterator[Document | Broken]:
     for document in documents:
         if document.strip():
             yield Document((document,), len(document.encode()))
+        elif not part.paragraphs:
+            yield Document(("",), len(raw))  # a file is a document, if an empty one
 
 
 # Columns ---------------------------------------------------------------------------------------------------------
 
 
 def _read_parquet(part: Slice) -> Iterator[Document | Broken]:
-    file = _parquet(part.path)
+    import pyarrow
+
+    file, _ = open_parquet(part.path, part.keys)
     row = sum(file.metadata.row_group(i).num_rows for i in range(part.start))
     groups = list(range(part.start, file.metadata.num_row_groups if part.stop is None else part.stop))
     # Without threads: the reader runs in forked processes, and Arrow's thread pool does not survive a fork.
     for batch in file.iter_batches(1024, row_groups=groups, columns=list(part.keys), use_threads=False):
-        yield from _records(part, row, [batch.column(key).to_pylist() for key in part.keys])
+        table = _flat(pyarrow.Table.from_batches([batch]), part.keys)
+        yield from _records(part, row, [table.column(key).to_pylist() for key in part.keys])
         row += batch.num_rows
 
 
 def _read_dataset(part: Slice) -> Iterator[Document | Broken]:
-    dataset = _dataset(part.path).select_columns(list(part.keys))
+    dataset = open_dataset(part.path, part.keys).select_columns(list(part.keys))
     row = part.start
     for batch in dataset.select(range(part.start, len(dataset) if part.stop is None else part.stop)).iter(1024):
         columns = [batch[key] for key in part.keys]
@@ -267,16 +244,36 @@ def _records(part: Slice, row: int, columns: list[list]) -> Iterator[Document | 
             yield Document(texts, sum(len(text.encode()) for text in texts))
 
 
-def _parquet(path: str):
+def _flat(table, keys: tuple[str, ...]):
+    """An Arrow table in which fields of structs are columns, `a.b`, as far down as the keys need it."""
+    import pyarrow
+
+    while not set(keys) <= set(table.column_names) and any(map(pyarrow.types.is_struct, table.schema.types)):
+        table = table.flatten()
+    return table
+
+
+def open_parquet(path: str, keys: tuple[str, ...]):
+    """The file, and the names of its columns, those inside structs too if a key is no column itself.
+
+    Raises:
+        ValueError: it is not parquet.
+    """
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path)
+        return file, _flat(file.schema_arrow.empty_table(), keys).column_names
     except (OSError, ValueError) as error:  # Arrow's own errors derive from these
         raise ValueError(f"input={path} is not a parquet file ({error}).") from error
 
 
-def _dataset(path: str):
+def open_dataset(path: str, keys: tuple[str, ...]):
+    """The dataset in a directory, with fields of structs as columns if a key is no column itself.
+
+    Raises:
+        ValueError: it is none, or several splits.
+    """
     import datasets
 
     datasets.disable_progress_bars()
@@ -288,24 +285,31 @@ def _dataset(path: str):
         ) from error
     if isinstance(dataset, datasets.DatasetDict):
         raise ValueError(f"input={path} holds several splits: give one of {', '.join(f'{path}/{s}' for s in dataset)}.")
-    return dataset
+    return dataset if set(keys) <= set(dataset.column_names) else dataset.flatten()
 
 
 # Files -----------------------------------------------------------------------------------------------------------
 
 
-def _compression(path: str) -> str | None:
-    return _COMPRESSIONS.get(Path(path).suffix)
+def compression(path: str | Path) -> str | None:
+    """Arrow's name of it, by the file's; None: not compressed."""
+    return _COMPRESSIONS.get(Path(path).suffix.lower())
+
+
+def first_bytes(path: str) -> bytes:
+    """The first 4096 bytes, decompressed. Raises ValueError if the file is damaged."""
+    with _readable(path), _open(path) as stream:
+        return stream.read(1 << 12)
 
 
 def _open(path: str) -> io.BufferedReader:
-    compression = _compression(path)
-    if compression is None:
+    codec = compression(path)
+    if codec is None:
         return open(path, "rb", buffering=1 << 20)
     import pyarrow
 
     # Arrow's decompressors read concatenated streams and, unlike zstandard's, notice a file that ends early.
-    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(path), compression), 1 << 20)
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(path), codec), 1 << 20)
 
 
 def _skip(stream: io.BufferedReader, nbytes: int) -> None:
@@ -316,11 +320,17 @@ def _skip(stream: io.BufferedReader, nbytes: int) -> None:
         nbytes -= len(stream.read(min(nbytes, 1 << 20))) or nbytes
 
 
-def _decompressed_length(path: str) -> int:
+def decompressed_length(path: str) -> int:
+    """Bytes; takes as long as decompressing it. Raises ValueError if the file is damaged."""
+    with _readable(path), _open(path) as stream:
+        return sum(len(block) for block in iter(lambda: stream.read(1 << 20), b""))
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
     try:
-        with _open(path) as stream:
-            return sum(len(block) for block in iter(lambda: stream.read(1 << 20), b""))
-    except OSError as error:
+        yield
+    except OSError as error:  # the decompressors report damage as OSError, too
         raise ValueError(f"{path} cannot be read ({error}): replace the file, or leave it out.") from error
 
 

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from mor_megatron.config.schema import Config
 from mor_megatron.data.corpora import read_blends
 from mor_megatron.data.datasets import build_datasets, make_batch
-from mor_megatron.data.sources import Broken, describe, plan, read
+from mor_megatron.data.planning import plan
+from mor_megatron.data.sources import Broken, describe, read
 from mor_megatron.data.tokenizers import configured_tokenizer
 from mor_megatron.huggingface.configuration_mor import MoRConfig
 from mor_megatron.huggingface.convert_config import training_config

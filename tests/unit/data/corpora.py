@@ -48,3 +48,16 @@ def write_files(path: Path, texts: list[str]) -> list[str]:
     for i, text in enumerate(texts):
         (path / f"{i:03d}.txt").write_bytes(text.encode())
     return [str(p) for p in sorted(path.iterdir())]
+
+
+SOURCES = {
+    "gzip": lambda path, texts: [write_compressed(path / "c.jsonl.gz", texts)],
+    "zstd": lambda path, texts: [write_compressed(path / "c.jsonl.zst", texts)],
+    "parquet": lambda path, texts: [write_parquet(path / "c.parquet", texts)],
+    "dataset": lambda path, texts: [write_dataset(path / "dataset", texts)],
+    "text": lambda path, texts: write_files(path / "text", texts),
+    "two files": lambda path, texts: [
+        write_jsonl(path / "b.json", texts[:9]),
+        write_parquet(path / "a.parquet", texts[9:]),
+    ],
+}

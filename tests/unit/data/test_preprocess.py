@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from corpora import both_files, write_compressed, write_dataset, write_files, write_jsonl, write_parquet
+from corpora import SOURCES, both_files, write_jsonl, write_parquet
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from mor_megatron.data.planning import plan
 from mor_megatron.data.preprocess import preprocess
-from mor_megatron.data.sources import Broken, Document, plan, read
+from mor_megatron.data.sources import Broken, Document, read
 from mor_megatron.data.tokenizers import build_tokenizer
 
 
@@ -47,19 +48,6 @@ def test_large_vocabulary_is_int32(tmp_path: Path) -> None:
     dataset = IndexedDataset(report.prefixes[0])
     assert dataset.index.dtype is np.int32
     assert dataset[0].tolist() == [70000, 1, 70001]
-
-
-SOURCES = {
-    "gzip": lambda path, texts: [write_compressed(path / "c.jsonl.gz", texts)],
-    "zstd": lambda path, texts: [write_compressed(path / "c.jsonl.zst", texts)],
-    "parquet": lambda path, texts: [write_parquet(path / "c.parquet", texts)],
-    "dataset": lambda path, texts: [write_dataset(path / "dataset", texts)],
-    "text": lambda path, texts: write_files(path / "text", texts),
-    "two files": lambda path, texts: [
-        write_jsonl(path / "b.json", texts[:9]),
-        write_parquet(path / "a.parquet", texts[9:]),
-    ],
-}
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -175,12 +163,12 @@ def make_inputs(folder: Path) -> None:
         ("blank.jsonl", {}, "gave no document"),
         ("x.csv", {}, "unknown format .csv. Supported: JSON lines"),
         ("plain", {}, "unknown format without extension"),
-        ("array.json", {}, "array.json:1: not JSON.*Check --json-keys"),
+        ("array.json", {}, "is a JSON array, not JSON lines.*`jq -c .\\[\\] .*array.json`"),
         ("bad.parquet", {}, "is not a parquet file"),
         ("cut.jsonl.gz", {}, "cut.jsonl.gz cannot be read"),
         ("cut.jsonl.zst", {}, "cut.jsonl.zst cannot be read"),
-        ("folder", {}, "not one that datasets can load"),
-        ("good.jsonl", {"keys": ("body",)}, "no key 'body'; the keys are 'text', 'id'"),
+        ("folder", {}, "is a directory without a file of a known format"),
+        ("good.jsonl", {"keys": ("body",)}, "no key 'body'; the keys are 'text', 'id'. Check the key"),
         ("good.parquet", {"keys": ("body",)}, "json-keys=body is not in .*it has text, id"),
         ("a.txt", {"keys": ("body",)}, "json-keys=body is not in .*it has text"),
         ("good.jsonl", {"workers": 0}, "workers=0"),

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from spoil import COUNTS, spoil
 
-from mor_megatron.data.sources import Broken, Document, describe, plan, read
+from mor_megatron.data.planning import plan
+from mor_megatron.data.sources import Broken, Document, describe, read
 
 
 def records(chance: random.Random) -> list[bytes]:
@@ -55,7 +56,7 @@ def check(path: Path, content: bytes, slices: int) -> str:
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_spoilt_json_lines(tmp_path, count, monkeypatch):
-    monkeypatch.setattr("mor_megatron.data.sources._SMALLEST_SLICE", 64)  # small files are cut, too
+    monkeypatch.setattr("mor_megatron.data.planning._SMALLEST_SLICE", 64)  # small files are cut, too
     chance = random.Random(6)
     outcomes = []
     for number in range(count):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
+from corpora import write_jsonl
 
-from mor_megatron.data.tokenizer_training import train_tokenizer
+from mor_megatron.data.tokenizer_training import LONGEST_LINE, Reading, train_tokenizer
 from mor_megatron.data.tokenizers import build_tokenizer
 
 TYPES = {"bpe": "SentencePieceTokenizer", "unigram": "SentencePieceTokenizer", "hf-bpe": "HuggingFaceTokenizer"}
@@ -100,9 +103,86 @@ def test_wrong_model(tokenizer_type: str, model: str, message: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "model_type", "message"),
-    [(600, "wordpiece", "use one of bpe"), (100, "bpe", "too small"), (10**6, "bpe", "lower --vocab-size")],
+    ("model_type", "coverage", "message"),
+    [
+        ("wordpiece", None, "use one of bpe"),
+        ("bpe", 0.9, "character-coverage=0.9 is not between 0.98 and 1"),
+        ("hf-bpe", 0.99, "character-coverage=0.99 does nothing with model-type=hf-bpe"),
+    ],
 )
-def test_training_errors(vocab_size: int, model_type: str, message: str, jsonl: str, tmp_path: Path) -> None:
+def test_training_errors(model_type: str, coverage: float | None, message: str, jsonl: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        train_tokenizer([jsonl], vocab_size, model_type, str(tmp_path / "t"))
+        train_tokenizer([jsonl], 600, model_type, str(tmp_path / "t"), character_coverage=coverage)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "model_type", "advice"),
+    [
+        (10**6, "bpe", r"more than the text can fill: use --vocab-size (\d+) or less"),
+        (10**6, "unigram", r"more than the text can fill: use --vocab-size (\d+) or less"),
+        (100, "bpe", r"no room for 256 bytes.*: use --vocab-size (\d+) or more"),
+        (100, "hf-bpe", r"no room for 256 bytes.*: use --vocab-size (\d+) or more"),
+    ],
+)
+def test_advice_on_the_vocabulary_is_right(vocab_size: int, model_type: str, advice: str, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "few.jsonl", [f"the {i} elephants of giraffe {i * i}" for i in range(99)])
+    with pytest.raises(ValueError, match=advice) as refusal:
+        train_tokenizer([source], vocab_size, model_type, str(tmp_path / "t"))
+    advised = int(re.search(advice, str(refusal.value))[1])
+    model = train_tokenizer([source], advised, model_type, str(tmp_path / "t"))
+    assert build_tokenizer(TYPES[model_type], model).vocab_size == advised
+
+
+def test_characters_below_the_coverage_are_spelled_in_bytes(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "rare.jsonl", ["the cat sat on the mat " * 9] * 99 + ["\u6f22\u5b57"])
+    for coverage, length in ((1.0, 1), (0.98, 6)):
+        model = train_tokenizer([source], 285, "bpe", str(tmp_path / "t"), character_coverage=coverage)
+        assert len(build_tokenizer(TYPES["bpe"], model).tokenize("\u6f22\u5b57")) == length
+
+
+def pieces(*texts: str) -> tuple[list[str], list[str]]:
+    """What sentencepiece is given of texts, and what is said about it."""
+    reading = Reading([])
+    reading.texts = lambda: iter(texts)
+    return list(reading.pieces()), list(reading.report())
+
+
+def test_no_line_is_too_long_or_lost() -> None:
+    line = "elephant giraffe " * 2000 + "x" * 2 * LONGEST_LINE + " end"
+    found, said = pieces("short", line, "two\nlines")
+    assert "".join(found[1:-2]) == line
+    assert max(map(len, found)) == LONGEST_LINE
+    assert [piece[0] for piece in found[2:-2]] == [" ", " ", " ", "x", "x"]
+    assert [found[0], *found[-2:]] == ["short", "two", "lines"]
+    assert said == ["1 lines of more than 16,384 characters were cut, at blanks where they have any"]
+
+
+def test_what_sentencepiece_would_pass_over_is_learned_from(tmp_path: Path, caplog) -> None:
+    short = [f"the quick brown fox jumps over dog {i}" for i in range(200)]
+    # In one line each; and beside the character that marks sentencepiece's own unknown.
+    texts = short + ["elephant giraffe " * 1000] * 50 + ["\u2585 crocodile hippopotamus"] * 50
+    broken = tmp_path / "b.jsonl"
+    broken.write_text('{"text": ""}\n{"text": 1}\n')
+    model = train_tokenizer([write_jsonl(tmp_path / "a.jsonl", texts), str(broken)], 500, "bpe", str(tmp_path / "t"))
+    tokenizer = build_tokenizer(TYPES["bpe"], model)
+    for word in (" elephant", " giraffe", " crocodile", " hippopotamus"):
+        assert len(tokenizer.tokenize(word)) == 1, word
+    assert caplog.messages == [
+        "skipped 1 empty texts",
+        "skipped 1 broken records:",
+        f"  {broken}:2: 'text' holds int, not text",
+        "50 lines of more than 16,384 characters were cut, at blanks where they have any",
+    ]
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "hf-bpe"])
+def test_a_damaged_file_is_named_and_nothing_written(model_type: str, jsonl: str, tmp_path: Path) -> None:
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(Path(jsonl).read_bytes())[:-9])
+    with pytest.raises(ValueError, match=r"^\S+cut.jsonl.gz cannot be read \("):
+        train_tokenizer([str(tmp_path / "cut.jsonl.gz")], 600, model_type, str(tmp_path / "t"))
+    assert [path.name for path in tmp_path.iterdir()] == ["cut.jsonl.gz"]
+
+
+def test_a_vocabulary_that_the_text_does_not_fill_is_told(tmp_path: Path, caplog) -> None:
+    train_tokenizer([write_jsonl(tmp_path / "a.jsonl", ["ab" * 9])], 600, "hf-bpe", str(tmp_path / "t"))
+    assert caplog.messages == ["the text fills 262 of vocab-size=600 ids"]

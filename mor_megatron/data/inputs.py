@@ -1,0 +1,78 @@
+"""Which files `--input` means: files, directories, patterns and standard input, as a list in a fixed order."""
+
+from __future__ import annotations
+
+import atexit
+import glob
+import logging
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from mor_megatron.data.sources import DATASET_FILES, JSONL, PARQUET, SUPPORTED, TEXT, kind_of
+
+logger = logging.getLogger(__name__)
+
+STANDARD_INPUT = "-"
+
+
+def expand(inputs: list[str]) -> list[str]:
+    """Files and dataset directories, in input order.
+
+    Args:
+        inputs: a file; a directory written by `save_to_disk`; any other directory, which stands for the files of known
+            formats below it, sorted by path; a pattern (`*`, `?`, `[]`, `**`), which stands for what it matches,
+            sorted; or `-`, for JSON lines on standard input.
+    Raises:
+        ValueError: nothing matches, or standard input is named twice.
+    """
+    if inputs.count(STANDARD_INPUT) > 1:
+        raise ValueError(f"input={STANDARD_INPUT} stands for standard input, which can be read once: name it once.")
+    return [path for name in inputs for path in _expand(name)]
+
+
+def _expand(name: str) -> list[str]:
+    if name == STANDARD_INPUT:
+        return [_standard_input()]
+    if Path(name).is_dir():
+        return [name] if any((Path(name) / file).exists() for file in DATASET_FILES) else _files_below(name)
+    if Path(name).exists() or not glob.has_magic(name):
+        return [name]
+    matches = sorted(glob.glob(name, recursive=True))
+    if not matches:
+        raise ValueError(f"input={name} matches no file.")
+    if "**" in name:  # directories, too, beside the files in them
+        matches = [match for match in matches if not Path(match).is_dir()]
+    return [path for match in matches for path in _expand(match)]
+
+
+def _files_below(folder: str) -> list[str]:
+    """Of one sort: beside records, plain text is a README or a licence."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    hidden = [any(part[0] in "._" for part in path.relative_to(folder).parts) for path in files]
+    kinds = [None if is_hidden else kind_of(path) for path, is_hidden in zip(files, hidden, strict=True)]
+    wanted = {TEXT} if set(kinds) <= {TEXT, None} else {JSONL, PARQUET}
+    taken = [path for path, kind in zip(files, kinds, strict=True) if kind in wanted]
+    if not taken:
+        raise ValueError(f"input={folder} is a directory without a file of a known format. Supported: {SUPPORTED}.")
+    left = [str(path.relative_to(folder)) for path in files if path not in set(taken)]
+    if left:
+        shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
+        logger.warning("%s: %d files taken, %d left out: %s", folder, len(taken), len(left), shown)
+    return [str(path) for path in taken]
+
+
+def _standard_input() -> str:
+    """A copy that several processes can read, and more than once. It goes with this process."""
+    folder = tempfile.mkdtemp(prefix="mor-input-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder) / "stdin.jsonl"
+    try:
+        with path.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+    except OSError as error:
+        raise ValueError(
+            f"input=- cannot be kept in {folder} ({error.strerror}): set TMPDIR to a larger disk."
+        ) from error
+    return str(path)

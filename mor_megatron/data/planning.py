@@ -1,0 +1,176 @@
+"""Cut the input into slices that can be read independently, in input order.
+
+First among shards, by the input alone, so that each machine of many finds its own; then among the workers of one
+machine, as they need it. The corpus depends on neither.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mor_megatron.data.inputs import expand
+from mor_megatron.data.sources import (
+    DATASET,
+    JSONL,
+    PARQUET,
+    SUPPORTED,
+    TEXT,
+    Slice,
+    compression,
+    decompressed_length,
+    first_bytes,
+    kind_of,
+    open_dataset,
+    open_parquet,
+)
+
+# Slices are small enough to balance workers and to show progress, large enough that opening one costs nothing.
+_SMALLEST_SLICE, _LARGEST_SLICE = 1 << 18, 256 << 20
+_SLICES_PER_WORKER = 16
+# Only an estimate for progress and slice sizes: how much text a compressed byte holds.
+_TYPICAL_COMPRESSION = 3
+# How a file begins whose values go over several lines, or all stand in one.
+_OPENS_VALUE = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:(?P<array>\[\s*\{|\[[ \t\r]*\n)|\{[ \t\r]*\n)")
+
+
+def plan(
+    inputs: list[str], keys: tuple[str, ...] = ("text",), workers: int = 1, paragraphs: bool = False
+) -> list[Slice]:
+    """`survey` and `cut` at once: the slices of the whole input."""
+    return cut(survey(inputs, keys, paragraphs), workers)
+
+
+def survey(inputs: list[str], keys: tuple[str, ...] = ("text",), paragraphs: bool = False) -> list[Slice]:
+    """One slice for each file or dataset of the input.
+
+    Args:
+        inputs: what `inputs.expand` takes.
+        keys: the fields of a record that hold text, `a.b` for a field b in a; plain text files have the one key `text`.
+        paragraphs: cut plain text at blank lines into documents, instead of one document per file.
+    Raises:
+        ValueError: a missing or unreadable input, an unknown format, or a column that is not there.
+    """
+    return [_whole(path, keys, paragraphs) for path in expand(inputs)]
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`I/N`, part I of N, counted from 1.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ValueError(f"shard={text} is not I/N, part I of N from 1/N to N/N.")
+    return int(number), int(count)
+
+
+def shard_of(parts: Sequence[Slice], number: int, count: int) -> list[Slice]:
+    """Part `number` of `count`, about equal in bytes of input. All parts, one after another, are the input.
+
+    Where it is cut depends on nothing but the sizes of the files, their order, and `count`. JSON lines are cut between
+    lines, parquet between row groups, datasets between rows; compressed JSON lines and plain text only between files.
+
+    Raises:
+        ValueError: the input cannot be cut into so many parts.
+    """
+    whole_files = sum(part.stop is None for part in parts)
+    if whole_files == len(parts) < count:
+        raise ValueError(
+            f"shard={number}/{count}: compressed JSON lines and plain text are cut between files only, and the input "
+            f"has {whole_files}: use --shard I/{whole_files}, or decompress them."
+        )
+    sizes = [max(part.size, 1) for part in parts]
+    begin, end = (sum(sizes) * edge // count for edge in (number - 1, number))
+    chosen, offset = [], 0
+    for part, size in zip(parts, sizes, strict=True):
+        units = 1 if part.stop is None else part.stop - part.start
+        first, last = (min(max(-((offset - edge) * units // size), 0), units) for edge in (begin, end))
+        if part.stop is None and first < last:
+            chosen.append(part)
+        elif first < last:
+            place = {"start": part.start + first, "stop": part.start + last}
+            chosen.append(replace(part, size=part.size * (last - first) // units, **place))
+        offset += size
+    return chosen
+
+
+def cut(parts: Sequence[Slice], workers: int) -> list[Slice]:
+    """Slices for so many workers, in input order."""
+    target = slice_target(sum(part.size for part in parts), workers)
+    compressed = sum(part.kind == JSONL and part.stop is None for part in parts)
+    slices: list[Slice] = []
+    for part in parts:
+        if part.kind == JSONL and part.stop is None and compressed < workers and part.size > _SMALLEST_SLICE:
+            # Too few files to go round. Each range decompresses what lies before it, so cut no finer than needed.
+            slices += _cut(replace(part, stop=decompressed_length(part.path)), workers)
+        elif part.stop is None:
+            slices.append(part)
+        elif part.kind == PARQUET:
+            slices += _cut(part, part.stop - part.start)
+        else:
+            slices += _cut(part, min(part.stop - part.start, -(-part.size // target)))
+    return slices
+
+
+def slice_target(total: int, workers: int) -> int:
+    """Bytes that a unit of work should have when `workers` share `total`."""
+    return min(max(total // (_SLICES_PER_WORKER * workers), _SMALLEST_SLICE), _LARGEST_SLICE)
+
+
+def _cut(part: Slice, pieces: int) -> list[Slice]:
+    """`part` as `pieces` ranges of about the same length."""
+    length = part.stop - part.start
+    edges = [part.start + length * i // pieces for i in range(pieces + 1)] if pieces else []
+    return [replace(part, start=a, stop=b, size=part.size * (b - a) // length) for a, b in itertools.pairwise(edges)]
+
+
+def _whole(path: str, keys: tuple[str, ...], paragraphs: bool) -> Slice:
+    place = Path(path)
+    if not place.exists():
+        raise ValueError(f"input={path} does not exist.")
+    if place.is_dir():
+        dataset = open_dataset(path, keys)
+        _need_columns(path, keys, dataset.column_names)
+        nbytes = dataset.select_columns(list(keys)).data.nbytes
+        return Slice(path, DATASET, keys, size=nbytes, stop=len(dataset))
+    try:
+        with place.open("rb"):
+            size = place.stat().st_size
+    except OSError as error:
+        raise ValueError(f"input={path} cannot be read ({error.strerror}).") from error
+    kind = kind_of(path)
+    if kind is None:
+        raise ValueError(f"input={path}: unknown format {place.suffix or 'without extension'}. Supported: {SUPPORTED}.")
+    if kind == PARQUET:
+        file, columns = open_parquet(path, keys)
+        _need_columns(path, keys, columns)
+        return Slice(path, PARQUET, keys, size=size * _TYPICAL_COMPRESSION, stop=file.metadata.num_row_groups)
+    compressed = compression(path) is not None
+    size *= _TYPICAL_COMPRESSION if compressed else 1
+    if kind == TEXT:
+        _need_columns(path, keys, ["text"])
+        return Slice(path, TEXT, keys, size=size, paragraphs=paragraphs)
+    _need_lines(path)
+    return Slice(path, JSONL, keys, size=size, stop=None if compressed else size)
+
+
+def _need_lines(path: str) -> None:
+    """Refuse a file that is one JSON value. Its last record alone might look like a line, and be all that is taken."""
+    opening = _OPENS_VALUE.match(first_bytes(path))
+    if opening is not None:
+        what, filter = ("a JSON array", ".[]") if opening["array"] else ("JSON over several lines", ".")
+        raise ValueError(
+            f"input={path} is {what}, not JSON lines, which have one object on each: convert it, for example with "
+            f"`jq -c {filter} {path}`."
+        )
+
+
+def _need_columns(path: str, keys: tuple[str, ...], there: list[str]) -> None:
+    for key in keys:
+        if key not in there:
+            raise ValueError(f"json-keys={key} is not in {path}: it has {', '.join(there)}.")
