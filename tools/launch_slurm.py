@@ -18,6 +18,7 @@ from pathlib import Path
 from mor_megatron.command import exit_status
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Config
+from mor_megatron.data.corpora import read_blends
 from mor_megatron.files import write_whole
 from mor_megatron.parallel.layout import dry_run
 
@@ -77,6 +78,22 @@ def job_script(args: argparse.Namespace, arguments: Sequence[str], config: Confi
     return fill(TEMPLATE.read_text(), directives, [*before, f"set -- {shlex.join([*arguments, *saves])}"])
 
 
+def require_corpora(config: Config) -> None:
+    """Look for them where the job will: a typing error would otherwise wait in the queue first.
+
+    Raises:
+        ValueError: none is given, or one is not there.
+    """
+    prefixes = dict.fromkeys(path for blend in read_blends(config.data) if blend for path in blend.paths)
+    for prefix in prefixes:
+        for suffix in (".idx", ".bin"):
+            if not Path(f"{prefix}{suffix}").is_file():
+                raise ValueError(
+                    f"data-path={prefix}: {prefix}{suffix} does not exist: correct the path, or make the corpus with "
+                    "tools/preprocess_data.py"
+                )
+
+
 def submit(script: str, save: Path) -> tuple[str, Path]:
     """Hand a script to sbatch.
 
@@ -103,7 +120,8 @@ def launch(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     """Check, fill in, and print or submit.
 
     Raises:
-        ValueError: the settings do not fit the number of ranks, or sbatch refuses the job.
+        ValueError: the settings do not fit the number of ranks, tokenizer or corpora are not there (of those in
+            a container nothing is known here), or sbatch refuses the job.
     """
     if Path.cwd() != ROOT:
         raise ValueError(f"the job runs in {ROOT}, and paths are relative to it: start this there")
@@ -112,6 +130,13 @@ def launch(args: argparse.Namespace, arguments: Sequence[str]) -> None:
         raise ValueError("save=None leaves nothing to go on from after the time limit: give --save DIR")
     print(dry_run(config, args.nodes * _tasks_per_node(args)), file=sys.stderr)
     script = job_script(args, arguments, config)
+    try:
+        if not args.container_image:
+            require_corpora(config)
+    except ValueError as error:
+        if not args.dry_run:
+            raise
+        print(f"warning: {error}", file=sys.stderr)
     if args.dry_run:
         print(script, end="")
         return

@@ -47,6 +47,14 @@ def launch(capsys, monkeypatch):
     return run
 
 
+@pytest.fixture
+def corpus(tmp_path):
+    """Prefix of files that are there, and of nothing else; beside them half a corpus."""
+    for name in ("docs.idx", "docs.bin", "half.idx"):
+        (tmp_path / name).touch()
+    return tmp_path / "docs"
+
+
 def directives(script: str) -> dict[str, str]:
     return dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", script, re.MULTILINE))
 
@@ -62,6 +70,7 @@ def test_the_template_is_filled_in_and_its_body_kept(launch, tmp_path):
     ran = launch(*options.split(), "--dry-run", "--", *batch, "--save", f"{tmp_path}/a run")
     assert ran.status == 0, ran.err
     assert "layout: 4 ranks = TP 1 x PP 1 x DP 4" in ran.err
+    assert "warning: data-path=data/docs: data/docs.idx does not exist" in ran.err, "a dry run may come first"
     template = (SLURM / "pretrain.sbatch").read_text()
     assert directives(ran.out) == directives(template) | {
         "job-name": '"a run"',
@@ -102,21 +111,36 @@ REFUSALS = {
     "nothing to run": ("--nodes 1", "give them after --"),
     "quotes": (f'--gpus-per-node 2 --sbatch comment="a" -- {MODEL} --save x', "use a value without quotes"),
     "blank": (f"--gpus-per-node 2 --container-image my\\ image -- {MODEL} --save x", "use a path without one"),
+    "no corpus": (f"--gpus-per-node 2 -- {MODEL} --save x", "data-path=data/docs: data/docs.idx does not exist"),
+    "no data": ("--gpus-per-node 2 -- --vocab-size 64 --save x", "data-path is empty: give the prefix of a corpus"),
+    "half a corpus": (
+        "--gpus-per-node 2 -- --vocab-size 64 --data-path 1 {tmp}/half --save x",
+        "half.bin does not exist",
+    ),
+    "no validation corpus": (
+        "--gpus-per-node 2 -- --train-data-path {tmp}/docs --valid-data-path {tmp}/none --vocab-size 64 --save x",
+        "none.idx does not exist: correct the path",
+    ),
+    "no tokenizer": (
+        "--gpus-per-node 2 -- --data-path {tmp}/docs --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tmp}/tok "
+        "--vocab-size 64 --save x",
+        "tok does not exist: give a local file or directory",
+    ),
     "mounts alone": (f"--container-mounts /a:/a -- {MODEL} --save x", "only with --container-image"),
 }
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSALS.values(), ids=REFUSALS)
-def test_refusals(launch, arguments, message):
-    words = shlex.split(arguments.replace('"', '\\"'))
+def test_refusals(launch, arguments, message, corpus):
+    words = shlex.split(arguments.replace('"', '\\"').replace("{tmp}", str(corpus.parent)))
     ran = launch(*words)
     assert (ran.status, ran.out) == (2, "")
     assert message in ran.err.splitlines()[-1]
 
 
-def test_only_in_the_root_and_only_where_slurm_is(launch, tmp_path, monkeypatch):
+def test_only_in_the_root_and_only_where_slurm_is(launch, tmp_path, monkeypatch, corpus):
     monkeypatch.setenv("PATH", str(tmp_path))
-    ran = launch("--gpus-per-node", "2", "--", *MODEL.split(), "--save", f"{tmp_path}/run")
+    ran = launch("--gpus-per-node", "2", "--", *MODEL.split(), "--data-path", str(corpus), "--save", f"{tmp_path}/run")
     assert (ran.status, ran.out) == (1, "")
     assert ran.err.splitlines()[-1].startswith("error: sbatch is not on the PATH")
     monkeypatch.undo()
