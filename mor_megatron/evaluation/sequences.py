@@ -25,6 +25,7 @@ from mor_megatron.data.tokenizers import configured_tokenizer
 from mor_megatron.huggingface.configuration_mor import MoRConfig
 from mor_megatron.huggingface.convert_config import training_config
 from mor_megatron.huggingface.export import newest_checkpoint, read_run_config
+from mor_megatron.huggingface.tokenizer import encoder_of_training
 from mor_megatron.inference.loading import encode, is_export
 
 IGNORED = -100
@@ -134,6 +135,8 @@ def _stream(
 ) -> Iterator[int]:
     if eod is not None:
         yield eod  # what the first document's first token follows
+    if tokenizer is not None:
+        to_ids = encoder_of_training(tokenizer)
     for part in plan(list(paths)):
         for document in read(part):
             if isinstance(document, Broken):
@@ -143,8 +146,8 @@ def _stream(
                 continue
             if tokenizer is None:
                 yield from encode(text, None, vocab_size)
-            else:  # verbose: a document may be longer than the model's context, it is cut below
-                yield from tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            else:
+                yield from to_ids([text])[0]
             if eod is not None:
                 yield eod
 

@@ -133,6 +133,8 @@ class MoRConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    padding_row: int | None = None
+    """Id that the export added to the vocabulary for padding: it is never predicted. None: it added none."""
 
     num_recursions: int = 1
     sharing_strategy: str = "middle_cycle"

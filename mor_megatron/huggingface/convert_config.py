@@ -34,8 +34,8 @@ def export_config(config: Config, vocab_size: int, **tokens: int | None) -> MoRC
 
     Args:
         config: of the run, validated.
-        vocab_size: without padding.
-        tokens: bos_token_id, eos_token_id, pad_token_id.
+        vocab_size: without the padding that a run adds for its ranks.
+        tokens: bos_token_id, eos_token_id, pad_token_id, padding_row.
     """
     model, recursion = config.model, config.recursion
     settings = {name: getattr(recursion, name) for name in SAME_NAME}
@@ -80,6 +80,11 @@ def rope_scaling(factor: float | None) -> dict[str, bool | float]:
     return {} if factor is None else {"use_rope_scaling": True, "rope_scaling_factor": factor}
 
 
+def ends_in_padding(exported: MoRConfig) -> bool:
+    """Whether the vocabulary's last row is one that the export added, and training does without."""
+    return exported.padding_row is not None and exported.padding_row == exported.vocab_size - 1
+
+
 def training_config(exported: MoRConfig) -> Config:
     """Validated settings of a run that trains an exported model on.
 
@@ -102,7 +107,7 @@ def training_config(exported: MoRConfig) -> Config:
         add_qkv_bias=exported.qkv_bias,
         init_method_std=exported.initializer_range,
         untie_embeddings_and_output_weights=not exported.tie_word_embeddings,
-        vocab_size=exported.vocab_size,
+        vocab_size=exported.vocab_size - int(ends_in_padding(exported)),
     )
     return run_config(model, _recursion(exported))
 

@@ -28,6 +28,7 @@ from mor_megatron.huggingface.convert_config import run_config, training_config
 from mor_megatron.huggingface.published import FAMILY, model_config, read_settings, read_tensors
 from mor_megatron.huggingface.uptraining import initial_weights, source_layers
 from mor_megatron.huggingface.weights import BALANCE_BIAS, export_names, layer_names, outer_names, to_ours
+from mor_megatron.model.mor_model import EMBEDDING, HEAD
 from mor_megatron.recursion.plan import plan_from_config
 from mor_megatron.training.progress import Progress
 
@@ -53,7 +54,10 @@ def read_export(path: Path) -> Imported:
     """
     exported = MoRConfig.from_pretrained(path)
     config = training_config(exported)
-    return to_ours(read_tensors(path, exported.tie_word_embeddings), export_names(config), config.model), config
+    weights = to_ours(read_tensors(path, exported.tie_word_embeddings), export_names(config), config.model)
+    for name in {EMBEDDING, HEAD} & weights.keys():
+        weights[name] = weights[name][: config.model.vocab_size].clone()
+    return weights, config
 
 
 def read_llama(

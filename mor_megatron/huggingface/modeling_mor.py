@@ -22,6 +22,9 @@ from .configuration_mor import LayerUse, MoRConfig
 from .routing_mor import ROUTING, Orders
 from .rows_mor import Rows
 
+NEVER = -1e4
+"""Logit of what cannot come: its exponential is 0 in every precision, and sums over the vocabulary stay finite."""
+
 
 class MoRRMSNorm(nn.Module):
     """x / rms(x) * weight; statistics in fp32, rounded before the weight, as LLaMA does."""
@@ -286,6 +289,8 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         elif logits_to_keep > 0:
             hidden = hidden[:, -logits_to_keep:]
         logits = self.lm_head(hidden)
+        if self.config.padding_row is not None:
+            logits[..., self.config.padding_row] = NEVER
         loss = None
         if labels is not None:
             labels = labels.masked_fill(outputs.depths < 0, -100)
