@@ -1,32 +1,60 @@
-"""Continue a text with a checkpoint or an export, token by token. See docs/inference.md."""
+"""Continue a text token by token, or a file of prompts in batches. See docs/inference.md.
+
+python tools/generate.py --model mor-export --prompt "The sea" --show-depth
+python tools/generate.py --model runs/mor --prompts prompts.txt --batch-size 32 --output continuations.jsonl
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from mor_megatron.command import DTYPES, exit_status
-from mor_megatron.files import write_whole
+from mor_megatron.files import whole_file, write_whole
+
+_CHOICE = ("temperature", "top_k", "top_p", "depth", "router_threshold")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the text as it comes.
+    """One text as it comes, or all continuations of a file.
 
     Raises:
-        ValueError: the model cannot be read, or a setting does not apply to it.
+        ValueError: the model or the prompts cannot be read, or a setting does not apply.
     """
     import torch
 
+    from mor_megatron.inference.batch import generate_all, read_prompts
+    from mor_megatron.inference.loading import encode, load_model
+
+    prompts = None if args.prompts is None else read_prompts(args.prompts)
+    model, tokenizer = load_model(args.model, args.dtype, args.device)
+    torch.manual_seed(args.seed)
+    choice = {name: getattr(args, name) for name in _CHOICE}
+    if prompts is None:
+        _stream(args, model, tokenizer, choice)
+        return
+    ids = [encode(prompt, tokenizer, model.config.vocab_size) for prompt in prompts]
+    with ExitStack() as stack:
+        out = sys.stdout if args.output is None else stack.enter_context(whole_file(args.output))
+        found = generate_all(model, ids, args.batch_size or 8, args.max_new_tokens, **choice)
+        for prompt, one in zip(prompts, found, strict=True):
+            text = tokenizer.decode(one.tokens) if tokenizer is not None else " ".join(map(str, one.tokens))
+            depth = round(sum(one.depths) / max(1, len(one.depths)), 3)
+            record = {"prompt": prompt, "continuation": text, "tokens": len(one.tokens), "mean_depth": depth}
+            print(json.dumps(record | {"finished": one.is_finished}, ensure_ascii=False), file=out, flush=True)
+
+
+def _stream(args: argparse.Namespace, model, tokenizer, choice: dict) -> None:
     from mor_megatron.inference import show
     from mor_megatron.inference.generation import Token, generate
-    from mor_megatron.inference.loading import Pieces, encode, load_model
+    from mor_megatron.inference.loading import Pieces, encode, opening
 
-    model, tokenizer = load_model(args.model, args.dtype, args.device)
-    prompt = encode(args.prompt, tokenizer, model.config.vocab_size)
+    prompt = encode(args.prompt, tokenizer, model.config.vocab_size) if args.prompt else opening(model)
     count = model.config.num_recursions
     pieces, tokens = Pieces(tokenizer), []
-    torch.manual_seed(args.seed)
 
     def print_token(token: Token) -> None:
         piece = pieces.next(token.id)
@@ -35,17 +63,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.show_depth:
         print(show.legend(count))
-    cache = generate(
-        model,
-        prompt,
-        args.max_new_tokens,
-        print_token,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        depth=args.depth,
-        router_threshold=args.router_threshold,
-    )
+    cache = generate(model, prompt, args.max_new_tokens, print_token, **choice)
     print(pieces.rest())
     if args.show_depth:
         mean = sum(depth for _, depth in tokens) / len(tokens)
@@ -55,10 +73,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """0: done; 2: the model cannot be read, or a setting does not apply."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """0: done; 2: the model or the prompts cannot be read, or a setting does not apply."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="export, a run's --save directory, or a checkpoint")
-    parser.add_argument("--prompt", required=True, help="text; ids if the model has no tokenizer")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", help="text, ids if the model has no tokenizer; default: a document's beginning")
+    source.add_argument("--prompts", type=Path, help="a prompt a line, or records with a field `prompt`")
+    parser.add_argument("--batch-size", type=int, help="--prompts: how many at once; default 8")
+    parser.add_argument("--output", type=Path, help="--prompts: JSON lines go here instead of to the terminal")
     parser.add_argument("--max-new-tokens", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token; above: drawn")
     parser.add_argument("--top-k", type=int, help="draw among so many tokens")
@@ -71,6 +93,13 @@ def main() -> int:
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     args = parser.parse_args()
+    for name in ("batch_size", "max_new_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value} must be at least 1")
+    for name in ("show_depth", "html") if args.prompts else ("batch_size", "output"):
+        if getattr(args, name):
+            parser.error(f"--{name.replace('_', '-')} goes {'with one --prompt' if args.prompts else 'with --prompts'}")
     return exit_status(lambda: run(args))
 
 

@@ -71,13 +71,7 @@ def generate(
     Raises:
         ValueError: a setting does not apply.
     """
-    if temperature < 0.0:
-        raise ValueError(f"temperature={temperature} must be 0 (the most likely token) or more")
-    if temperature == 0.0 and (top_k is not None or top_p is not None):
-        raise ValueError("top-k and top-p choose among tokens to draw from: give a --temperature above 0")
-    sampling = {"do_sample": False}
-    if temperature > 0.0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
+    options = sampling(temperature, top_k, top_p)
     orders = {"depth": depth, "router_threshold": router_threshold}
     orders = {name: value for name, value in orders.items() if value is not None}
     cache = MoRCache(model.config)
@@ -90,9 +84,24 @@ def generate(
         cache=cache,
         streamer=stream,
         pad_token_id=model.generation_config.pad_token_id or 0,
-        **sampling,
+        **options,
         **orders,
     )
     model(tokens[:, cache.get_seq_length() :], cache=cache, **orders)  # the last token was chosen, but not taken in
     stream.flush()
     return cache
+
+
+def sampling(temperature: float, top_k: int | None, top_p: float | None) -> dict[str, bool | float | int]:
+    """Arguments of transformers' `generate` for how tokens are chosen; see `generate`.
+
+    Raises:
+        ValueError: a setting does not apply.
+    """
+    if temperature < 0.0:
+        raise ValueError(f"temperature={temperature} must be 0 (the most likely token) or more")
+    if temperature == 0.0 and (top_k is not None or top_p is not None):
+        raise ValueError("top-k and top-p choose among tokens to draw from: give a --temperature above 0")
+    if temperature == 0.0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}

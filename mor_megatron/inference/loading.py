@@ -41,7 +41,8 @@ def load_model(
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path) if has_tokenizer else None
     else:
         checkpoint = read_checkpoint(path)
-        tokenizer = export_tokenizer(checkpoint.config.data, checkpoint.config.model.max_position_embeddings)
+        data, longest = checkpoint.config.data, checkpoint.config.model.max_position_embeddings
+        tokenizer = export_tokenizer(data, longest, strict=False)
         model = to_model(checkpoint.weights, checkpoint.config, checkpoint.vocab_size, tokenizer)
         model = cast(model, DTYPES[dtype])
     return model.to(device).eval(), tokenizer
@@ -62,6 +63,18 @@ def _read_export(path: Path, dtype: torch.dtype) -> MoRForCausalLM:
         for name in sorted(found[fault]):
             raise ValueError(f"model={path} {verb} {name if isinstance(name, str) else name[0]}: export it again")
     return model
+
+
+def opening(model: MoRForCausalLM) -> list[int]:
+    """What stands before a document in training, from which a text without a prompt begins.
+
+    Raises:
+        ValueError: nothing stands there.
+    """
+    token = model.generation_config.bos_token_id
+    if token is None:
+        raise ValueError("this model knows no beginning of a document, for its run had no tokenizer: give a prompt")
+    return [token]
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> list[int]:

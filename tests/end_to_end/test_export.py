@@ -82,7 +82,7 @@ def test_directory_holds_unique_parameters_and_the_code(export: Path):
     model = load(export)
     stored = sum(p.numel() for p in model.parameters())
     assert sum(t.numel() for t in weights.values()) == stored
-    assert weights["model.embed_tokens.weight"].shape[0] == 300  # 384 with padding
+    assert weights["model.embed_tokens.weight"].shape[0] == 301  # 300, and padding's; 384 in the run
     assert (export / "model.safetensors").stat().st_size < 4 * stored + 20_000
     names = {path.name for path in export.glob("*.py")}
     assert {"configuration_mor.py", "modeling_mor.py", "attention_mor.py", "cache_mor.py"} <= names
@@ -163,6 +163,8 @@ def test_bf16_export_and_refusals(run: Path, tmp_path: Path, monkeypatch, capsys
     shutil.rmtree(tmp_path / "half")
     assert call(monkeypatch, "--load", tmp_path / "nothing", "--output", tmp_path / "half") == 2
     assert "has no checkpoint" in capsys.readouterr().err
+    assert call(monkeypatch, "--load", run, "--output", tmp_path / "half", "--as", "llama") == 2
+    assert "routing=expert_choice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient_checkpointing"])
@@ -209,6 +211,37 @@ def test_generate_shows_depths(model_path: Path, export: Path, tmp_path: Path, m
     assert text == tokenizer.decode(tokens[0])
     depths = model(tokens).depths[0].tolist()
     assert [int(depth) for depth in re.findall(r'title="depth (\d)"', page.read_text())] == depths
+
+
+def test_prompts_in_batches_and_none_at_all(export: Path, tmp_path: Path, monkeypatch, capsys):
+    """Each continuation is that of its prompt alone; without a prompt a document begins, behind the end of another."""
+    prompts = ["The import statement", "x", "def f(a, b):\n    return a"]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    (tmp_path / "lines.txt").write_text("\n".join(prompts[:2]) + "\n\n")
+    words = ("--model", export, "--max-new-tokens", 5, "--device", "cpu")
+    options = ("--batch-size", 2, "--output", tmp_path / "out.jsonl")
+    assert tool(monkeypatch, generate, *words, "--prompts", tmp_path / "prompts.jsonl", *options) == 0
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert tool(monkeypatch, generate, *words, "--prompts", tmp_path / "lines.txt") == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == found[:2]
+    tokenizer, model = AutoTokenizer.from_pretrained(export, trust_remote_code=True), load(export)
+    for prompt, record in zip(prompts, found, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        tokens = model.generate(ids, max_new_tokens=5, do_sample=False)
+        new = tokens[0, ids.shape[1] :]
+        assert record["prompt"] == prompt
+        assert record["continuation"] == tokenizer.decode(new, skip_special_tokens=True)
+        depth = model(tokens).depths[0, ids.shape[1] :][: record["tokens"]].float().mean().item()
+        assert record["mean_depth"] == pytest.approx(depth, abs=1e-3)
+        assert record["finished"] == bool(new[-1] == tokenizer.eos_token_id)
+
+    assert tool(monkeypatch, generate, *words) == 0
+    begun = model.generate(max_new_tokens=5, do_sample=False)
+    assert begun[0, 0] == tokenizer.eos_token_id
+    assert capsys.readouterr().out == tokenizer.decode(begun[0]) + "\n"
+    (tmp_path / "prompts.jsonl").write_text('{"text": "x"}\n')
+    assert tool(monkeypatch, generate, *words, "--prompts", tmp_path / "prompts.jsonl") == 2
+    assert "prompts.jsonl:1: no key 'prompt'" in capsys.readouterr().err
 
 
 def test_show_routing(model_path: Path, export: Path, tmp_path: Path, monkeypatch, capsys):

@@ -1,0 +1,93 @@
+"""Continuations of many prompts, several at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mor_megatron.data.sources import Broken, describe, plan, read
+from mor_megatron.huggingface.cache_mor import MoRCache
+from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
+from mor_megatron.inference.generation import sampling
+
+PROMPT = "prompt"
+"""Field of a record that holds a prompt."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What followed one prompt."""
+
+    tokens: tuple[int, ...]
+    """Without the token that ended it."""
+    depths: tuple[int, ...]
+    """Recursions that each passed."""
+    is_finished: bool
+    """It ended by itself."""
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a file: the lines of a text, or the field `prompt` of records (JSON lines, parquet, compressed too).
+
+    Raises:
+        ValueError: it cannot be read, a record is broken, or there is no prompt in it.
+    """
+    if path.suffix in (".txt", ".text", ".md"):
+        prompts = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    else:
+        records = [record for part in plan([str(path)], keys=(PROMPT,)) for record in read(part)]
+        broken = [record for record in records if isinstance(record, Broken)]
+        if broken:
+            raise ValueError(f"{describe(broken[:1])[0]}: correct it, or leave it out")
+        prompts = [record.texts[0] for record in records]
+    if not prompts:
+        raise ValueError(f"prompts={path} holds no prompt: give one a line, or records with the field {PROMPT!r}")
+    return prompts
+
+
+def generate_all(
+    model: MoRForCausalLM,
+    prompts: Sequence[list[int]],
+    batch_size: int,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    depth: int | None = None,
+    router_threshold: float | None = None,
+) -> Iterator[Continuation]:
+    """Continue every prompt, in their order. Without drawing, a batch changes nothing; other arguments as `generate`.
+
+    Raises:
+        ValueError: a setting does not apply.
+    """
+    options = sampling(temperature, top_k, top_p)
+    orders = {"depth": depth, "router_threshold": router_threshold}
+    orders = {name: value for name, value in orders.items() if value is not None}
+    for start in range(0, len(prompts), batch_size):
+        yield from _generate(model, prompts[start : start + batch_size], max_new_tokens, options | orders, orders)
+
+
+@torch.no_grad()
+def _generate(
+    model: MoRForCausalLM, prompts: Sequence[list[int]], max_new_tokens: int, options: dict, orders: dict
+) -> Iterator[Continuation]:
+    longest = max(map(len, prompts))
+    padding = model.generation_config.pad_token_id or 0
+    rows = [[padding] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    ids, mask = (torch.tensor(x, device=model.device) for x in (rows, mask))
+    cache = MoRCache(model.config)
+    tokens = model.generate(
+        ids, attention_mask=mask, max_new_tokens=max_new_tokens, cache=cache, pad_token_id=padding, **options
+    )
+    model(tokens[:, cache.get_seq_length() :], cache=cache, **orders)  # the last tokens were chosen, but not taken in
+    ends = model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    for row, depths in zip(tokens[:, longest:].tolist(), cache.depths[:, longest:].tolist(), strict=True):
+        count = next((i for i, token in enumerate(row) if token in ends), None)
+        yield Continuation(tuple(row[:count]), tuple(depths[:count]), count is not None)
