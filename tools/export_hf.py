@@ -18,29 +18,36 @@ def run(args: argparse.Namespace) -> Path:
         ValueError: the checkpoint cannot be read, the output not be written, or the export is another model.
     """
     from mor_megatron.huggingface.card import write_card
-    from mor_megatron.huggingface.export import export, read_checkpoint, to_model
+    from mor_megatron.huggingface.export import read_checkpoint, to_model, write
     from mor_megatron.huggingface.tokenizer import export_tokenizer
+    from mor_megatron.huggingface.unrolled import to_llama, unrolling
     from mor_megatron.huggingface.verify import EXTRACT, compare
 
     checkpoint = read_checkpoint(args.load)
     config, vocab_size = checkpoint.config, checkpoint.vocab_size
-    tokenizer = None
+    is_llama, tokenizer, comparison = args.family == "llama", None, None
     if not args.no_tokenizer:
-        tokenizer = export_tokenizer(config.data, config.model.max_position_embeddings)
+        tokenizer = export_tokenizer(config.data, config.model.max_position_embeddings, own_padding=not is_llama)
     facts = (checkpoint.weights, config, vocab_size, tokenizer)
-    comparison = None
+
+    def build():
+        return to_llama(*facts, args.depth) if is_llama else to_model(*facts)
+
     if args.verify:
         trial = args.output.with_name(args.output.name + ".verify")
         shutil.rmtree(trial, ignore_errors=True)
         try:
-            export(*facts, trial)
+            write(build(), tokenizer, trial)
             text = EXTRACT if args.verify_text is None else args.verify_text.read_text()
-            comparison = compare(trial, *facts, text)
+            comparison = compare(trial, *facts, text, depth=args.depth)
         finally:
             shutil.rmtree(trial, ignore_errors=True)
         print(f"export and training stack on {comparison}", flush=True)
-    card = write_card(to_model(*facts), checkpoint, comparison)
-    output = export(*facts, args.output, args.dtype)
+    model = build()
+    card = write_card(model, checkpoint, comparison)
+    if is_llama:
+        print(unrolling(model, config, vocab_size), flush=True)
+    output = write(model, tokenizer, args.output, args.dtype)
     write_whole(output / "README.md", card)
     return output
 
@@ -50,6 +57,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--load", type=Path, required=True, help="a run's --save directory, or one checkpoint in it")
     parser.add_argument("--output", type=Path, required=True, help="new directory")
+    parser.add_argument(
+        "--as",
+        dest="family",
+        choices=("mor", "llama"),
+        default="mor",
+        help="llama: LlamaForCausalLM, without routing; the layers of a recursive model are copied to each position",
+    )
+    parser.add_argument("--depth", type=int, help="--as llama: recursions of every token; default all")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the stored weights")
     parser.add_argument("--no-tokenizer", action="store_true", help="weights and code only")
     parser.add_argument("--verify", action="store_true", help="compare with the training stack on real text first")
@@ -57,6 +72,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.verify_text is not None and not args.verify:
         parser.error("--verify-text does nothing without --verify")
+    if args.depth is not None and args.family != "llama":
+        parser.error("--depth is a choice of who runs an export: it needs --as llama")
     from mor_megatron.huggingface.verify import AnotherModelError
 
     return exit_status(lambda: print(f"{args.load} -> {run(args)}"), failures=(AnotherModelError,))

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+from transformers import LlamaForCausalLM, PreTrainedModel
+
 from mor_megatron.huggingface.export import Checkpoint
-from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 from mor_megatron.huggingface.verify import AnotherModelError, Comparison
+from mor_megatron.recursion.plan import plan_from_config
 
 _KINDS = {
     "none": "no routing: every token passes every recursion",
     "expert_choice": "expert-choice routing: before each recursion a router decides which tokens go on",
     "token_choice": "token-choice routing: a router picks the number of recursions of each token",
 }
+_MOR = "A Transformer that runs a shared block of layers several times (arXiv 2507.10524)."
+_LLAMA = (
+    "A Llama, unrolled from the model that was trained: where that ran a layer several times (arXiv 2507.10524), it is "
+    "stored as often."
+)
 _HEADER = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [mor, recursive]
+tags: [{tags}]
 ---"""
 _USE = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(DIRECTORY, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(DIRECTORY{trust})
+model = AutoModelForCausalLM.from_pretrained(DIRECTORY{trust})
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 """
 
 
-def write_card(model: MoRForCausalLM, checkpoint: Checkpoint, verified: Comparison | None) -> str:
+def write_card(model: PreTrainedModel, checkpoint: Checkpoint, verified: Comparison | None) -> str:
     """Text of README.md.
 
     Args:
-        model: the export.
+        model: the export; a Llama where the model was unrolled into one.
         checkpoint: what it was made of.
         verified: of this export; None if it was not compared.
     Raises:
@@ -42,23 +49,31 @@ def write_card(model: MoRForCausalLM, checkpoint: Checkpoint, verified: Comparis
     if verified is not None and not verified.agrees:
         raise AnotherModelError(f"the export is not the model that was trained: {verified}")
     config, run = model.config, checkpoint.config
+    recursion, plan = run.recursion, plan_from_config(run)
     stored = sum(p.numel() for p in model.parameters())
-    plan = config.plan
     per_layer = sum(p.numel() for p in model.model.layers[0].parameters())
-    unrolled = stored + per_layer * (len(plan.layers) - plan.num_physical_layers)
+    positions, trained = len(model.model.layers), plan.num_physical_layers
+    is_llama = isinstance(model, LlamaForCausalLM)
+    if is_llama:
+        parameters = f"{stored:,} stored"
+        layers = f"{positions}, copies of {trained} trained ones" if positions > trained else f"{positions}"
+    else:
+        unrolled = stored + per_layer * (len(plan.layers) - trained)
+        parameters = f"{stored:,} stored; {unrolled:,} if no layer were shared"
+        layers = f"{len(plan.layers)} positions on {trained} stored layers"
     progress = checkpoint.manifest.progress
     tokens = progress["consumed_samples"] * run.data.seq_length
     facts = {
-        "parameters": f"{stored:,} stored; {unrolled:,} if no layer were shared",
-        "layers": f"{len(plan.layers)} positions on {plan.num_physical_layers} stored layers",
-        "recursions": f"{config.num_recursions} ({config.sharing_strategy})" if config.num_recursions > 1 else "1",
-        "routing": _KINDS[config.routing],
-        "keys and values": config.kv_mode,
+        "parameters": parameters,
+        "layers": layers,
+        "recursions": f"{plan.num_recursions} ({plan.strategy})" if plan.num_recursions > 1 else "1",
+        "routing": _KINDS[recursion.routing],
+        "keys and values": recursion.kv_mode,
         "width, feed-forward, heads, key/value heads": (
             f"{config.hidden_size}, {config.intermediate_size}, {config.num_attention_heads}, "
             f"{config.num_key_value_heads}"
         ),
-        "vocabulary, longest sequence": f"{config.vocab_size:,}, {config.max_position_embeddings:,}",
+        "vocabulary, longest sequence": f"{checkpoint.vocab_size:,}, {config.max_position_embeddings:,}",
         "trained on": f"{tokens:,} tokens in {progress['iteration']:,} iterations",
         "global batch": f"{run.training.global_batch_size:,} sequences of {run.data.seq_length:,} tokens",
         "optimizer": (
@@ -70,13 +85,13 @@ def write_card(model: MoRForCausalLM, checkpoint: Checkpoint, verified: Comparis
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     parts = [
-        _HEADER,
-        "# Mixture-of-Recursions language model",
-        "A Transformer that runs a shared block of layers several times (arXiv 2507.10524).",
+        _HEADER.format(tags="llama" if is_llama else "mor, recursive"),
+        "# Language model" if is_llama else "# Mixture-of-Recursions language model",
+        _LLAMA if is_llama else _MOR,
         f"| | |\n|---|---|\n{table}",
         "## Use",
-        _USE.rstrip(),
-        _advice(config),
+        _USE.rstrip().format(trust="" if is_llama else ", trust_remote_code=True"),
+        "" if is_llama else _advice(config),
     ]
     if verified is not None:
         parts += ["## Verified", f"Against the training code, in fp32, on {verified}."]

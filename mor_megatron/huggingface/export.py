@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mor_megatron import command
 from mor_megatron.checkpointing.directory import candidates
@@ -90,26 +91,31 @@ def to_model(
         weights: whole tensors by our names, vocabulary without padding.
         config: validated settings of the run.
         vocab_size: without padding.
-        tokenizer: gives the special tokens.
+        tokenizer: gives the special tokens; a padding token behind the vocabulary gets a row of zeros.
     Raises:
         ValueError: the weights are not of this model.
     """
     tokens = {}
     if tokenizer is not None:
         tokens = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    exported = export_config(config, vocab_size, **tokens)
     state = to_theirs(weights, export_names(config), config.model)
+    if tokens.get("pad_token_id") == vocab_size:
+        tokens["padding_row"] = vocab_size
+        vocab_size += 1
+        for name in {"model.embed_tokens.weight", "lm_head.weight"} & state.keys():
+            state[name] = F.pad(state[name], (0, 0, 0, 1))
+    exported = export_config(config, vocab_size, **tokens)
     if exported.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     with torch.device("meta"):
         model = MoRForCausalLM(exported)
     model.load_state_dict(state, assign=True)
     model.tie_weights()
-    model.generation_config = GenerationConfig(**tokens)
+    model.generation_config = GenerationConfig(**{name: tokens[name] for name in tokens if name != "padding_row"})
     return model.eval()
 
 
-def cast(model: MoRForCausalLM, dtype: torch.dtype) -> MoRForCausalLM:
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The model itself, its weights in another precision; the bias that chooses depths stays as it is."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.to(dtype)
@@ -126,21 +132,33 @@ def export(
     output: str | Path,
     dtype: str = "fp32",
 ) -> Path:
+    """`write` for a model that is made of weights as in `to_model`.
+
+    Raises:
+        ValueError: as either.
+    """
+    return write(to_model(weights, config, vocab_size, tokenizer), tokenizer, output, dtype)
+
+
+def write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, output: str | Path, dtype: str = "fp32"
+) -> Path:
     """Write configuration, code, weights, generation settings and tokenizer.
 
     Args:
-        weights, config, vocab_size, tokenizer: as in `to_model`.
+        model: in fp32; its weights are cast in place.
+        tokenizer: of the export.
         output: a new directory; it appears when it is complete.
         dtype: of the stored weights: fp32, bf16, fp16.
     Raises:
-        ValueError: the output exists or cannot be written, or the weights are not of this model.
+        ValueError: the output exists or cannot be written.
     """
     output = Path(output)
     if output.exists():
         raise ValueError(f"output={output} exists: name a new directory, or move it away")
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype} is unknown: use one of {', '.join(DTYPES)}")
-    model = cast(to_model(weights, config, vocab_size, tokenizer), DTYPES[dtype])
+    model = cast(model, DTYPES[dtype])
     model.config.dtype = DTYPES[dtype]
     partial = output.with_name(output.name + ".partial")
     try:

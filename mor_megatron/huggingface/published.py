@@ -27,7 +27,7 @@ _NEEDED = (
     "vocab_size",
 )
 """Settings of theirs that have no default here."""
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What every published Llama 3 says of its rotary scaling, beside the factor."""
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Where transformers looks for weights, in this order; a file may be sharded under an index of its name."""
@@ -158,9 +158,9 @@ def _scaling_factor(path: Path, rope: dict[str, Any]) -> float | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default" and rope.get("partial_rotary_factor", 1.0) == 1.0:
         return None
-    if kind == "llama3" and all(rope.get(name) == value for name, value in _LLAMA3.items()):
+    if kind == "llama3" and all(rope.get(name) == value for name, value in LLAMA3.items()):
         return rope["factor"]
     raise ValueError(
         f"{path}: rope_parameters={rope} is more than these layers can do, which know none and Llama 3's "
-        f"({', '.join(f'{name} {value:g}' for name, value in _LLAMA3.items())}): it cannot be imported"
+        f"({', '.join(f'{name} {value:g}' for name, value in LLAMA3.items())}): it cannot be imported"
     )

@@ -62,6 +62,7 @@ def compare(
     tokenizer: PreTrainedTokenizerBase | None,
     text: str = EXTRACT,
     sequences: int = 4,
+    depth: int | None = None,
 ) -> Comparison:
     """Load an export as anybody would, and run it beside the training stack.
 
@@ -70,6 +71,7 @@ def compare(
         weights, config, vocab_size: of the run, as in `export.export`.
         tokenizer: of the export; without one, the characters' numbers stand for ids.
         text: to run on; cut into `sequences` pieces of at most 512 tokens.
+        depth: recursions of every token in the training stack; None lets the router decide.
     Raises:
         ValueError: the text is too short for one piece of two tokens each.
     """
@@ -81,12 +83,12 @@ def compare(
     if length < 2:
         raise ValueError(f"text of {len(ids)} tokens is too short: give at least {2 * sequences}")
     batch = torch.tensor(ids[: sequences * length]).view(sequences, length)
-    context = RoutingContext(selection="threshold", trace={})
+    context = RoutingContext(selection="threshold", trace={}, fixed_depth=depth)
     model = training_model(weights, config, vocab_size)
     ours = model(Batch(batch.to(next(model.parameters()).device)), context).float().cpu()
     exported = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32).eval()
     output = exported(batch)
-    theirs = output.logits
+    theirs = output.logits[..., :vocab_size]  # the export may have a row for padding
     depth = depths_of(context, config)
     difference = (ours - theirs).abs()
     return Comparison(

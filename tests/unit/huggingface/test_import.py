@@ -12,11 +12,14 @@ import pytest
 import torch
 from pairs import VOCAB, pair, random_ids
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -33,6 +36,7 @@ from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.plan import build_plan
 
 sys.path.append(str(Path(__file__).parents[3] / "tools"))
+import export_hf
 import import_hf
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -57,7 +61,7 @@ def test_an_export_comes_back_bit_for_bit(name: str, tmp_path: Path):
         for key, tensor in model.state_dict().items()
         if not key.endswith("_extra_state")
     }
-    export(weights, config, VOCAB, None, tmp_path / "export")
+    export(weights, config, VOCAB, numbers(), tmp_path / "export")
     again, settings = read_export(tmp_path / "export")
     write_checkpoint(again, settings, tmp_path / "run")
     checkpoint = read_checkpoint(tmp_path / "run")
@@ -70,6 +74,15 @@ def test_an_export_comes_back_bit_for_bit(name: str, tmp_path: Path):
     with torch.no_grad():
         expected = pair(name)[1](ids).logits
         assert torch.equal(to_model(checkpoint.weights, checkpoint.config, VOCAB)(ids).logits, expected)
+        padded = to_model(checkpoint.weights, checkpoint.config, VOCAB, numbers())(ids).logits
+    torch.testing.assert_close(padded[..., :VOCAB], expected, atol=1e-6, rtol=0)
+    assert torch.equal(padded.softmax(-1)[..., VOCAB:], torch.zeros(*ids.shape, 1))
+
+
+def numbers() -> PreTrainedTokenizerFast:
+    """A tokenizer of the vocabulary, and a padding token behind it."""
+    backend = Tokenizer(WordLevel({str(i): i for i in range(VOCAB)}, "0"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="0", bos_token="0", pad_token="<|pad|>")
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +163,18 @@ def test_command_line(llama, tmp_path: Path, monkeypatch, capsys):
     assert call("--output", tmp_path / "run", "--num-recursions", 2, "--initialization", "upper") == 0
     assert "layer 1: layer 4" in capsys.readouterr().out
     assert read_checkpoint(tmp_path / "run").config.recursion.num_recursions == 2
+    words = ("--load", tmp_path / "run", "--as", "llama", "--depth", 1, "--verify", "--output", tmp_path / "again")
+    monkeypatch.setattr(sys, "argv", ["export_hf.py", *map(str, words)])
+    assert export_hf.main() == 0
+    printed = capsys.readouterr().out
+    assert "the same most likely token at 100.00 %" in printed
+    assert "LlamaForCausalLM of 5 layers" in printed
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "again")
+    assert (
+        again.config.rope_parameters["rope_theta"]
+        == json.loads((tmp_path / "again" / "config.json").read_text())["rope_theta"]
+    )
+    assert "trust_remote_code" not in (tmp_path / "again" / "README.md").read_text()
     assert call("--output", tmp_path / "run") == 2
     assert "is not empty" in capsys.readouterr().err
     assert call("--output", tmp_path / "new", "--initialization", "upper") == 2
