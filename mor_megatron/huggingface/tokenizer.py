@@ -94,11 +94,24 @@ def encoder_of_training(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[st
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     size = tokenizer.init_kwargs.get(TRAINED_SIZE, len(tokenizer))
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size]
+    if tokenizer.init_kwargs.get(SPELLS_SPECIAL, False):
+        _spell_special(state)
     backend = tokenizers.Tokenizer.from_str(json.dumps(state))
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = tokenizer.init_kwargs.get(SPELLS_SPECIAL, False)
     return lambda texts: [encoded.ids for encoded in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _spell_special(state: dict) -> None:
+    """Let special tokens be no more than names of ids. `encode_special_tokens` does that, but for a text, or a part of
+    one between two user-defined pieces, that is a special token and nothing else."""
+    special = {token["content"] for token in state["added_tokens"] if token["special"]}
+    state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
+    model = state["model"]
+    if model["type"] == "BPE":
+        model["vocab"] = {f"\0{piece}" if piece in special else piece: i for piece, i in model["vocab"].items()}
+        if model["unk_token"] in special:
+            model["unk_token"] = f"\0{model['unk_token']}"
 
 
 def random_texts(count: int, special: list[str], seed: int = 0) -> list[str]:
