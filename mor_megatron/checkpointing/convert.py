@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, StoredFile
+from mor_megatron.checkpointing.manifest import CONFIG, KEPT_TOKENIZER, MANIFEST, StoredFile
 from mor_megatron.checkpointing.pieces import STEP, Cut
 from mor_megatron.checkpointing.reader import WHOLE, CheckpointReader, open_checkpoint
-from mor_megatron.checkpointing.tensor_file import checksum_of, write_text
+from mor_megatron.checkpointing.tensor_file import checksum_of, write_bytes, write_text
 from mor_megatron.files import as_os_error, flush, flush_directory
 
 OPTIMIZER = "optimizer.safetensors"
 
 
 def convert(directory: str | Path, output: str | Path, with_optimizer: bool = False) -> Path:
-    """Write `model.safetensors` (vocabulary without padding), `buffers.safetensors`, the config and a manifest.
+    """Write `model.safetensors` (vocabulary without padding), `buffers.safetensors`, config, tokenizer and manifest.
 
     Args:
         directory: of one checkpoint.
@@ -59,7 +59,11 @@ def _write(reader: CheckpointReader, partial: Path, with_optimizer: bool) -> Non
     for name, content in tensors.items():
         if content:
             files[name] = _save(partial / name, content)
-    files[CONFIG] = StoredFile.of(write_text(partial / CONFIG, (reader.directory / CONFIG).read_text()))
+    for name in reader.manifest.files:
+        if name == CONFIG or PurePosixPath(name).parts[0] == KEPT_TOKENIZER:
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            files[name] = StoredFile.of(write_bytes(partial / name, (reader.directory / name).read_bytes()))
+            flush_directory((partial / name).parent)
     parameters = {name: Cut(cut.unpadded) for name, cut in reader.manifest.parameters.items()}
     manifest = replace(reader.manifest, parameters=parameters, files=files)
     write_text(partial / MANIFEST, manifest.to_json())

@@ -42,7 +42,12 @@ def candidates(root: Path) -> list[Path]:
         older = [path for iteration, path in found if iteration <= newest]
         missing = [] if any(path.name == named[0] for path in older) else [root / named[0]]
         return [*missing, *older]
-    return [path for _, path in found]
+    return checkpoints(root)
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """All of them from new to old, also those that are newer than `latest`."""
+    return [path for _, path in _found(root)]
 
 
 def publish(partial: Path) -> Path:

@@ -1,52 +1,86 @@
-"""Which model a checkpoint is of, and what of it a run that loads it may change."""
+"""Which model a checkpoint is of, and what a run that loads it has changed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from megatron.core import parallel_state
 
 from mor_megatron.checkpointing.pieces import Cut
-from mor_megatron.config.schema import Config
+from mor_megatron.config.schema import CHANGE, Change, Config
+from mor_megatron.config.settings import flag_name
+from mor_megatron.config.unread import is_read
 from mor_megatron.parallel.stages import pipeline_plan
 
-NEW_IN_FINETUNING = (
-    "num-layers",
-    "num-recursions",
-    "sharing-strategy",
-    "kv-mode",
-    "routing",
-    "router-type",
-    "router-objective",
-)
-"""Settings that `--finetune` may change: how often and in which order the stored layers run, and who routes. Every
-weight that is loaded keeps its name and shape; router weights that the checkpoint lacks begin as in a new run."""
+
+@dataclass(frozen=True)
+class Difference:
+    """A setting that a run has otherwise than the checkpoint that it loads."""
+
+    name: str
+    """As users write it."""
+    change: Change
+    was: Any
+    now: Any
+    remedy: str | None = None
+    """Other than that of its `Change`."""
+
+    def __str__(self) -> str:
+        return f"{self.name} was {_words(self.was)}, is now {_words(self.now)}"
 
 
 def model_shape(config: Config, vocab_size: int) -> dict[str, Any]:
     """The settings that decide which function of its parameters the model is, and what shape they have."""
-    model, recursion = config.model, config.recursion
-    groups = model.num_query_groups if model.group_query_attention else model.num_attention_heads
-    shape = {
-        "num-layers": model.num_layers,
-        "hidden-size": model.hidden_size,
-        "ffn-hidden-size": model.ffn_hidden_size,
-        "num-attention-heads": model.num_attention_heads,
-        "num-query-groups": groups,
-        "kv-channels": model.kv_channels,
-        "untie-embeddings-and-output-weights": model.untie_embeddings_and_output_weights,
-        "vocab-size": vocab_size,
-        "num-recursions": recursion.num_recursions,
-        "routing": recursion.routing,
-    }
-    if model.add_qkv_bias:
-        shape["add-qkv-bias"] = True
-    if recursion.num_recursions > 1:
-        shape |= {"sharing-strategy": recursion.sharing_strategy, "kv-mode": recursion.kv_mode}
-    if recursion.routing != "none":
-        shape |= {"router-type": recursion.router_type, "router-objective": recursion.router_objective}
-    return shape
+    config = _plain(config, vocab_size)
+    decisive = (Change.WEIGHTS, Change.FUNCTION)
+    shape = {flag_name(entry.name): value for entry, change, value in _settings(config) if change in decisive}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in shape.items()}  # as JSON has it
+
+
+def differences(saved: Config, vocab_size: int, wanted: Config, wanted_vocab_size: int) -> list[Difference]:
+    """What differs between two runs, of the settings that both read and something depends on.
+
+    Args:
+        saved, vocab_size: validated settings and resolved vocabulary of the run that wrote a checkpoint.
+        wanted, wanted_vocab_size: of the run that loads it.
+    """
+    before = {entry.name: value for entry, _, value in _settings(_plain(saved, vocab_size))}
+    return [
+        Difference(flag_name(entry.name), change, before[entry.name], value)
+        for entry, change, value in _settings(_plain(wanted, wanted_vocab_size))
+        if change is not Change.SILENT and entry.name in before and before[entry.name] != value
+    ]
+
+
+def _settings(config: Config) -> Iterator[tuple[Field, Change, Any]]:
+    """Every setting that the configuration reads: its field, what its change means, its value."""
+    for section in fields(config):
+        part = getattr(config, section.name)
+        for entry in fields(part):
+            if is_read(config, entry.name):
+                yield entry, entry.metadata.get(CHANGE, section.metadata[CHANGE]), getattr(part, entry.name)
+
+
+def _plain(config: Config, vocab_size: int) -> Config:
+    """One spelling of each model: its vocabulary resolved, and no query groups where every head is one."""
+    model = replace(config.model, vocab_size=vocab_size)
+    if model.num_query_groups == model.num_attention_heads:
+        model = replace(model, group_query_attention=False)
+    return replace(config, model=model)
+
+
+_REMEDIES = {
+    Change.WEIGHTS: "give the model the same settings",
+    Change.FUNCTION: "give the model the same settings, take the weights for another one with --finetune",
+    Change.STATE: "use the same, or load weights only with --finetune, or all but its state with --no-load-optim",
+}
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def layout(config: Config, vocab_size: int) -> dict[str, Any]:
@@ -63,24 +97,21 @@ def layout(config: Config, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def require_same_model(directory: Path, saved: dict[str, Any], wanted: dict[str, Any], finetune: bool) -> None:
-    """Refuse a checkpoint of another model.
+def refuse(directory: Path, found: list[Difference], may_differ: set[Change]) -> None:
+    """Refuse a checkpoint that cannot be gone on from with these settings.
 
     Args:
-        saved: `model_shape` of the run that wrote it, and its optimizer.
-        finetune: whether what `NEW_IN_FINETUNING` lists, and the optimizer, may differ.
+        found: from `differences`.
+        may_differ: besides what is only told.
     Raises:
-        ValueError: names the setting and both values.
+        ValueError: names the setting, both values and the remedy.
     """
-    for name in {**saved, **wanted}:
-        if saved.get(name) == wanted.get(name) or (finetune and name in (*NEW_IN_FINETUNING, "optimizer")):
+    for each in found:
+        if each.change is Change.TOLD or each.change in may_differ:
             continue
-        remedy = "give the model the same settings"
-        if name == "optimizer":
-            remedy = "use the same, or load weights only with --finetune"
         raise ValueError(
-            f"{name}={wanted.get(name)} does not fit {directory}, written with {name}={saved.get(name)}: {remedy}, or "
-            "leave out --load"
+            f"{each.name}={_words(each.now)} does not fit {directory}, written with {each.name}={_words(each.was)}: "
+            f"{each.remedy or _REMEDIES[each.change]}, or leave out --load"
         )
 
 

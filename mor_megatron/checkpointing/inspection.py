@@ -81,6 +81,9 @@ def describe(directory: str | Path) -> str:
         "parameters": f"{weights:,} in {len(manifest.parameters)} tensors; {' '.join(kinds) or 'weights only'}",
         "written by": shown(manifest.layout),
         "versions": shown(manifest.versions),
+        "tokenizer": "none"
+        if manifest.tokenizer is None
+        else f"{manifest.tokenizer['type']} {manifest.tokenizer['model']}",
         "files": f"{len(manifest.files)}, {size / 1e6:,.1f} MB",
     }
     return "\n".join([str(directory), *(f"  {name:10}  {value}" for name, value in rows.items())])

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from mor_megatron.checkpointing.agreement import from_all_ranks, from_rank_0
-from mor_megatron.checkpointing.directory import candidates
+from mor_megatron.checkpointing.directory import REPLACED, candidates, checkpoint_name, checkpoints
 from mor_megatron.checkpointing.engine_state import (
     prepare_state,
     refresh_weights,
@@ -17,64 +17,116 @@ from mor_megatron.checkpointing.engine_state import (
     torch_optimizer,
     updated_runs,
 )
-from mor_megatron.checkpointing.identity import model_shape, require_same_model, require_same_parameters
-from mor_megatron.checkpointing.manifest import MANIFEST, Manifest, damage, read_manifest
+from mor_megatron.checkpointing.identity import Difference, differences, refuse, require_same_parameters
+from mor_megatron.checkpointing.kept_tokenizer import KeptTokenizer, tokenizer_differences
+from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, Manifest, damage, read_manifest
 from mor_megatron.checkpointing.pieces import BUFFER, STEP, WEIGHT, Cut, cut_of, stored_name
 from mor_megatron.checkpointing.randomness import set_random_state
 from mor_megatron.checkpointing.reader import CheckpointReader
 from mor_megatron.checkpointing.save import persistent_buffers, united_cuts
-from mor_megatron.config.schema import Config
+from mor_megatron.config.cli import read_config
+from mor_megatron.config.schema import Change, Config
 from mor_megatron.parallel.distributed import print_rank_0
 from mor_megatron.training.gradients import Engine
 from mor_megatron.training.progress import Progress
 
 
-def load_checkpoint(engine: Engine, config: Config, vocab_size: int) -> Progress:
+def load_checkpoint(
+    engine: Engine, config: Config, vocab_size: int, tokenizer: KeptTokenizer | None = None
+) -> Progress:
     """Restore the newest intact checkpoint of `config.checkpoint.load`; collective over all ranks.
 
     Without `--load`, or with a directory that has no checkpoint, the run begins with that of `--branch-from`,
     else from scratch, and rank 0 says so. A damaged or incomplete one is named, and the one before it is taken, unless
-    `load_strict`. With `finetune`, weights are all that is loaded, and the run starts at iteration 0.
+    `load_strict` or `ckpt_step`. With `finetune`, weights are all that is loaded, and the run starts at iteration 0.
+    Rank 0 says what has changed since the checkpoint was written.
 
+    Args:
+        tokenizer: the run's.
     Returns:
         How far the loaded run is.
     Raises:
-        ValueError: the checkpoint is of another model (names setting and both values), or none is intact.
+        ValueError: the checkpoint is of another model or tokenizer (names setting and both values), none is intact, or
+            there is none and there should be.
     """
     found = _find(config)
     if found is None:
         return Progress()
-    directory, manifest = found
-    finetune = config.checkpoint.finetune
-    saved = manifest.model | {"optimizer": manifest.optimizer}
-    wanted = model_shape(config, vocab_size) | {"optimizer": config.optimizer.optimizer}
-    require_same_model(directory, saved, wanted, finetune)
-    parameters = united_cuts(engine)
-    require_same_parameters(directory, manifest.parameters, parameters, finetune)
-    restore(engine, CheckpointReader(directory, manifest), weights_only=finetune)
+    directory, manifest, finetune = found
+    checkpoint = config.checkpoint
+    weights_only = finetune or checkpoint.no_load_optim
+    may_differ = ({Change.FUNCTION} if finetune else set()) | ({Change.STATE} if weights_only else set())
+    changed = _differences(directory, manifest, config, vocab_size, tokenizer)
+    refuse(directory, changed, may_differ)
+    require_same_parameters(directory, manifest.parameters, united_cuts(engine), finetune)
+    restore(engine, CheckpointReader(directory, manifest), weights_only)
+    print_rank_0(f"fine-tuning from the weights of {directory}" if finetune else f"resuming from {directory}")
+    for each in changed:
+        if not finetune or each.change is Change.FUNCTION:  # the rest is of a run that this one does not go on from
+            print_rank_0(f"  {each}")
     if finetune:
-        print_rank_0(f"fine-tuning from the weights of {directory}")
         return Progress()
-    set_loss_scaler_state(engine, manifest.loss_scaler)
-    set_random_state(manifest.random)
-    print_rank_0(f"resuming from {directory}")
+    if not checkpoint.no_load_optim:
+        set_loss_scaler_state(engine, manifest.loss_scaler)
+    if not checkpoint.no_load_rng:
+        set_random_state(manifest.random)
     return Progress(**manifest.progress)
 
 
-def _find(config: Config) -> tuple[Path, Manifest] | None:
-    """The checkpoint to begin with: of the run itself, else of the one that it branches from."""
-    load, branch_from = config.checkpoint.load, config.checkpoint.branch_from
-    found = None if load is None else find_checkpoint(Path(load), config.checkpoint.load_strict)
-    if found is None and branch_from is not None:
-        found = find_checkpoint(Path(branch_from), config.checkpoint.load_strict)
-        if found is None:
+def _find(config: Config) -> tuple[Path, Manifest, bool] | None:
+    """The checkpoint to begin with, the run's own or that which it branches from, and whether to fine-tune it."""
+    checkpoint = config.checkpoint
+    load, branch_from, strict = checkpoint.load, checkpoint.branch_from, checkpoint.load_strict
+    own = None if load is None else find_checkpoint(Path(load), strict, checkpoint.ckpt_step)
+    if own is not None:
+        return *own, checkpoint.finetune and branch_from is None
+    if branch_from is not None:
+        other = find_checkpoint(Path(branch_from), strict)
+        if other is None:
             raise ValueError(f"branch-from={branch_from} has no checkpoint: name one, or a run that has saved")
-    elif found is None and load is not None:
+        return *other, checkpoint.finetune
+    if load is not None:
+        _accept_missing(config)
         print_rank_0(f"no checkpoint in {load}: starting from scratch")
+    return None
+
+
+def _accept_missing(config: Config) -> None:
+    """Refuse to start from scratch where something was to be loaded; a run's first start finds its --save empty."""
+    checkpoint = config.checkpoint
+    own = checkpoint.save is not None and Path(checkpoint.save).resolve() == Path(checkpoint.load).resolve()
+    reasons = {
+        "finetune": checkpoint.finetune,
+        "exit-on-missing-checkpoint": checkpoint.exit_on_missing_checkpoint,
+        "load-strict": checkpoint.load_strict and not own,
+    }
+    for name, holds in reasons.items():
+        if holds:
+            raise ValueError(
+                f"load={checkpoint.load} has no checkpoint, and {name} needs one: give a run's --save directory, or a "
+                f"checkpoint in it, or leave out --{name} to start from scratch"
+            )
+
+
+def _differences(
+    directory: Path, manifest: Manifest, config: Config, vocab_size: int, tokenizer: KeptTokenizer | None
+) -> list[Difference]:
+    """What is otherwise than in the run that wrote a checkpoint, which rank 0 reads."""
+    found, problem = [], None
+    if dist.get_rank() == 0:
+        try:
+            saved = read_config(["--config", str(directory / CONFIG)])
+            found = differences(saved, manifest.model["vocab-size"], config, vocab_size)
+            found += [] if tokenizer is None else tokenizer_differences(directory, manifest, tokenizer)
+        except ValueError as error:
+            problem = f"{directory} cannot be compared with this run, it is of another version: {error}"
+    found, problem = from_rank_0((found, problem))
+    if problem is not None:
+        raise ValueError(problem)
     return found
 
 
-def find_checkpoint(root: Path, strict: bool = False) -> tuple[Path, Manifest] | None:
+def find_checkpoint(root: Path, strict: bool = False, iteration: int | None = None) -> tuple[Path, Manifest] | None:
     """The newest checkpoint whose manifest and files verify, on all ranks; None if there are no checkpoints.
 
     Every rank reads an equal share of the files, so that all of a checkpoint is read once.
@@ -82,10 +134,21 @@ def find_checkpoint(root: Path, strict: bool = False) -> tuple[Path, Manifest] |
     Args:
         root: a run's directory, or one checkpoint in it.
         strict: take the newest one or none.
+        iteration: take the one of this iteration or none.
     Raises:
-        ValueError: there are checkpoints, and none is intact; with `strict`, the newest one is not.
+        ValueError: there are checkpoints, and none is intact; with `strict`, the newest one is not; there is none of
+            `iteration`.
     """
-    directories = from_rank_0(_named(root) if dist.get_rank() == 0 else [])
+    directories = from_rank_0(_named(root, all_of_them=iteration is not None) if dist.get_rank() == 0 else [])
+    if iteration is not None:
+        there = " ".join(directory.name for directory in directories) or "no checkpoint"
+        directories = [
+            directory
+            for directory in directories
+            if directory.name.removesuffix(REPLACED) == checkpoint_name(iteration)
+        ]
+        if not directories:
+            raise ValueError(f"ckpt-step={iteration} is not in {root}, which has {there}: name one that is")
     if not directories:
         return None
     for directory in directories:
@@ -154,8 +217,10 @@ def _is_stored(name: str, cut: Cut, reader: CheckpointReader) -> bool:
     return stored is not None and stored.unpadded == cut.unpadded
 
 
-def _named(root: Path) -> list[Path]:
-    return [root] if (root / MANIFEST).exists() else candidates(root)
+def _named(root: Path, all_of_them: bool) -> list[Path]:
+    if (root / MANIFEST).exists():
+        return [root]
+    return checkpoints(root) if all_of_them else candidates(root)
 
 
 def _read(directory: Path) -> tuple[Manifest | None, str | None]:

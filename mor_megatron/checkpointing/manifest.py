@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
@@ -19,7 +19,7 @@ from mor_megatron.checkpointing.tensor_file import Written, checksum_of
 from mor_megatron.training.progress import Progress
 
 FORMAT = "mor-megatron checkpoint 2"
-MANIFEST, CONFIG = "manifest.json", "config.yaml"
+MANIFEST, CONFIG, KEPT_TOKENIZER = "manifest.json", "config.yaml", "tokenizer"
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Manifest:
     parameters: dict[str, Cut]
     """Of the whole model, buffers included, and how the writer cut them."""
     files: dict[str, StoredFile]
+    tokenizer: dict[str, Any] | None = None
+    """`KeptTokenizer.entry`; None: the run had none, or was of an older version."""
 
     @property
     def iteration(self) -> int:
@@ -102,6 +104,9 @@ def parse(text: str) -> Manifest:
     if stated != self_checksum(content):
         raise ValueError("its content does not have the checksum that it states")
     del content["format"]
+    for field in fields(Manifest):
+        if field.default is not MISSING:  # older checkpoints lack it
+            content.setdefault(field.name, field.default)
     _expect(set(content) == {field.name for field in fields(Manifest)}, "its fields")
     for name in ("progress", "model", "layout", "versions", "random", "parameters", "files"):
         _expect(isinstance(content[name], dict), name)
@@ -112,6 +117,7 @@ def parse(text: str) -> Manifest:
     _expect(all(_whole(n) for name, n in content["progress"].items() if name != "loss_average"), "progress")
     scaler = content["loss_scaler"]
     _expect(scaler is None or (isinstance(scaler, dict) and all(map(_number, scaler.values()))), "loss_scaler")
+    _expect(content["tokenizer"] is None or _is_tokenizer(content["tokenizer"]), "tokenizer")
     content["parameters"] = {name: _cut(name, entry) for name, entry in content["parameters"].items()}
     content["files"] = {name: _file(name, entry) for name, entry in content["files"].items()}
     return Manifest(**content)
@@ -155,6 +161,23 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_tokenizer(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and set(entry) == {"type", "model", "origin", "behaviour"}
+        and all(isinstance(entry[name], str) for name in ("type", "model", "origin"))
+        and isinstance(entry["behaviour"], dict)
+        and (entry["model"].isdecimal() or _is_inside(entry["model"]))
+    )
+
+
+def _is_inside(name: str) -> bool:
+    """Whether it names something in the checkpoint's directory, and no other place."""
+    path = PurePosixPath(name)
+    below = len(path.parts) == 1 or path.parts[0] == KEPT_TOKENIZER
+    return str(path) == name and below and not path.is_absolute() and ".." not in path.parts and name != "."
+
+
 def _cut(name: str, entry: Any) -> Cut:
     what = f"parameters: {name}"
     _expect(isinstance(entry, dict) and set(entry) == {field.name for field in fields(Cut)}, what)
@@ -169,7 +192,7 @@ def _cut(name: str, entry: Any) -> Cut:
 def _file(name: str, entry: Any) -> StoredFile:
     what = f"files: {name}"
     _expect(isinstance(entry, dict) and set(entry) == {field.name for field in fields(StoredFile)}, what)
-    _expect(name == Path(name).name, what)  # a name, and no path to another place
+    _expect(_is_inside(name), what)
     size, checksum, pieces = (entry[field.name] for field in fields(StoredFile))
     _expect(_whole(size) and isinstance(checksum, str), what)
     _expect(isinstance(pieces, list) and all(isinstance(piece, str) for piece in pieces), what)

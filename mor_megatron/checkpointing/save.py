@@ -30,6 +30,7 @@ from mor_megatron.checkpointing.agreement import from_all_ranks, from_rank_0
 from mor_megatron.checkpointing.directory import PARTIAL, checkpoint_name, delete, publish, superfluous
 from mor_megatron.checkpointing.engine_state import loss_scaler_state, saved_runs, torch_optimizer
 from mor_megatron.checkpointing.identity import layout, model_shape
+from mor_megatron.checkpointing.kept_tokenizer import KeptTokenizer
 from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, Manifest, StoredFile
 from mor_megatron.checkpointing.pieces import BUFFER, STEP, Cut, Piece, cut_of, is_copy
 from mor_megatron.checkpointing.randomness import random_state
@@ -50,8 +51,8 @@ class _Save:
 
     partial: Path
     manifest: Manifest
-    file: StoredFile | None = None
-    """What this rank wrote."""
+    files: dict[str, StoredFile] = field(default_factory=dict)
+    """What this rank wrote, by name."""
     error: str | None = "it was not written"
     """Why it did not; None once it did."""
     thread: threading.Thread | None = None
@@ -68,12 +69,14 @@ class Saver:
 
     Args:
         vocab_size: before padding.
+        tokenizer: to be kept in each.
     """
 
-    def __init__(self, engine: Engine, config: Config, vocab_size: int):
+    def __init__(self, engine: Engine, config: Config, vocab_size: int, tokenizer: KeptTokenizer | None = None):
         self.engine = engine
         self.config = config
         self.vocab_size = vocab_size
+        self.tokenizer = tokenizer
         self.root = Path(config.checkpoint.save)
         self.cuts = united_cuts(engine)
         self.last_failed: str | None = None
@@ -136,7 +139,7 @@ class Saver:
             save.thread = threading.Thread(target=self._copy_and_write, args=(save, pieces), name="checkpoint")
             save.thread.start()
         else:
-            _write(save, pieces)
+            self._write(save, pieces)
             self._complete()
 
     def _copy_and_write(self, save: _Save, pieces: list[tuple[str, Tensor]]) -> None:
@@ -144,7 +147,21 @@ class Saver:
             pieces = self._copy(pieces)
         finally:
             save.copied.set()
-        _write(save, pieces)
+        self._write(save, pieces)
+
+    def _write(self, save: _Save, pieces: list[tuple[str, Tensor]]) -> None:
+        """What this rank has to write; on rank 0, the tokenizer, too."""
+
+        def write() -> None:
+            rank = dist.get_rank()
+            if pieces:
+                name = f"state_{rank:05d}.safetensors"
+                written = write_tensors(save.partial / name, pieces)
+                save.files[name] = StoredFile.of(written, tuple(key for key, _ in pieces))
+            if rank == 0 and self.tokenizer is not None:
+                save.files |= self.tokenizer.write(save.partial)
+
+        save.error = _failure(write)
 
     def _await_copy(self, *step: object) -> None:
         save = self._in_flight
@@ -157,10 +174,10 @@ class Saver:
         save, self._in_flight = self._in_flight, None
         if save.thread is not None:
             save.thread.join()
-        outcomes = from_all_ranks((save.file, save.error))
+        outcomes = from_all_ranks((save.files, save.error))
         errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error is not None]
         if not errors and dist.get_rank() == 0:
-            files = {_file_name(rank): file for rank, (file, _) in enumerate(outcomes) if file is not None}
+            files = {name: file for written, _ in outcomes for name, file in written.items()}
             error = _failure(lambda: self._publish(save, files))
             errors = [] if error is None else [f"rank 0: {error}"]
         errors = from_rank_0(errors)
@@ -208,6 +225,7 @@ class Saver:
             random=random_state(),
             parameters=self.cuts,
             files={},
+            tokenizer=None if self.tokenizer is None else self.tokenizer.entry(),
         )
 
     def _copy(self, pieces: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
@@ -259,19 +277,6 @@ def persistent_buffers(engine: Engine) -> list[tuple[str, Tensor]]:
 
 def _flat_buffers(engine: Engine) -> list[tuple[str, Tensor]]:
     return [(name, buffer.detach().float().reshape(-1)) for name, buffer in persistent_buffers(engine)]
-
-
-def _write(save: _Save, pieces: list[tuple[str, Tensor]]) -> None:
-    def write() -> None:
-        if pieces:
-            written = write_tensors(save.partial / _file_name(dist.get_rank()), pieces)
-            save.file = StoredFile.of(written, tuple(key for key, _ in pieces))
-
-    save.error = _failure(write)
-
-
-def _file_name(rank: int) -> str:
-    return f"state_{rank:05d}.safetensors"
 
 
 def _make_empty(partial: Path) -> None:

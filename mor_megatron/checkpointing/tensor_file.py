@@ -67,7 +67,11 @@ def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> Written:
 
 def write_text(path: Path, text: str) -> Written:
     """The same for a file of text."""
-    data = text.encode()
+    return write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> Written:
+    """The same for any small file."""
     with path.open("xb") as file:
         file.write(data)
         flush(file)

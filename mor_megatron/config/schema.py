@@ -3,16 +3,50 @@
 A field `num_layers` is the flag `--num-layers` and the YAML key `num-layers`. Names are Megatron-LM's where it has
 one, DeepSpeed's for ZeRO, and our own for Mixture-of-Recursions. This file only declares; `validate.py` checks how
 fields fit together and `cli.py` reads them. A field's docstring is its `--help` text.
+
+A field also says what its change means to a run that loads a checkpoint (`Change`), where that is not what its section
+says (see `Config`). `checkpointing/identity.py` goes by it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from enum import Enum
+from typing import Any, Literal
 
 SharingStrategy = Literal["cycle", "sequence", "middle_cycle", "middle_sequence"]
 Routing = Literal["none", "expert_choice", "token_choice"]
 KVMode = Literal["caching", "sharing", "sharing_update"]
+
+
+class Change(Enum):
+    """What it means that a run has another value of a setting than the checkpoint that it loads."""
+
+    WEIGHTS = "the stored weights are those of another model"
+    FUNCTION = "the same weights would compute something else: fine-tuning may, a resumed run may not"
+    STATE = "the optimizer's stored state is of no use"
+    TOLD = "training goes on otherwise, and says so"
+    SILENT = "nothing that is computed depends on it"
+
+
+CHANGE = "change"
+"""Key of a field's metadata under which its `Change` stands."""
+
+
+def _on_change(change: Change, default: Any) -> Any:
+    return field(default=default, metadata={CHANGE: change})
+
+
+def _weights(default: Any) -> Any:
+    return _on_change(Change.WEIGHTS, default)
+
+
+def _told(default: Any) -> Any:
+    return _on_change(Change.TOLD, default)
+
+
+def _silent(default: Any) -> Any:
+    return _on_change(Change.SILENT, default)
 
 
 @dataclass(frozen=True)
@@ -21,19 +55,19 @@ class ModelConfig:
 
     num_layers: int = 8
     """Unrolled depth: virtual layers that a token of full depth passes."""
-    hidden_size: int = 256
+    hidden_size: int = _weights(256)
     """Width of the residual stream, H."""
-    ffn_hidden_size: int = 704
+    ffn_hidden_size: int = _weights(704)
     """Inner width of the SwiGLU feed-forward."""
-    num_attention_heads: int = 4
+    num_attention_heads: int = _weights(4)
     """Query heads."""
-    group_query_attention: bool = False
+    group_query_attention: bool = _weights(False)
     """Use grouped-query attention with --num-query-groups key/value heads."""
-    num_query_groups: int | None = None
+    num_query_groups: int | None = _weights(None)
     """Key/value heads when --group-query-attention is set."""
-    kv_channels: int | None = None
+    kv_channels: int | None = _weights(None)
     """Width of one head; default hidden-size / num-attention-heads."""
-    max_position_embeddings: int = 2048
+    max_position_embeddings: int = _told(2048)
     """Longest sequence the model may see."""
     norm_epsilon: float = 1e-5
     """RMSNorm epsilon."""
@@ -43,15 +77,15 @@ class ModelConfig:
     """Stretch the slow rotary frequencies as Llama 3.1 does, for sequences longer than its first 8192 positions."""
     rope_scaling_factor: float = 8.0
     """How far: 8 in Llama 3.1 and 3.3, 32 in Llama 3.2."""
-    add_qkv_bias: bool = False
+    add_qkv_bias: bool = _weights(False)
     """Give the query, key and value projections a bias, as Qwen2 does; it starts at 0."""
-    init_method_std: float = 0.02
+    init_method_std: float = _told(0.02)
     """Every linear, embedding and router weight starts from N(0, std^2) (MoR: no depth scaling)."""
-    untie_embeddings_and_output_weights: bool = False
+    untie_embeddings_and_output_weights: bool = _weights(False)
     """Give the LM head its own weight instead of the embedding's."""
-    vocab_size: int | None = None
+    vocab_size: int | None = _weights(None)
     """Vocabulary before padding; default: the tokenizer's."""
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: int = _told(128)
     """The embedding is padded to a multiple of this."""
 
 
@@ -63,7 +97,7 @@ class RecursionConfig:
     """Nr: applications of the shared block; 1 with routing none is a vanilla Transformer."""
     sharing_strategy: SharingStrategy = "middle_cycle"
     """Which virtual layers share a physical one (paper, table 1); middle_* keeps the first and last layer unique."""
-    depth_rounding: Literal["error", "down", "up"] = "error"
+    depth_rounding: Literal["error", "down", "up"] = _silent("error")
     """What to do when Nr does not divide the shared depth."""
     routing: Routing = "none"
     """expert_choice: each recursion picks tokens; token_choice: each token picks its depth; none: every token, every
@@ -73,7 +107,7 @@ class RecursionConfig:
     of recursion 0 with the active rows replaced."""
     capacity: tuple[float, ...] | None = None
     """expert_choice: fraction of tokens kept at each recursion, non-increasing; default (Nr-r)/Nr."""
-    capacity_warmup_iters: int = 0
+    capacity_warmup_iters: int = _told(0)
     """Iterations over which capacities fall from 1 to their value along a cosine."""
     router_type: Literal["linear", "mlp"] = "linear"
     """linear: H->out; mlp: H->2H, GELU, 2H->out. Neither has biases."""
@@ -87,25 +121,25 @@ class RecursionConfig:
     """weighted: h + g*y; additive: h + y (the router then learns from its own losses only)."""
     router_objective: Literal["aux_loss", "aux_router"] = "aux_loss"
     """expert_choice: what learns the causal 0.5 threshold: the router itself, or a second, detached router."""
-    router_aux_loss_coeff: float = 0.001
+    router_aux_loss_coeff: float = _told(0.001)
     """expert_choice: coefficient of the binary cross entropy towards the top-k selection (sum over recursions)."""
-    router_aux_lr_mult: float = 10.0
+    router_aux_lr_mult: float = _told(10.0)
     """Learning-rate multiplier of the auxiliary router (router-objective aux_router)."""
-    router_aux_loss_per_microbatch: bool = False
+    router_aux_loss_per_microbatch: bool = _told(False)
     """Authors' scaling: sum the auxiliary loss over micro-batches instead of averaging it, so that its effective
     coefficient grows with gradient accumulation."""
-    router_z_loss_coeff: float = 0.0
+    router_z_loss_coeff: float = _told(0.0)
     """Coefficient of the router z-loss, mean(logsumexp(logits)^2)."""
-    router_balance: Literal["loss", "loss_free", "none"] = "loss"
+    router_balance: Literal["loss", "loss_free", "none"] = _told("loss")
     """token_choice: balance depths by a loss, by a bias without gradient, or not at all."""
-    router_balance_coeff: float = 0.1
+    router_balance_coeff: float = _told(0.1)
     """token_choice: coefficient of the balancing loss."""
-    router_balance_scope: Literal["sequence", "microbatch"] = "sequence"
+    router_balance_scope: Literal["sequence", "microbatch"] = _told("sequence")
     """token_choice: over what the balancing loss counts depths. sequence does not depend on how a batch is cut;
     microbatch is the authors'."""
-    router_bias_update_rate: float = 0.001
+    router_bias_update_rate: float = _told(0.001)
     """token_choice: step of the loss-free bias."""
-    router_balance_warmup_iters: int = 0
+    router_balance_warmup_iters: int = _told(0)
     """token_choice: first iterations in which every token takes full depth."""
 
 
@@ -127,7 +161,7 @@ class DataConfig:
     """Corpora for the test of --skip-train alone."""
     per_split_data_args_path: str | None = None
     """JSON file of the three: {"train": [...], "valid": [...], "test": [...]}."""
-    data_cache_path: str | None = None
+    data_cache_path: str | None = _silent(None)
     """Directory of the sample indexes; default: beside the data."""
     seq_length: int = 1024
     """Tokens of a training sample."""
@@ -141,7 +175,7 @@ class DataConfig:
     """Attend inside one document only."""
     eod_mask_loss: bool = False
     """Leave predictions made at an end-of-document token out of the loss."""
-    num_workers: int = 0
+    num_workers: int = _silent(0)
     """Loader processes per rank."""
 
 
@@ -149,7 +183,7 @@ class DataConfig:
 class OptimizerConfig:
     """Optimizer and learning-rate schedule."""
 
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "sgd"] = _on_change(Change.STATE, "adam")
     """adam is AdamW (decoupled decay); sgd has momentum and serves tests of gradient scale."""
     lr: float = 3e-3
     """Peak learning rate."""
@@ -236,7 +270,7 @@ class TrainingConfig:
     """Reduce gradients while the backward pass goes on; ZeRO 2 and 3. auto: with CUDA."""
     deepspeed_config: str | None = None
     """JSON file of more DeepSpeed settings; one that contradicts a flag is refused."""
-    eval_interval: int = 100
+    eval_interval: int = _silent(100)
     """Iterations between evaluations."""
     eval_iters: int = 10
     """Global batches per evaluation; 0 switches evaluation off."""
@@ -246,7 +280,7 @@ class TrainingConfig:
     """Stop after more than this many non-finite steps in a row."""
     distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
     """auto: nccl with CUDA, else gloo."""
-    distributed_timeout_minutes: float = 10.0
+    distributed_timeout_minutes: float = _silent(10.0)
     """Limit of one collective; a rank that dies or hangs stops the others within it."""
 
 
@@ -265,7 +299,7 @@ class ParallelConfig:
     balanced by FLOPs, the head counted."""
     overlap_p2p_comm: Literal["auto", "on", "off"] = "auto"
     """Send and receive between the ranks of the ring while they compute. auto: in every ring."""
-    check_routing_consistency: int | None = None
+    check_routing_consistency: int | None = _silent(None)
     """Every so many iterations, compare routing decisions over tensor-parallel ranks, and stop if they differ."""
 
 
@@ -276,15 +310,26 @@ class CheckpointConfig:
     save: str | None = None
     """Directory of checkpoints, metrics.jsonl and the resolved config."""
     load: str | None = None
-    """Directory to resume from, or one checkpoint, in any layout; an empty one starts from scratch with a notice."""
+    """Directory to resume from, or one checkpoint, in any layout; one without checkpoints starts from scratch with a
+    notice."""
     branch_from: str | None = None
     """Checkpoint of another run to go on from as long as --load has none: one iteration, or a run's newest. Steps,
     optimizer and data go on as well; the schedule is this run's own."""
     load_strict: bool = False
-    """Stop if the newest checkpoint is damaged, instead of resuming from the newest intact one."""
+    """Stop if the newest checkpoint is damaged, instead of resuming from the newest intact one. Stop also if there is
+    none, unless --load is --save."""
     finetune: bool = False
-    """Load weights only and start at iteration 0. Optimizer, routing and the order in which the stored layers run may
-    be new; a router of another kind starts untrained."""
+    """Load weights only and start at iteration 0. Optimizer, tokenizer, routing and what else the model computes from
+    the stored layers may be new; a router of another kind starts untrained. With --branch-from, only what is loaded
+    from there is fine-tuned, and the run's own checkpoints of --load resume."""
+    ckpt_step: int | None = None
+    """Load the checkpoint of this iteration, instead of the newest of --load."""
+    exit_on_missing_checkpoint: bool = False
+    """Stop if --load has no checkpoint, instead of starting from scratch."""
+    no_load_optim: bool = False
+    """Load no state of the optimizer, nor the loss scale of fp16; iterations, data and schedule go on."""
+    no_load_rng: bool = False
+    """Do not restore the state of the random generators."""
     save_interval: int | None = None
     """Iterations between checkpoints; the last iteration is always saved when --save is given."""
     async_save: bool = False
@@ -307,9 +352,9 @@ class FaultConfig:
     """Save and exit with status 85 after the first iteration that ends later than this."""
     exit_interval: int | None = None
     """Save and exit with status 85 after iterations that this divides."""
-    loss_spike_factor: float | None = None
+    loss_spike_factor: float | None = _told(None)
     """Report a loss above this many times its moving average; above 1. Default: none is looked for."""
-    max_rollbacks: int = 0
+    max_rollbacks: int = _told(0)
     """After so many loss spikes, go back to the last checkpoint of --save and leave out the samples since."""
 
 
@@ -331,14 +376,14 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. Sections only group the fields; flags and YAML keys are flat."""
+    """A whole run. Sections group the fields, and say what most of their changes mean; flags and YAML keys are flat."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    recursion: RecursionConfig = field(default_factory=RecursionConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    faults: FaultConfig = field(default_factory=FaultConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    model: ModelConfig = field(default_factory=ModelConfig, metadata={CHANGE: Change.FUNCTION})
+    recursion: RecursionConfig = field(default_factory=RecursionConfig, metadata={CHANGE: Change.FUNCTION})
+    data: DataConfig = field(default_factory=DataConfig, metadata={CHANGE: Change.TOLD})
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig, metadata={CHANGE: Change.TOLD})
+    training: TrainingConfig = field(default_factory=TrainingConfig, metadata={CHANGE: Change.TOLD})
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata={CHANGE: Change.TOLD})
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata={CHANGE: Change.SILENT})
+    faults: FaultConfig = field(default_factory=FaultConfig, metadata={CHANGE: Change.SILENT})
+    logging: LoggingConfig = field(default_factory=LoggingConfig, metadata={CHANGE: Change.SILENT})

@@ -70,10 +70,21 @@ _READERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("eval_fixed_depths", lambda c: c.training.eval_iters > 0, "--eval-iters above 0"),
     ("save_interval async_save on_save_failure keep_last", lambda c: c.checkpoint.save is not None, "--save"),
     ("keep_every", lambda c: c.checkpoint.keep_last is not None, "--keep-last"),
-    ("load_strict finetune", lambda c: c.checkpoint.load is not None, "--load"),
+    (
+        "load_strict finetune no_load_optim no_load_rng",
+        lambda c: c.checkpoint.load is not None or c.checkpoint.branch_from is not None,
+        "--load or --branch-from",
+    ),
+    ("ckpt_step exit_on_missing_checkpoint", lambda c: c.checkpoint.load is not None, "--load"),
+    ("no_load_optim no_load_rng", lambda c: not c.checkpoint.finetune, "--finetune false, which loads weights only"),
     ("max_rollbacks", lambda c: c.faults.loss_spike_factor is not None, "--loss-spike-factor"),
     ("wandb_exp_name", lambda c: c.logging.wandb_project is not None, "--wandb-project"),
 )
+
+
+def is_read(config: Config, name: str) -> bool:
+    """Whether this configuration reads a field."""
+    return all(holds(config) for names, holds, _ in _READERS if name in names.split())
 
 
 def warn_of_unread(config: Config) -> None:
@@ -86,9 +97,9 @@ def warn_of_unread(config: Config) -> None:
     }
     if config.recursion.router_func == "none" and config.recursion.router_alpha == ALPHAS["none"]:
         changed.pop("router_alpha", None)
-    for names, is_read, condition in _READERS:
+    for names, holds, condition in _READERS:
         for name in names.split():
-            if name in changed and not is_read(config):
+            if name in changed and not holds(config):
                 shown = f"{name.replace('_', '-')}={changed[name]}"
                 say(f"{shown} is ignored: it is read only with {condition}")
     recursion = config.recursion

@@ -54,7 +54,7 @@ _AT_LEAST_1 = """num_layers hidden_size ffn_hidden_size num_attention_heads num_
 _AT_LEAST_0 = """init_method_std capacity_warmup_iters router_aux_loss_coeff router_aux_lr_mult router_z_loss_coeff
     router_balance_coeff router_bias_update_rate router_balance_warmup_iters num_workers min_lr lr_warmup_iters
     lr_wsd_decay_iters lr_warmup_samples lr_wsd_decay_samples weight_decay clip_grad seed eval_iters
-    max_skipped_steps max_rollbacks"""
+    max_skipped_steps max_rollbacks ckpt_step"""
 _ABOVE_0 = """norm_epsilon rotary_base rope_scaling_factor router_alpha router_temperature lr adam_eps
     distributed_timeout_minutes peak_tflops exit_duration_in_mins"""
 _BELOW_1 = "adam_beta1 adam_beta2 sgd_momentum"

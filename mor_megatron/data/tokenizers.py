@@ -24,6 +24,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Names that published tokenizers give their end of document, looked up where the library does not say which it is.
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<EOD>", "<|eod|>")
 
+# What a tokenizer's directory may have. Which class reads it depends on the model's config.json, too.
+_DIRECTORY_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"),
+    *("*.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+)
+
 
 class Tokenizer(Protocol):
     """Text to token ids and back.
@@ -31,11 +38,13 @@ class Tokenizer(Protocol):
     Attributes:
         vocab_size: number of ids, added tokens included; every id is in [0, vocab_size).
         origin: `--tokenizer-model`, as it was given.
+        files: all that it is made of; copied elsewhere, they make the same tokenizer.
         eod: id of the end-of-document token. Raises ValueError when the tokenizer has none.
     """
 
     vocab_size: int
     origin: str
+    files: tuple[Path, ...]
 
     @property
     def eod(self) -> int: ...
@@ -56,6 +65,7 @@ class Tokenizer(Protocol):
 class _Base:
     vocab_size: int
     origin: str
+    files: tuple[Path, ...] = ()
     _eod: int | None
 
     @property
@@ -81,6 +91,7 @@ class SentencePieceTokenizer(_Base):
         import sentencepiece
 
         self.origin = model
+        self.files = (Path(model),)
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_file=model)
         except RuntimeError as error:
@@ -122,8 +133,9 @@ class SentencePieceTokenizer(_Base):
 class FastTokenizer(_Base):
     """A `tokenizers` (Rust) tokenizer; `eod` is given, or found among EOD_NAMES."""
 
-    def __init__(self, backend, origin: str, eod: int | None = None):
+    def __init__(self, backend, origin: str, files: tuple[Path, ...], eod: int | None = None):
         self.origin = origin
+        self.files = files
         self._backend = backend
         # A tokenizer.json may carry truncation or padding of its first user; both would change the corpus.
         backend.no_truncation()
@@ -157,8 +169,9 @@ class FastTokenizer(_Base):
 class SlowTokenizer(_Base):
     """A transformers tokenizer that has no Rust backend."""
 
-    def __init__(self, tokenizer, origin: str):
+    def __init__(self, tokenizer, origin: str, files: tuple[Path, ...]):
         self.origin = origin
+        self.files = files
         self._tokenizer = tokenizer
         self.vocab_size = _id_count(tokenizer.get_vocab())
         self._eod = tokenizer.eos_token_id
@@ -170,11 +183,11 @@ class SlowTokenizer(_Base):
         return self._tokenizer.decode([int(i) for i in ids], clean_up_tokenization_spaces=False)
 
     def _parts(self) -> dict[str, Any]:
-        files = [Path(self.origin) / name for name in sorted(self._tokenizer.vocab_files_names.values())]
+        names = self._tokenizer.vocab_files_names.values()
         return {
             "algorithm": type(self._tokenizer).__name__,
             "vocabulary": self._tokenizer.get_vocab(),
-            "files": [file.read_bytes().hex() for file in files if file.is_file()],
+            "files": [file.read_bytes().hex() for file in self.files if file.name in names],
         }
 
 
@@ -256,7 +269,8 @@ def _huggingface(model: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        # Without a word about code beside it, transformers would ask the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if (path / "tokenizer.json").exists():  # alone, or beside the config.json of a model transformers cannot know
             return _tokenizer_json(path / "tokenizer.json")
@@ -264,9 +278,11 @@ def _huggingface(model: str) -> Tokenizer:
             f"tokenizer-model={model} is not a Hugging Face tokenizer directory ({error}): it needs tokenizer.json, or "
             "what AutoTokenizer reads."
         ) from error
+    names = [*dict.fromkeys((*tokenizer.vocab_files_names.values(), *_DIRECTORY_FILES))]
+    found = tuple(file for name in names for file in sorted(path.glob(name)))
     if tokenizer.is_fast:
-        return FastTokenizer(tokenizer.backend_tokenizer, model, tokenizer.eos_token_id)
-    return SlowTokenizer(tokenizer, model)
+        return FastTokenizer(tokenizer.backend_tokenizer, model, found, tokenizer.eos_token_id)
+    return SlowTokenizer(tokenizer, model, found)
 
 
 def _tokenizer_json(path: Path) -> Tokenizer:
@@ -276,7 +292,7 @@ def _tokenizer_json(path: Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust library raises bare Exception
         raise ValueError(f"tokenizer-model={path} is not a tokenizer.json ({error}).") from error
-    return FastTokenizer(backend, str(path))
+    return FastTokenizer(backend, str(path), (path,))
 
 
 def _gpt2(model: str) -> Tokenizer:
@@ -288,7 +304,7 @@ def _gpt2(model: str) -> Tokenizer:
             backend = tokenizers.ByteLevelBPETokenizer(str(folder / vocab), str(folder / merges))._tokenizer
             if backend.token_to_id("<|endoftext|>") is not None:
                 backend.add_special_tokens(["<|endoftext|>"])
-            return FastTokenizer(backend, model)
+            return FastTokenizer(backend, model, (folder / vocab, folder / merges))
     raise ValueError(
         f"tokenizer-model={model}: GPT2BPETokenizer wants a directory with vocab.json and merges.txt "
         "(or encoder.json and vocab.bpe)."

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from mor_megatron import command
 from mor_megatron.checkpointing.directory import candidates
+from mor_megatron.checkpointing.kept_tokenizer import with_kept_tokenizer
 from mor_megatron.checkpointing.manifest import CONFIG, Manifest, read_manifest
 from mor_megatron.checkpointing.reader import read_buffers, read_parameters
 from mor_megatron.config.cli import read_config
@@ -62,12 +63,14 @@ def newest_checkpoint(path: str | Path) -> Path:
 def read_run_config(checkpoint: Path) -> tuple[Config, Manifest]:
     """Validated settings of the run that wrote a checkpoint, and what the checkpoint says of itself.
 
+    The tokenizer that the settings name is the one in the checkpoint, if there is one.
+
     Raises:
         ValueError: it is damaged.
     """
     manifest = read_manifest(checkpoint)
     config = validate(read_config(["--config", str(checkpoint / CONFIG)]), world_size=_world_size(manifest))
-    return config, manifest
+    return with_kept_tokenizer(config, checkpoint, manifest), manifest
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from mor_megatron.checkpointing.kept_tokenizer import KeptTokenizer
 from mor_megatron.checkpointing.load import find_checkpoint, load_checkpoint
 from mor_megatron.checkpointing.save import SaveError, Saver
-from mor_megatron.config.schema import Config
+from mor_megatron.config.schema import CheckpointConfig, Config
 from mor_megatron.parallel.distributed import print_rank_0
 from mor_megatron.parallel.roll_call import report_iteration
 from mor_megatron.training.batches import Batches
@@ -41,11 +42,19 @@ class NonFiniteError(RuntimeError):
 
 
 def train(
-    engine: Engine, config: Config, progress: Progress, batches: Batches, vocab_size: int, stopper: Stopper
+    engine: Engine,
+    config: Config,
+    progress: Progress,
+    batches: Batches,
+    vocab_size: int,
+    stopper: Stopper,
+    tokenizer: KeptTokenizer | None = None,
 ) -> bool:
     """The iterations from `progress`, which is kept up to date, to the last; returns and raises as `pretrain`."""
     with contextlib.ExitStack() as stack:
-        saver = stack.enter_context(Saver(engine, config, vocab_size)) if config.checkpoint.save is not None else None
+        saver = None
+        if config.checkpoint.save is not None:
+            saver = stack.enter_context(Saver(engine, config, vocab_size, tokenizer))
         loop = _Loop(engine, config, progress, batches, vocab_size, stopper, saver)
         stack.callback(loop.close)
         state: State = "failed"
@@ -95,6 +104,8 @@ class _Loop:
         training, checkpoint, progress = self.config.training, self.config.checkpoint, self.progress
         micro_batches = self.batches.training(progress)
         self.engine.module.train()
+        if progress.iteration >= self.last_iteration:
+            print_rank_0(f"already at {progress.iteration} of {self.last_iteration} iterations: nothing to do")
         while progress.iteration < self.last_iteration:
             config, lr = next_iteration(self.config, progress)
             report_iteration(progress.iteration + 1)
@@ -177,7 +188,7 @@ class _Loop:
             print_rank_0(f" no way back: {error}")
             return False
         spiked = copy(progress)
-        saved_here = replace(self.config.checkpoint, load=save, load_strict=False, finetune=False)
+        saved_here = CheckpointConfig(save=save, load=save)
         restored = load_checkpoint(self.engine, replace(self.config, checkpoint=saved_here), self.vocab_size)
         left_out = spiked.consumed_samples - restored.consumed_samples
         vars(progress).update(vars(restored))

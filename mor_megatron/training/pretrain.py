@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch.distributed as dist
 
+from mor_megatron.checkpointing.kept_tokenizer import KeptTokenizer
 from mor_megatron.checkpointing.load import load_checkpoint
 from mor_megatron.config.schema import Config
 from mor_megatron.config.validate import validate
@@ -37,14 +38,15 @@ def pretrain(config: Config) -> bool:
         initialize_distributed(config)
         tokenizer = configured_tokenizer(config.data)
         vocab_size = resolve_vocab_size(config, tokenizer)
+        kept = None if tokenizer is None else KeptTokenizer.of(config.data.tokenizer_type, tokenizer)
         batches = build_data(config, tokenizer)
         model = build_model(config, vocab_size)
         engine = build_engine(model, config)
         print_rank_0(capability_line(config))
-        progress = load_checkpoint(engine, config, vocab_size)
+        progress = load_checkpoint(engine, config, vocab_size, kept)
         print_rank_0(_description(config, vocab_size))
         print_rank_0(describe_layout(config, vocab_size, dist.get_world_size()))
-        return train(engine, config, progress, batches, vocab_size, stopper)
+        return train(engine, config, progress, batches, vocab_size, stopper, kept)
 
 
 def _description(config: Config, vocab_size: int) -> str:

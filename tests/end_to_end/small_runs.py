@@ -119,6 +119,13 @@ def read_state(directory: str | Path, iteration: int) -> dict[str, torch.Tensor]
     }
 
 
+def flip_last_bit(path: Path) -> None:
+    """Damage a file."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 def run_program(command: list[str], timeout: float) -> subprocess.CompletedProcess:
     """Run a program with the repository importable and one thread a rank; on a timeout its children go with it."""
     # Launchers find python through PATH, activated environment or not.

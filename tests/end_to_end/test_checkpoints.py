@@ -13,7 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import ROOT, assert_same_checkpoint, read_metrics, read_weights, run_program, small_config
+from small_runs import (
+    ROOT,
+    assert_same_checkpoint,
+    flip_last_bit,
+    read_metrics,
+    read_weights,
+    run_program,
+    small_config,
+)
 
 from mor_megatron.checkpointing import save as saving
 from mor_megatron.checkpointing.directory import candidates
@@ -40,12 +48,6 @@ def copy(whole, tmp_path) -> Path:
     run = ["cp", "-r", str(whole), str(save)]
     assert run_program(run, 60).returncode == 0
     return save
-
-
-def flip_last_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
 
 
 DAMAGES = {
