@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
             settings = replace(settings, training=replace(settings.training, seed=args.seed))
         vocab_size, length = model.config.vocab_size, settings.data.seq_length
         if args.text:
-            pieces = text_pieces(args.text, tokenizer, vocab_size, length, args.sequences)
+            eod = model.config.eos_token_id if tokenizer is None else None
+            pieces = text_pieces(args.text, tokenizer, vocab_size, length, args.sequences, eod)
         else:
             pieces = IndexedPieces(settings, args.sequences, vocab_size)
         ways = ways_of(model.config, not args.no_fixed_depths)

@@ -108,7 +108,12 @@ class IndexedPieces:
 
 
 def text_pieces(
-    paths: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, length: int, count: int
+    paths: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int,
+    length: int,
+    count: int,
+    eod: int | None = None,
 ) -> list[Piece]:
     """Raw text, cut into pieces; every token is predicted once, ends of documents too.
 
@@ -118,10 +123,12 @@ def text_pieces(
         vocab_size: of the model.
         length: tokens of a piece; the last one may be shorter.
         count: pieces to make at most.
+        eod: what ends a document; default the tokenizer's eos.
     Raises:
         ValueError: a file cannot be read, a record is broken, or there is nothing to predict.
     """
-    eod = None if tokenizer is None else tokenizer.eos_token_id
+    if eod is None and tokenizer is not None:
+        eod = tokenizer.eos_token_id
     stream = _stream(paths, tokenizer, vocab_size, eod)
     ids = torch.tensor(list(itertools.islice(stream, count * length + 1)))
     if len(ids) < 2:

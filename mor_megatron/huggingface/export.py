@@ -23,6 +23,7 @@ from mor_megatron.checkpointing.reader import read_buffers, read_parameters
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Config
 from mor_megatron.config.validate import validate
+from mor_megatron.data.tokenizers import configured_tokenizer
 from mor_megatron.files import as_os_error
 from mor_megatron.huggingface.convert_config import export_config
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
@@ -98,9 +99,7 @@ def to_model(
     Raises:
         ValueError: the weights are not of this model.
     """
-    tokens = {}
-    if tokenizer is not None:
-        tokens = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    tokens = special_tokens(tokenizer, config)
     state = to_theirs(weights, export_names(config), config.model)
     if tokens.get("pad_token_id") == vocab_size:
         tokens["padding_row"] = vocab_size
@@ -116,6 +115,21 @@ def to_model(
     model.tie_weights()
     model.generation_config = GenerationConfig(**{name: tokens[name] for name in tokens if name != "padding_row"})
     return model.eval()
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase | None, config: Config) -> dict[str, int | None]:
+    """What an export's configuration says of tokens.
+
+    Args:
+        tokenizer: of the export. Without one, numbers that end documents in training do so here.
+        config: of the run.
+    """
+    if tokenizer is not None:
+        return {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    if config.data.tokenizer_type == "NullTokenizer":
+        end = configured_tokenizer(config.data).eod
+        return {"bos_token_id": end, "eos_token_id": end}
+    return {}
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -5,6 +5,7 @@ Three kinds are known: our own exports, models of the LLaMA family, and the chec
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -24,13 +25,15 @@ from mor_megatron.config.cli import to_yaml
 from mor_megatron.config.schema import Config, RecursionConfig
 from mor_megatron.huggingface.authors import SECTIONS, first_uses, parameter_names, recursion_config
 from mor_megatron.huggingface.configuration_mor import MoRConfig
-from mor_megatron.huggingface.convert_config import run_config, training_config
+from mor_megatron.huggingface.convert_config import ends_in_padding, run_config, training_config
 from mor_megatron.huggingface.published import FAMILY, model_config, read_settings, read_tensors
 from mor_megatron.huggingface.uptraining import initial_weights, source_layers
 from mor_megatron.huggingface.weights import BALANCE_BIAS, export_names, layer_names, outer_names, to_ours
 from mor_megatron.model.mor_model import EMBEDDING, HEAD
 from mor_megatron.recursion.plan import plan_from_config
 from mor_megatron.training.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 Imported = tuple[dict[str, Tensor], Config]
 """Whole fp32 tensors by our names, and the validated settings of a run with this model."""
@@ -54,6 +57,10 @@ def read_export(path: Path) -> Imported:
     """
     exported = MoRConfig.from_pretrained(path)
     config = training_config(exported)
+    if exported.padding_row is not None and not ends_in_padding(exported):
+        logger.warning(
+            f"{path} has tokens behind that of padding, {exported.padding_row}: to training it is an id like others"
+        )
     weights = to_ours(read_tensors(path, exported.tie_word_embeddings), export_names(config), config.model)
     for name in {EMBEDDING, HEAD} & weights.keys():
         weights[name] = weights[name][: config.model.vocab_size].clone()

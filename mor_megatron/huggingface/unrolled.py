@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from mor_megatron.config.schema import Config
+from mor_megatron.huggingface.export import special_tokens
 from mor_megatron.huggingface.published import LLAMA3
 from mor_megatron.huggingface.weights import layer_names, num_groups, outer_names, split
 from mor_megatron.recursion.accounting import count_parameters
@@ -54,10 +55,9 @@ def to_llama(
     llama = LlamaForCausalLM(_llama_config(config, vocab_size, len(layers)))
     llama.load_state_dict(state)
     llama.config.rope_theta = model.rotary_base  # where readers older than rope_parameters look for it
-    if tokenizer is not None:
-        tokens = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-        llama.config.update(tokens)
-        llama.generation_config = GenerationConfig(**tokens)
+    tokens = special_tokens(tokenizer, config)
+    llama.config.update(tokens)
+    llama.generation_config = GenerationConfig(**tokens)
     return llama.eval()
 
 

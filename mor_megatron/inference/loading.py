@@ -73,7 +73,7 @@ def opening(model: MoRForCausalLM) -> list[int]:
     """
     token = model.generation_config.bos_token_id
     if token is None:
-        raise ValueError("this model knows no beginning of a document, for its run had no tokenizer: give a prompt")
+        raise ValueError("this model knows no beginning of a document, for its run named no tokenizer: give a prompt")
     return [token]
 
 

@@ -29,6 +29,9 @@ ffn-hidden-size: 48
 num-attention-heads: 4
 group-query-attention: true
 num-query-groups: 2
+add-qkv-bias: true
+use-rope-scaling: true
+rotary-base: 500000
 num-recursions: 3
 routing: expert_choice
 router-aux-loss-coeff: 0.1

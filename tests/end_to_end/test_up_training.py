@@ -1,4 +1,4 @@
-"""A LLaMA model becomes the beginning of a routed one, and trains."""
+"""A published model, here one with biases, becomes the beginning of a routed one, trains, and is exported."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from pathlib import Path
 
 import torch
 from small_runs import ROOT, VOCABULARY, read_metrics, read_weights, small_config
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from mor_megatron.data.batch import Batch
+from mor_megatron.huggingface.export import read_checkpoint, to_model
+from mor_megatron.huggingface.verify import training_model
+from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.training.pretrain import pretrain
 
 sys.path.append(str(ROOT / "tools"))
@@ -17,18 +21,18 @@ import import_hf
 
 
 def test_up_training(corpus: str, tmp_path: Path, monkeypatch, capsys, process_group):
-    llama = LlamaConfig(
+    published = Qwen2Config(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=2,
         max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
-    words = ["--model", tmp_path / "llama", "--output", tmp_path / "start", "--num-recursions", 3]
+    Qwen2ForCausalLM(published).save_pretrained(tmp_path / "qwen")
+    words = ["--model", tmp_path / "qwen", "--output", tmp_path / "start", "--num-recursions", 3]
     monkeypatch.setattr(sys, "argv", ["import_hf.py", *map(str, words)])
     assert import_hf.main() == 0
     start = read_weights(tmp_path / "start", 0)
     config = small_config(
         corpus, load=str(tmp_path / "start"), finetune=True, save=str(tmp_path / "run"), train_iters=6, eval_iters=0,
-        lr_decay_iters=6, lr_wsd_decay_iters=2, log_interval=1,
+        lr_decay_iters=6, lr_wsd_decay_iters=2, log_interval=1, add_qkv_bias=True, norm_epsilon=1e-6,
     )  # fmt: skip
     config = replace(config, optimizer=replace(config.optimizer, lr_warmup_iters=0))
     pretrain(config)
@@ -40,3 +44,9 @@ def test_up_training(corpus: str, tmp_path: Path, monkeypatch, capsys, process_g
     assert any(name.startswith("router.") for name in end)
     for name, weight in start.items():
         assert not torch.equal(weight, end[name]), f"{name} was not trained"
+    checkpoint = read_checkpoint(tmp_path / "run")
+    made = (checkpoint.weights, checkpoint.config, VOCABULARY)
+    ids = torch.arange(48).view(2, 24)
+    with torch.no_grad():
+        ours = training_model(*made)(Batch(ids), RoutingContext(selection="threshold"))
+        torch.testing.assert_close(to_model(*made)(ids).logits, ours, atol=1e-5, rtol=0)

@@ -64,6 +64,9 @@ def test_ids_as_text_and_padding(tmp_path: Path):
     (tmp_path / "ids.txt").write_text("5 6 7 8 9")
     pieces = text_pieces([str(tmp_path / "ids.txt")], None, 10, 3, 9)
     assert [(p.tokens.tolist(), p.labels.tolist()) for p in pieces] == [([5, 6, 7], [6, 7, 8]), ([8], [9])]
+    (tmp_path / "more.txt").write_text("1 2")
+    (piece,) = text_pieces([str(tmp_path / name) for name in ("more.txt", "ids.txt")], None, 10, 20, 1, eod=3)
+    assert (piece.tokens.tolist(), piece.labels[-1]) == ([3, 1, 2, 3, 5, 6, 7, 8, 9], 3)
     batch = pad(pieces)
     assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.labels[1].tolist() == [9, IGNORED, IGNORED]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from pairs import VOCAB, pair, random_ids, training_logits
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from mor_megatron.huggingface.export import write
+from mor_megatron.huggingface.export import to_model, write
 from mor_megatron.huggingface.unrolled import to_llama, unrolling
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -34,6 +35,7 @@ def test_a_llama_computes_the_same(name: str, depth: int | None, count: int, tmp
     line = unrolling(llama, model.run_config, VOCAB)
     assert line.startswith(f"LlamaForCausalLM of {count} layers")
     assert ("copies of the 4 that were trained" in line) == name.startswith("recursive")
+    assert llama.generation_config.bos_token_id is None
     write(llama, None, tmp_path / "llama")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "llama").eval()
     assert type(loaded) is LlamaForCausalLM
@@ -64,3 +66,15 @@ def test_one_recursion_of_shared_keys_is_a_llama():
     expected, _ = training_logits(model, ids, fixed_depth=1)
     with torch.no_grad():
         torch.testing.assert_close(llama(ids).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_numbers_end_documents_as_in_training():
+    """A run on ids below 63: 63 stands between documents, and before the first."""
+    model = pair("vanilla")[0]
+    data = replace(model.run_config.data, tokenizer_type="NullTokenizer", tokenizer_model="63")
+    made = (weights_of("vanilla"), replace(model.run_config, data=data), VOCAB)
+    for exported in (to_model(*made), to_llama(*made)):
+        settings = exported.generation_config
+        assert (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id) == (63, 63, None)
+        assert exported.config.eos_token_id == 63
+        assert exported.generate(max_new_tokens=2, pad_token_id=0)[0, 0] == 63
