@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from mor_megatron.data.sources import Broken, describe, plan, read
+from mor_megatron.data.planning import plan
+from mor_megatron.data.sources import Broken, describe, read
 from mor_megatron.huggingface.cache_mor import MoRCache
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 from mor_megatron.inference.generation import sampling

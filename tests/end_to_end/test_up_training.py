@@ -23,7 +23,8 @@ import import_hf
 def test_up_training(corpus: str, tmp_path: Path, monkeypatch, capsys, process_group):
     published = Qwen2Config(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=2,
-        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=None,
     )  # fmt: skip
     Qwen2ForCausalLM(published).save_pretrained(tmp_path / "qwen")
     words = ["--model", tmp_path / "qwen", "--output", tmp_path / "start", "--num-recursions", 3]
