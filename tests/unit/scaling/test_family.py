@@ -75,7 +75,10 @@ def test_files_of_a_family(tmp_path):
 
 def test_jobs_wait_for_their_part_of_the_trunk(tmp_path):
     """submit.sh and the real launcher, with an sbatch that only numbers what it gets."""
-    family = plan_family(tmp_path, method("vanilla"), method("135m"), [2e18, 5e18], [1])
+    for suffix in (".bin", ".idx"):  # the launcher looks whether they are there
+        (tmp_path / f"corpus{suffix}").touch()
+    corpus = ["--data-path", str(tmp_path / "corpus")]
+    family = plan_family(tmp_path, method("vanilla"), method("135m"), [2e18, 5e18], [1], corpus)
     write_family(tmp_path, family)
     sbatch = tmp_path / "sbatch"
     sbatch.write_text(
@@ -84,7 +87,9 @@ def test_jobs_wait_for_their_part_of_the_trunk(tmp_path):
     sbatch.chmod(0o755)
     path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
     command = ["sh", tmp_path / "submit.sh", "--nodes", "2", "--gpus-per-node", "8", "--time", "1:00:00"]
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": path}, check=True, capture_output=True, timeout=60)
+    environment = os.environ | {"PATH": path}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
     lines = (tmp_path / "scripts").read_text().splitlines()
     given = [
         line.partition("=")[2] for line in lines if line.startswith(("#SBATCH --job-name", "#SBATCH --dependency"))
