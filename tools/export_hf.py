@@ -27,7 +27,8 @@ def run(args: argparse.Namespace) -> Path:
     config, vocab_size = checkpoint.config, checkpoint.vocab_size
     is_llama, tokenizer, comparison = args.family == "llama", None, None
     if not args.no_tokenizer:
-        tokenizer = export_tokenizer(config.data, config.model.max_position_embeddings, own_padding=not is_llama)
+        longest, trained = config.model.max_position_embeddings, checkpoint.is_trained
+        tokenizer = export_tokenizer(config.data, longest, own_padding=not is_llama, trained=trained)
     facts = (checkpoint.weights, config, vocab_size, tokenizer)
 
     def build():

@@ -25,7 +25,14 @@ def run(args: argparse.Namespace) -> Path:
     Raises:
         ValueError: the model is of another kind, or a flag does not apply to it.
     """
-    from mor_megatron.huggingface.importing import kind_of, read_authors, read_export, read_llama, write_checkpoint
+    from mor_megatron.huggingface.importing import (
+        kind_of,
+        read_authors,
+        read_export,
+        read_llama,
+        read_tokenizer,
+        write_checkpoint,
+    )
 
     given = {name: getattr(args, name) for name in _OF_LLAMA if getattr(args, name) is not None}
     kind = "authors" if args.authors_config is not None else kind_of(args.model)
@@ -51,7 +58,7 @@ def run(args: argparse.Namespace) -> Path:
         for physical, chosen in sorted(sources.items()):
             how = "mean of layers" if len(chosen) > 1 else "layer"
             print(f"layer {physical}: {how} {', '.join(map(str, chosen))}")
-    return write_checkpoint(weights, config, args.output)
+    return write_checkpoint(weights, config, args.output, read_tokenizer(args.model))
 
 
 def main() -> int:

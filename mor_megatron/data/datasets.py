@@ -28,6 +28,7 @@ from mor_megatron.data.tokenizers import Tokenizer
 
 # Tokens at the head of a corpus that are compared with the vocabulary: enough to catch another tokenizer's data.
 _PROBE = 1 << 20
+_ABOUT_ONCE = 1.05
 _NEEDS_EOD = (
     "reset-position-ids, reset-attention-mask and eod-mask-loss need an end-of-document token: give --tokenizer-type "
     "and --tokenizer-model."
@@ -96,6 +97,17 @@ def build_datasets(
         ]
     builder = BlendedMegatronDatasetBuilder(EpochDataset, list(num_samples), lambda: True, settings)
     return tuple(builder.build())
+
+
+def repetitions(dataset: Dataset) -> list[str]:
+    """Corpora that a run reads more than about once, in words.
+
+    Args:
+        dataset: from `build_datasets`.
+    """
+    parts = getattr(dataset, "datasets", [dataset])  # a blend asks for a few more samples of each than it reads
+    passes = [(part.dataset_path, part.passes()) for part in parts]
+    return [f"{path} {count:.3g} times" for path, count in passes if count > _ABOUT_ONCE]
 
 
 def build_batches(

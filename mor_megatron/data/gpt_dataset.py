@@ -39,6 +39,10 @@ class EpochDataset(GPTDataset):
     def __len__(self) -> int:
         return self._epochs() * self._samples_per_epoch()
 
+    def passes(self) -> float:
+        """How often the samples that were asked for go through the corpus."""
+        return (self.num_samples or 1) / self._samples_per_epoch()
+
     def _build_document_sample_shuffle_indices(self) -> tuple[None, None, None]:
         """What Megatron-core's constructor keeps: no index yet."""
         self.epoch = None

@@ -24,6 +24,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Names that published tokenizers give their end of document, looked up where the library does not say which it is.
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<EOD>", "<|eod|>")
 
+TRAINED_SIZE = "trained_vocab_size"
+"""What an exported tokenizer notes of training: how many ids it had."""
+
 # What a tokenizer's directory may have. Which class reads it depends on the model's config.json, too.
 _DIRECTORY_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"),
@@ -278,11 +281,26 @@ def _huggingface(model: str) -> Tokenizer:
             f"tokenizer-model={model} is not a Hugging Face tokenizer directory ({error}): it needs tokenizer.json, or "
             "what AutoTokenizer reads."
         ) from error
-    names = [*dict.fromkeys((*tokenizer.vocab_files_names.values(), *_DIRECTORY_FILES))]
+    size = tokenizer.init_kwargs.get(TRAINED_SIZE)
+    names = dict.fromkeys((*tokenizer.vocab_files_names.values(), *_DIRECTORY_FILES))
+    if size is not None:
+        del names["config.json"]  # of a model that transformers does not know
     found = tuple(file for name in names for file in sorted(path.glob(name)))
     if tokenizer.is_fast:
-        return FastTokenizer(tokenizer.backend_tokenizer, model, found, tokenizer.eos_token_id)
+        backend = _as_trained(tokenizer.backend_tokenizer, size)
+        return FastTokenizer(backend, model, found, tokenizer.eos_token_id)
     return SlowTokenizer(tokenizer, model, found)
+
+
+def _as_trained(backend, size: int | None):
+    """Without what our own export added behind the vocabulary of training, a padding token."""
+    import tokenizers
+
+    if size is None:
+        return backend
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size]
+    return tokenizers.Tokenizer.from_str(json.dumps(state))
 
 
 def _tokenizer_json(path: Path) -> Tokenizer:

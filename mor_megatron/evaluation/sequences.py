@@ -91,11 +91,12 @@ class IndexedPieces:
                 "model does not: read the run's own validation losses, or set both to false"
             )
         self.data = data
-        self.eod = configured_tokenizer(data).eod if data.eod_mask_loss else None
+        tokenizer = configured_tokenizer(data)
+        self.eod = tokenizer.eod if data.eod_mask_loss else None
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
         validation = read_blends(data)[1]
         is_blend = validation is not None and len(validation.paths) > 1
-        _, self.samples, _ = build_datasets(config, None, (0, count if is_blend else 1, 0))
+        _, self.samples, _ = build_datasets(config, tokenizer, (0, count if is_blend else 1, 0))
         self.count = min(count, len(self.samples))
 
     def __len__(self) -> int:

@@ -45,6 +45,11 @@ class Checkpoint:
     weights: dict[str, Tensor]
     """Whole, fp32, by our names; the balancing bias among them."""
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether a run has trained it; else it is as it was imported."""
+        return self.manifest.iteration > 0
+
 
 def newest_checkpoint(path: str | Path) -> Path:
     """One checkpoint's directory: the path itself, or the newest checkpoint of a run's directory.

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from mor_megatron.checkpointing.directory import PARTIAL, checkpoint_name, publish
 from mor_megatron.checkpointing.identity import model_shape
+from mor_megatron.checkpointing.kept_tokenizer import KeptTokenizer
 from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, Manifest, StoredFile
 from mor_megatron.checkpointing.pieces import BUFFER, WEIGHT, Cut, Piece
 from mor_megatron.checkpointing.randomness import random_state
 from mor_megatron.checkpointing.tensor_file import write_tensors, write_text
 from mor_megatron.config.cli import to_yaml
 from mor_megatron.config.schema import Config, RecursionConfig
+from mor_megatron.data.tokenizers import build_tokenizer
 from mor_megatron.huggingface.authors import SECTIONS, first_uses, parameter_names, recursion_config
 from mor_megatron.huggingface.configuration_mor import MoRConfig
 from mor_megatron.huggingface.convert_config import ends_in_padding, run_config, training_config
@@ -131,9 +133,22 @@ def read_authors(path: Path, settings_file: Path) -> Imported:
     return to_ours(stored, names, config.model), config
 
 
-def write_checkpoint(weights: Mapping[str, Tensor], config: Config, root: Path) -> Path:
+def read_tokenizer(path: Path) -> KeptTokenizer | None:
+    """The tokenizer in a directory of transformers; None, and a notice, if there is none that can be read."""
+    try:
+        return KeptTokenizer.of("HuggingFaceTokenizer", build_tokenizer("HuggingFaceTokenizer", str(path)))
+    except ValueError as error:
+        print(f"no tokenizer is imported: {error}")
+        return None
+
+
+def write_checkpoint(
+    weights: Mapping[str, Tensor], config: Config, root: Path, tokenizer: KeptTokenizer | None = None
+) -> Path:
     """Publish the weights as iteration 0 of a run's directory; there is no optimizer state.
 
+    Args:
+        tokenizer: to be kept with them.
     Raises:
         ValueError: the directory has something in it, or cannot be written.
     """
@@ -152,12 +167,15 @@ def write_checkpoint(weights: Mapping[str, Tensor], config: Config, root: Path) 
         random=random_state(),
         parameters={name: _cut(name, tensor) for name, tensor in weights.items()},
         files={},
+        tokenizer=None if tokenizer is None else tokenizer.entry(),
     )
     try:
         partial.mkdir(parents=True)
         state = "state_00000.safetensors"
         manifest.files[state] = StoredFile.of(write_tensors(partial / state, pieces), tuple(key for key, _ in pieces))
         manifest.files[CONFIG] = StoredFile.of(write_text(partial / CONFIG, to_yaml(config)))
+        if tokenizer is not None:
+            manifest.files.update(tokenizer.write(partial))
         write_text(partial / MANIFEST, manifest.to_json())
         return publish(partial)
     except OSError as error:

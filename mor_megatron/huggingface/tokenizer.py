@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.convert_slow_tokenizer import SpmConverter, import_protobuf
 
 from mor_megatron.config.schema import DataConfig
-from mor_megatron.data.tokenizers import FastTokenizer, Tokenizer, build_tokenizer
+from mor_megatron.data.tokenizers import TRAINED_SIZE, FastTokenizer, Tokenizer, build_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +26,9 @@ PAD = "<|pad|>"
 """Padding of tokenizers that have none of their own."""
 SAMPLE = [*list(topics.values())[:40], "  two  spaces\n\ttab, naïve 漢字 🙂"]
 """Real text (the Python language reference)."""
-TRAINED_SIZE, SPELLS_SPECIAL = "trained_vocab_size", "spells_special_tokens"
-"""What an exported tokenizer notes of training: how many ids it had, and whether the characters of a special token in a
-text were ordinary text to it."""
+SPELLS_SPECIAL = "spells_special_tokens"
+"""What an exported tokenizer notes of training, too: whether the characters of a special token in a text were ordinary
+text to it."""
 
 _MARKS = "\u0301\u0308\u0327\u093c\u064b\u200d\u200b\u2060\ufe0f\u202e\U0001f3fd"
 _BLOCKS = (
@@ -40,7 +40,7 @@ _BLOCKS = (
 
 
 def export_tokenizer(
-    data: DataConfig, longest: int, own_padding: bool = True, strict: bool = True
+    data: DataConfig, longest: int, own_padding: bool = True, strict: bool = True, trained: bool = True
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer for an export; None if the run has none, or one of numbers only.
 
@@ -50,6 +50,8 @@ def export_tokenizer(
         own_padding: give it a padding token that training did not have, unless it has one that is no end of document;
             otherwise it has none then.
         strict: refuse one that transformers encodes otherwise, instead of warning of it.
+        trained: whether the model was trained here. An imported one that was not keeps the tokenizer it came with: its
+            special tokens, what it puts around a text, its chat template.
     Raises:
         ValueError: its files are missing, or transformers cannot encode as it does.
     """
@@ -60,18 +62,22 @@ def export_tokenizer(
     spells_special = data.tokenizer_type == "SentencePieceTokenizer"
     if spells_special:
         exported = _sentencepiece(path)
-    elif isinstance(original, FastTokenizer):
+    elif isinstance(original, FastTokenizer) and trained:
         exported = _rust(original, path)
     else:
-        exported = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        exported = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     if original._eod is not None:
         exported.eos_token = exported.convert_ids_to_tokens(original._eod)
-    exported.bos_token = exported.eos_token
+    if trained:
+        exported.bos_token = exported.eos_token
     if exported.pad_token in (None, exported.eos_token):
         exported.pad_token = None
         if own_padding:
             _add_padding(exported, original.vocab_size)
     exported.model_max_length = longest
+    if not trained:
+        exported.init_kwargs.setdefault(TRAINED_SIZE, original.vocab_size)
+        return exported
     exported.padding_side = "left"  # where generation continues from; the model takes either
     # Only what is among init_kwargs is saved.
     exported.init_kwargs |= {"padding_side": "left", TRAINED_SIZE: original.vocab_size, SPELLS_SPECIAL: spells_special}
@@ -171,7 +177,7 @@ def _rust(original: FastTokenizer, path: Path) -> PreTrainedTokenizerFast:
     directory = path.parent if path.is_file() else path
     named = {}
     if (directory / "tokenizer_config.json").exists():
-        theirs = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        theirs = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         extra = list(getattr(theirs, "extra_special_tokens", ()))
         named = {"chat_template": theirs.chat_template, "extra_special_tokens": extra} | theirs.special_tokens_map
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **named)

@@ -42,7 +42,7 @@ def load_model(
     else:
         checkpoint = read_checkpoint(path)
         data, longest = checkpoint.config.data, checkpoint.config.model.max_position_embeddings
-        tokenizer = export_tokenizer(data, longest, strict=False)
+        tokenizer = export_tokenizer(data, longest, strict=False, trained=checkpoint.is_trained)
         model = to_model(checkpoint.weights, checkpoint.config, checkpoint.vocab_size, tokenizer)
         model = cast(model, DTYPES[dtype])
     return model.to(device).eval(), tokenizer

@@ -10,8 +10,9 @@ from megatron.core import parallel_state
 
 from mor_megatron.config.schema import Config, DataConfig
 from mor_megatron.data.batch import Batch
-from mor_megatron.data.datasets import build_batches, build_datasets
+from mor_megatron.data.datasets import build_batches, build_datasets, repetitions
 from mor_megatron.data.tokenizers import Tokenizer
+from mor_megatron.parallel.distributed import print_rank_0
 from mor_megatron.training.progress import Progress
 from mor_megatron.training.schedule import samples_left
 
@@ -36,6 +37,8 @@ def build_data(config: Config, tokenizer: Tokenizer | None) -> Batches:
     build = partial(build_datasets, config, tokenizer)
     evaluated = training.eval_iters * training.global_batch_size
     train_data, validation_data, _ = build((samples_left(config, Progress()), evaluated, 0))
+    if repeated := repetitions(train_data):
+        print_rank_0(f"training reads {', '.join(repeated)}")
 
     deal = partial(
         build_batches,

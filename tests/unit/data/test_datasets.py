@@ -18,7 +18,7 @@ from corpora import write_jsonl
 
 from mor_megatron.config.schema import Config, DataConfig, TrainingConfig
 from mor_megatron.data.corpora import Blend, parse_blend
-from mor_megatron.data.datasets import build_batches, build_datasets, make_batch
+from mor_megatron.data.datasets import build_batches, build_datasets, make_batch, repetitions
 from mor_megatron.data.indexed import read_index, read_tokens
 from mor_megatron.data.preprocess import preprocess
 from mor_megatron.data.tokenizers import build_tokenizer
@@ -157,6 +157,14 @@ def test_corpora_have_short_distinct_names() -> None:
     assert names("a/wiki", "b/books") == ["wiki", "books"]
     assert names("x/wiki/text", "x/books/text", "y/wiki/news") == ["wiki/text", "books/text", "wiki/news"]
     assert len(set(names("a", "a"))) == 2
+
+
+def test_a_corpus_that_is_read_several_times_is_named(numbers: list[str], tmp_path: Path) -> None:
+    split = {"split": "97,3,0", "cache": tmp_path}  # 90 samples of 32 tokens in 97 of 100 documents of 30
+    once, often = (train(settings(numbers[0], **split), count) for count in (90, 300))
+    blend = train(settings("0.2", numbers[0], "0.8", numbers[1], **split), 360)
+    assert (repetitions(once), repetitions(often)) == ([], [f"{numbers[0]} 3.33 times"])
+    assert repetitions(blend) == [f"{numbers[1]} 3.22 times"]  # 288 samples and half a percent
 
 
 def test_changed_corpus_is_indexed_again(numbers: list[str], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -24,6 +25,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from mor_megatron.checkpointing.manifest import read_manifest
 from mor_megatron.config.schema import RecursionConfig
 from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
@@ -179,6 +181,30 @@ def test_command_line(llama, tmp_path: Path, monkeypatch, capsys):
     assert "is not empty" in capsys.readouterr().err
     assert call("--output", tmp_path / "new", "--initialization", "upper") == 2
     assert "--num-recursions above 1" in capsys.readouterr().err
+
+
+def test_the_tokenizer_comes_along(llama, tmp_path: Path, monkeypatch):
+    """Into the checkpoint, out of it when the imported directory is gone, and in and out again."""
+    given = numbers()
+    given.bos_token, given.chat_template = "1", "{% for m in messages %}{{ m.content }} 0 {% endfor %}"
+    shutil.copytree(llama[1], tmp_path / "model")
+    given.save_pretrained(tmp_path / "model")
+
+    def call(module, *words) -> None:
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, words)])
+        assert module.main() == 0
+
+    kept = []
+    for source, run, output in (("model", "run", "out"), ("out", "again", "out2")):
+        call(import_hf, "--model", tmp_path / source, "--output", tmp_path / run)
+        shutil.rmtree(tmp_path / source)
+        kept.append(read_manifest(tmp_path / run / "iter_0000000").tokenizer["behaviour"])
+        call(export_hf, "--load", tmp_path / run, "--output", tmp_path / output)
+        got = AutoTokenizer.from_pretrained(tmp_path / output, trust_remote_code=True)
+        assert got.chat_template == given.chat_template
+        assert got.special_tokens_map == given.special_tokens_map
+        assert got.convert_tokens_to_ids(["7", "0", "<|pad|>"]) == [7, 0, VOCAB]
+    assert kept[0] == kept[1]
 
 
 LLAMA3 = {
