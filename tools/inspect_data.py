@@ -40,7 +40,8 @@ def sample(prefix: str, index: Index, number: int, tokenizer: Tokenizer | None, 
     begin = int(index.pointers[number]) // np.dtype(index.dtype).itemsize
     ids = read_tokens(prefix, index)[begin : begin + min(shown, int(index.lengths[number]))].tolist()
     content = repr(tokenizer.detokenize(ids)) if tokenizer else " ".join(map(str, ids))
-    return f"[{number}] {index.lengths[number]} tokens: {content}"
+    cut = f", the first {shown}" if shown < index.lengths[number] else ""
+    return f"[{number}] {index.lengths[number]} tokens{cut}: {content}"
 
 
 def main() -> int:
@@ -66,7 +67,7 @@ def main() -> int:
         index = read_index(args.prefix)
         check_corpora([args.prefix], tokenizer)
         print(describe(args.prefix, index))
-        for number in np.linspace(0, len(index.lengths) - 1, args.samples).round().astype(int):
+        for number in np.unique(np.linspace(0, len(index.lengths) - 1, args.samples).round().astype(int)):
             print(sample(args.prefix, index, int(number), tokenizer, args.sample_tokens))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -127,11 +127,19 @@ def test_tools_from_text_to_inspection(jsonl: str, texts, tmp_path: Path, monkey
     double = ("--input", prefix, prefix, "--output-prefix", tmp_path / "double")
     code, out, _ = tool(monkeypatch, capsys, "merge_data.py", *double)
     assert (code, f"{2 * len(texts)} documents" in out) == (0, True)
+    shown = ("--samples", 200, "--sample-tokens", 9)
+    code, out, _ = tool(monkeypatch, capsys, "inspect_data.py", prefix, "--verify", *shown, *kind)
+    assert code == 0
+    assert out.count("]") == len(texts), "none twice"
+    assert ", the first 9: " in out
     code, out, _ = tool(monkeypatch, capsys, "inspect_data.py", prefix, "--verify", "--samples", 2, *kind)
     assert code == 0
     assert f"tokens     {read_index(str(prefix)).tokens:,}" in out
     assert repr(texts[0])[1:-1] in out, "the first sample, decoded"
     assert "ids below 600" in out
+
+
+WORDS = ["--input", "no.txt", "--output-prefix", "o", "--tokenizer-type", "NullTokenizer", "--tokenizer-model", 9]
 
 
 @pytest.mark.parametrize(
@@ -140,11 +148,9 @@ def test_tools_from_text_to_inspection(jsonl: str, texts, tmp_path: Path, monkey
         ("inspect_data.py", ["absent"], "absent.idx does not exist"),
         ("merge_data.py", ["--input", "absent", "--output-prefix", "o"], "absent.idx does not exist"),
         ("train_tokenizer.py", ["--input", "no.txt", "--vocab-size", 400, "--output-prefix", "o"], "no.txt does not"),
-        (
-            "preprocess_data.py",
-            ["--input", "no.txt", "--output-prefix", "o", "--tokenizer-type", "NullTokenizer", "--tokenizer-model", 9],
-            "no.txt does not exist",
-        ),
+        ("preprocess_data.py", WORDS, "no.txt does not exist"),
+        ("preprocess_data.py", [*WORDS, "--shard", "4/3"], "shard=4/3 is not I/N"),
+        ("merge_data.py", ["--shards", 2, "--output-prefix", "o"], "shards=2: 1/2, 2/2 of o are missing"),
     ],
 )
 def test_tools_fail_with_one_line(name, args, message: str, tmp_path: Path, monkeypatch, capsys) -> None:
