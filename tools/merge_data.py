@@ -14,7 +14,8 @@ def main() -> int:
     source.add_argument("--shards", type=int, metavar="N", help="the N shards that preprocess_data.py made of PREFIX")
     parser.add_argument("--output-prefix", required=True, help="PREFIX of the output")
     args = parser.parse_args()
-    from mor_megatron.data.indexed import merge, prefixes_in, shards_of
+    from mor_megatron.data.indexed import merge, prefixes_in
+    from mor_megatron.data.shards import shards_of
 
     try:
         if args.shards is not None:

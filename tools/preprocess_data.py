@@ -6,7 +6,7 @@ import argparse
 import signal
 import sys
 
-from mor_megatron.data.planning import parse_shard
+from mor_megatron.data.shards import parse_shard
 from mor_megatron.data.sources import SUPPORTED
 from mor_megatron.data.tokenizers import build_tokenizer
 

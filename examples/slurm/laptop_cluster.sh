@@ -56,7 +56,7 @@ JobRequeue=1
 # Nodes claim more than the machine has.
 SlurmdParameters=config_overrides
 GresTypes=gpu
-NodeName=node[0-$last] NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + nodes))] CPUs=64 RealMemory=1000 Gres=gpu:8
+NodeName=node[0-$last] NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + nodes))] CPUs=64 RealMemory=256000 Gres=gpu:8
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 END
     cat > "$dir/gres.conf" << END

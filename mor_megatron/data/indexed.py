@@ -108,11 +108,6 @@ def cannot_write(output_prefix: str, error: OSError) -> ValueError:
     )
 
 
-def shard_prefix(prefix: str, shard: tuple[int, int] | None) -> str:
-    """Where part i of n of a corpus lies, shard = (i, n), i from 1, until they are merged; None: the whole corpus."""
-    return prefix if shard is None else f"{prefix}.shard-{shard[0]:05d}-of-{shard[1]:05d}"
-
-
 def optimal_dtype(vocab_size: int) -> type[np.integer]:
     """The dtype Megatron-LM gives a corpus of this vocabulary: uint16 below 65500, else int32."""
     return DType.optimal_dtype(vocab_size)
@@ -261,22 +256,6 @@ def merge(prefixes: list[str], output_prefix: str) -> Index:
         except OSError as error:
             raise cannot_write(output_prefix, error) from error
     return read_index(output_prefix)
-
-
-def shards_of(prefix: str, count: int) -> list[str]:
-    """Prefixes of all shards of a corpus, in order.
-
-    Raises:
-        ValueError: some are not there; names them.
-    """
-    shards = {f"{number}/{count}": shard_prefix(prefix, (number, count)) for number in range(1, count + 1)}
-    missing = [name for name, path in shards.items() if not Path(f"{path}.idx").is_file()]
-    if missing:
-        raise ValueError(
-            f"shards={count}: {', '.join(missing)} of {prefix} are missing: run preprocess_data.py with --shard "
-            f"{missing[0]}{' and so on' if len(missing) > 1 else ''} again."
-        )
-    return list(shards.values())
 
 
 def prefixes_in(folder: str) -> list[str]:

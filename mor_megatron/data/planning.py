@@ -57,48 +57,6 @@ def survey(inputs: list[str], keys: tuple[str, ...] = ("text",), paragraphs: boo
     return [_whole(path, keys, paragraphs) for path in expand(inputs)]
 
 
-def parse_shard(text: str) -> tuple[int, int]:
-    """`I/N`, part I of N, counted from 1.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise ValueError(f"shard={text} is not I/N, part I of N from 1/N to N/N.")
-    return int(number), int(count)
-
-
-def shard_of(parts: Sequence[Slice], number: int, count: int) -> list[Slice]:
-    """Part `number` of `count`, about equal in bytes of input. All parts, one after another, are the input.
-
-    Where it is cut depends on nothing but the sizes of the files, their order, and `count`. JSON lines are cut between
-    lines, parquet between row groups, datasets between rows; compressed JSON lines and plain text only between files.
-
-    Raises:
-        ValueError: the input cannot be cut into so many parts.
-    """
-    whole_files = sum(part.stop is None for part in parts)
-    if whole_files == len(parts) < count:
-        raise ValueError(
-            f"shard={number}/{count}: compressed JSON lines and plain text are cut between files only, and the input "
-            f"has {whole_files}: use --shard I/{whole_files}, or decompress them."
-        )
-    sizes = [max(part.size, 1) for part in parts]
-    begin, end = (sum(sizes) * edge // count for edge in (number - 1, number))
-    chosen, offset = [], 0
-    for part, size in zip(parts, sizes, strict=True):
-        units = 1 if part.stop is None else part.stop - part.start
-        first, last = (min(max(-((offset - edge) * units // size), 0), units) for edge in (begin, end))
-        if part.stop is None and first < last:
-            chosen.append(part)
-        elif first < last:
-            place = {"start": part.start + first, "stop": part.start + last}
-            chosen.append(replace(part, size=part.size * (last - first) // units, **place))
-        offset += size
-    return chosen
-
-
 def cut(parts: Sequence[Slice], workers: int) -> list[Slice]:
     """Slices for so many workers, in input order."""
     target = slice_target(sum(part.size for part in parts), workers)

@@ -22,10 +22,12 @@ from tqdm import tqdm
 
 from mor_megatron.data.encoding import Done, Job, Settings, encode, start_worker
 from mor_megatron.data.fingerprint import fingerprint
-from mor_megatron.data.indexed import CorpusWriter, cannot_write, optimal_dtype, shard_prefix, working_folder
-from mor_megatron.data.planning import cut, shard_of, slice_target, survey
+from mor_megatron.data.indexed import CorpusWriter, cannot_write, optimal_dtype, working_folder
+from mor_megatron.data.planning import cut, slice_target, survey
+from mor_megatron.data.shards import ORIGIN, origin, shard_of, shard_prefix
 from mor_megatron.data.sources import SHOWN, Broken, Slice, describe, require_usable, skipped
 from mor_megatron.data.tokenizers import Tokenizer
+from mor_megatron.files import write_whole
 
 
 @dataclass
@@ -91,6 +93,8 @@ def preprocess(
         jobs = [Job(i, part, folder) for i, part in enumerate(_parts(slices, workers))]
         writers = [CorpusWriter(folder, f"corpus{i}", dtype) for i in range(len(keys))]
         try:
+            for prefix in report.prefixes if shard is not None else ():
+                Path(f"{prefix}.idx").unlink(missing_ok=True)  # an earlier one must not pass for this if it fails
             with _Bar(jobs, settings, progress) as bar:
                 for job, done in _run(jobs, settings, context, workers, bar):
                     for key, (writer, lengths) in enumerate(zip(writers, done.lengths, strict=True)):
@@ -108,6 +112,8 @@ def preprocess(
                     f"input={' '.join(inputs)} gave no document ({report.empty} empty, {report.broken_count} broken)."
                 )
             for writer, prefix in zip(writers, report.prefixes, strict=True):
+                if shard is not None:
+                    write_whole(f"{prefix}{ORIGIN}", origin(whole, append_eod=append_eod))
                 writer.publish(prefix, made_with)
         except OSError as error:
             raise cannot_write(output_prefix, error) from error

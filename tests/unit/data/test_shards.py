@@ -9,9 +9,10 @@ import pytest
 from corpora import SOURCES, both_files, write_jsonl
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from mor_megatron.data.indexed import merge, read_index, shard_prefix, shards_of
-from mor_megatron.data.planning import cut, parse_shard, plan, shard_of, survey
+from mor_megatron.data.indexed import merge, read_index
+from mor_megatron.data.planning import cut, plan, survey
 from mor_megatron.data.preprocess import preprocess
+from mor_megatron.data.shards import parse_shard, shard_of, shard_prefix, shards_of
 from mor_megatron.data.sources import read
 
 
@@ -51,6 +52,20 @@ def test_a_shard_that_is_missing_is_named_and_made_alone(corpus, jsonl, tokenize
     preprocess([jsonl], f"{tmp_path}/o", tokenizer, append_eod=True, progress=False, shard=(2, 4))
     merge(shards_of(prefix, 4), prefix)
     assert both_files(prefix) == both_files(corpus)
+
+
+def test_shards_of_another_input_are_not_joined(texts, tokenizer, tmp_path: Path) -> None:
+    source, prefix = Path(write_jsonl(tmp_path / "s.jsonl", texts)), f"{tmp_path}/o_text_document"
+    shards([str(source)], tmp_path / "o", tokenizer, 2)
+    source.write_text(source.read_text() + "broken\n")
+    again = {"append_eod": True, "progress": False, "shard": (2, 2)}
+    with pytest.raises(ValueError, match="--strict"):
+        preprocess([str(source)], f"{tmp_path}/o", tokenizer, **again, strict=True)
+    with pytest.raises(ValueError, match=r"2/2 of \S+ are missing"):
+        shards_of(prefix, 2)  # what is left of an earlier run does not stand in for one that failed
+    preprocess([str(source)], f"{tmp_path}/o", tokenizer, **again)
+    with pytest.raises(ValueError, match=r"shards=2: 2/2 of \S+ are of another input, .*: make all of them again"):
+        shards_of(prefix, 2)
 
 
 def test_shards_without_a_document_are_passed_over(tokenizer, tmp_path: Path) -> None:
