@@ -115,7 +115,7 @@ def pretrain(output: Path, data_flags: list, more_flags: list[str]) -> None:
         directory = output / name.lower()
         directory.mkdir(parents=True, exist_ok=True)
         configs = ["--config", CONFIGS / f"{MODELS[name]}.yaml", CONFIGS / "quickstart.yaml"]
-        command = ["pretrain_mor.py", *configs, *data_flags, "--save", directory, *more_flags]
+        command = ["pretrain_mor.py", *configs, *data_flags, "--save", directory, "--load", directory, *more_flags]
         environment = {"OMP_NUM_THREADS": threads, **os.environ}
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with (

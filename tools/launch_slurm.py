@@ -128,6 +128,7 @@ def launch(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     config = read_config(arguments)
     if config.checkpoint.save is None:
         raise ValueError("save=None leaves nothing to go on from after the time limit: give --save DIR")
+    _require_one_at_a_time(args.sbatch, config.checkpoint.save)
     print(dry_run(config, args.nodes * _tasks_per_node(args)), file=sys.stderr)
     script = job_script(args, arguments, config)
     try:
@@ -184,6 +185,15 @@ def _positive(text: str) -> int:
 
 def _tasks_per_node(args: argparse.Namespace) -> int:
     return args.tasks_per_node or args.gpus_per_node
+
+
+def _require_one_at_a_time(options: Sequence[str], save: str) -> None:
+    tasks, _, at_once = dict(option.partition("=")[::2] for option in options).get("array", "%1").partition("%")
+    if at_once != "1":
+        raise ValueError(
+            f"array={tasks} has jobs run at once in one save={save}: launch each with a directory of its own, or let "
+            f"them take turns by array={tasks}%1"
+        )
 
 
 def _directive(name: str, value: str) -> str:

@@ -20,6 +20,7 @@ from mor_megatron.training.batches import build_data
 from mor_megatron.training.capabilities import capability_line
 from mor_megatron.training.engine import build_engine
 from mor_megatron.training.loop import train
+from mor_megatron.training.outputs import claim_outputs
 from mor_megatron.training.stopping import Stopper
 
 
@@ -36,17 +37,22 @@ def pretrain(config: Config) -> bool:
     config = validate(config, dist.get_world_size() if dist.is_initialized() else launched_world_size() or 1)
     with Stopper(config.faults) as stopper:
         initialize_distributed(config)
-        tokenizer = configured_tokenizer(config.data)
-        vocab_size = resolve_vocab_size(config, tokenizer)
-        kept = None if tokenizer is None else KeptTokenizer.of(config.data.tokenizer_type, tokenizer)
-        batches = build_data(config, tokenizer)
-        model = build_model(config, vocab_size)
-        engine = build_engine(model, config)
-        print_rank_0(capability_line(config))
-        progress = load_checkpoint(engine, config, vocab_size, kept)
-        print_rank_0(_description(config, vocab_size))
-        print_rank_0(describe_layout(config, vocab_size, dist.get_world_size()))
-        return train(engine, config, progress, batches, vocab_size, stopper, kept)
+        with claim_outputs(config):
+            return _pretrain(config, stopper)
+
+
+def _pretrain(config: Config, stopper: Stopper) -> bool:
+    tokenizer = configured_tokenizer(config.data)
+    vocab_size = resolve_vocab_size(config, tokenizer)
+    kept = None if tokenizer is None else KeptTokenizer.of(config.data.tokenizer_type, tokenizer)
+    batches = build_data(config, tokenizer)
+    model = build_model(config, vocab_size)
+    engine = build_engine(model, config)
+    print_rank_0(capability_line(config))
+    progress = load_checkpoint(engine, config, vocab_size, kept)
+    print_rank_0(_description(config, vocab_size))
+    print_rank_0(describe_layout(config, vocab_size, dist.get_world_size()))
+    return train(engine, config, progress, batches, vocab_size, stopper, kept)
 
 
 def _description(config: Config, vocab_size: int) -> str:

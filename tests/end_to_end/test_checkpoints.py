@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import resource
@@ -23,6 +24,7 @@ from small_runs import (
     small_config,
 )
 
+from mor_megatron.checkpointing import lock
 from mor_megatron.checkpointing import save as saving
 from mor_megatron.checkpointing.directory import candidates
 from mor_megatron.checkpointing.manifest import read_manifest
@@ -166,16 +168,70 @@ def test_a_file_that_the_system_will_not_let_grow(corpus, tmp_path, capsys):
     open_checkpoint(tmp_path / "iter_0000002")
 
 
+def used(directory: Path) -> str:
+    (directory / "iter_0000002").mkdir(parents=True)
+    (directory / "latest").write_text("iter_0000002\n")
+    return str(directory)
+
+
+def a_file(path: Path) -> str:
+    path.write_text("")
+    return str(path)
+
+
+def locked(directory: Path) -> str:
+    directory.mkdir()
+    holder = {"host": "node7", "pid": os.getppid(), "machine": lock._machine(), "began": lock._began(os.getppid())}
+    (directory / lock.LOCK).write_text(json.dumps(holder))
+    return str(directory)
+
+
+OUTPUTS = {
+    "a file": (lambda p: {"save": a_file(p / "run")}, r"save=\S+/run cannot be written \(it is a file\): name another"),
+    "below a file": (lambda p: {"save": a_file(p / "x") + "/run"}, r"save=.*cannot be written \(Not a directory\)"),
+    "no place for files": (lambda p: {"save": "/proc/run"}, r"save=/proc/run cannot be written \(No such file"),
+    "events": (
+        lambda p: {"tensorboard_dir": a_file(p / "tb")},
+        r"tensorboard-dir=\S+ cannot be written \(it is a file",
+    ),
+    "used": (lambda p: {"save": used(p / "run")}, r"save=\S+/run has iter_0000002 .*: add --load \S+/run to go on"),
+    "used, loading from elsewhere": (
+        lambda p: {"save": used(p / "run"), "load": used(p / "other")},
+        r"save=\S+/run has iter_0000002 of a run that this one would replace: add --load \S+/run to go on with it, or",
+    ),
+    "used by what is fine-tuned": (
+        lambda p: {"save": used(p / "run"), "load": str(p / "run"), "finetune": True},
+        r"save=\S+/run has iter_0000002 .*: leave out --finetune to go on with it, or name another directory",
+    ),
+    "in use": (lambda p: {"save": locked(p / "run")}, r"save=\S+/run is in use by process \d+ on node7: wait until"),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_where_a_run_cannot_write_it_does_not_begin(corpus, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("mor_megatron.training.pretrain.configured_tokenizer", lambda data: pytest.fail("it began"))
+    changes, message = OUTPUTS[name]
+    changes = changes(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        pretrain(small_config(corpus, **changes))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_directory_without_rights(corpus, tmp_path):
-    pretrain(small_config(corpus, save=str(tmp_path), train_iters=2, eval_iters=0))
     tmp_path.chmod(0o500)
     try:
-        with pytest.raises(SaveError, match="Permission denied"):
-            pretrain(small_config(corpus, save=str(tmp_path), load=str(tmp_path), train_iters=4, eval_iters=0))
+        with pytest.raises(ValueError, match="Permission denied"):
+            pretrain(small_config(corpus, save=str(tmp_path)))
     finally:
         tmp_path.chmod(0o700)
-    open_checkpoint(tmp_path / "iter_0000002")
+
+
+def test_one_checkpoint_of_a_run_is_of_that_run(copy, corpus, capsys):
+    pretrain(small_config(corpus, save=str(copy), load=str(copy / "iter_0000006"), train_iters=7, eval_iters=0))
+    assert f"resuming from {copy}/iter_0000006" in capsys.readouterr().out
+    assert not (copy / lock.LOCK).exists()
 
 
 def test_saving_in_the_background_saves_the_same(whole, corpus, tmp_path, monkeypatch):

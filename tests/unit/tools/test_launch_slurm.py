@@ -126,6 +126,7 @@ REFUSALS = {
         "--vocab-size 64 --save x",
         "tok does not exist: give a local file or directory",
     ),
+    "array": (f"--sbatch array=0-3 -- {MODEL} --save x", "array=0-3 has jobs run at once in one save=x"),
     "mounts alone": (f"--container-mounts /a:/a -- {MODEL} --save x", "only with --container-image"),
 }
 

@@ -1,0 +1,95 @@
+"""Before anything is built: whether a run may write where it wants to, and can.
+
+A directory that cannot be written, that another run uses, or that has another run's checkpoints; Weights & Biases
+without a login. All ranks look, and all of them raise the same error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+from mor_megatron.checkpointing.agreement import from_all_ranks
+from mor_megatron.checkpointing.directory import candidates
+from mor_megatron.checkpointing.lock import Lock
+from mor_megatron.config.schema import CheckpointConfig, Config
+
+
+@contextlib.contextmanager
+def claim_outputs(config: Config) -> Iterator[None]:
+    """Check where the run writes, and keep other runs out of `save` meanwhile; collective over all ranks.
+
+    Raises:
+        ValueError: a directory cannot be written, `save` is in use or has checkpoints that this run would replace.
+    """
+    with contextlib.ExitStack() as stack:
+        problem = None
+        try:
+            _claim(config, stack)
+        except ValueError as error:  # raised by all ranks or by none: the others would wait for this one
+            problem = str(error)
+        problem = next((each for each in from_all_ranks(problem) if each is not None), None)
+        if problem is not None:
+            raise ValueError(problem)
+        yield
+
+
+def _claim(config: Config, stack: contextlib.ExitStack) -> None:
+    checkpoint, leads = config.checkpoint, dist.get_rank() == 0
+    if checkpoint.save is not None:
+        with _writable("save", checkpoint.save):
+            if leads:
+                stack.enter_context(Lock(Path(checkpoint.save), _end))
+        if leads:
+            require_own_checkpoints(checkpoint)
+    directory = config.logging.tensorboard_dir
+    if directory is not None and leads and "://" not in directory:
+        with _writable("tensorboard-dir", directory):
+            pass
+
+
+def require_own_checkpoints(checkpoint: CheckpointConfig) -> None:
+    """Refuse a `save` with checkpoints of a run that this one does not go on with, and would replace one by one.
+
+    Raises:
+        ValueError: it has some.
+    """
+    save = Path(checkpoint.save).resolve()
+    found = candidates(save)
+    if not found:
+        return
+    load = Path(checkpoint.load).resolve() if checkpoint.load is not None else None
+    if load is not None and save in (load, load.parent):
+        if not checkpoint.finetune:
+            return
+        remedy = "leave out --finetune to go on with it"
+    else:
+        remedy = f"add --load {checkpoint.save} to go on with it"
+    raise ValueError(
+        f"save={checkpoint.save} has {found[0].name} of a run that this one would replace: {remedy}, or name another "
+        "directory"
+    )
+
+
+@contextlib.contextmanager
+def _writable(name: str, directory: str) -> Iterator[None]:
+    """Make sure that a directory is there and can be written; what fails in the block is no better."""
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"\0")
+        yield
+    except OSError as error:
+        reason = "it is a file" if Path(directory).is_file() else error.strerror or error
+        raise ValueError(f"{name}={directory} cannot be written ({reason}): name another directory") from error
+
+
+def _end(reason: str) -> None:
+    print(f"error: {reason}; this run ends, so that they do not mix their checkpoints", file=sys.stderr, flush=True)
+    os._exit(1)
