@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from datetime import datetime
@@ -21,20 +22,14 @@ from mor_megatron.training.batches import Batches
 from mor_megatron.training.engine import Engine
 from mor_megatron.training.evaluate import evaluate
 from mor_megatron.training.heartbeat import Heartbeat, State
-from mor_megatron.training.metrics import (
-    Record,
-    Writer,
-    log_line,
-    open_writers,
-    training_record,
-    validation_line,
-)
+from mor_megatron.training.metrics import Record, log_line, training_record, validation_line
 from mor_megatron.training.peak import device_peak
 from mor_megatron.training.progress import Progress
 from mor_megatron.training.schedule import last_iteration, next_iteration
 from mor_megatron.training.spikes import is_spike, update_average
 from mor_megatron.training.stopping import Stopper
 from mor_megatron.training.train_step import StepReport, train_step
+from mor_megatron.training.writers import Writer, open_writers
 
 
 class NonFiniteError(RuntimeError):
@@ -49,13 +44,18 @@ def train(
     vocab_size: int,
     stopper: Stopper,
     tokenizer: KeptTokenizer | None = None,
+    writers: Sequence[Writer] = (),
 ) -> bool:
-    """The iterations from `progress`, which is kept up to date, to the last; returns and raises as `pretrain`."""
+    """The iterations from `progress`, which is kept up to date, to the last; returns and raises as `pretrain`.
+
+    Args:
+        writers: more of them, which the caller closes; rank 0's are used.
+    """
     with contextlib.ExitStack() as stack:
         saver = None
         if config.checkpoint.save is not None:
             saver = stack.enter_context(Saver(engine, config, vocab_size, tokenizer))
-        loop = _Loop(engine, config, progress, batches, vocab_size, stopper, saver)
+        loop = _Loop(engine, config, progress, batches, vocab_size, stopper, saver, writers)
         stack.callback(loop.close)
         state: State = "failed"
         try:
@@ -82,6 +82,7 @@ class _Loop:
         vocab_size: int,
         stopper: Stopper,
         saver: Saver | None,
+        writers: Sequence[Writer],
     ):
         self.engine = engine
         self.config = config
@@ -92,7 +93,8 @@ class _Loop:
         self.saver = saver
         self.peak, source = device_peak(config)
         print_rank_0(f"utilisation is measured against {self.peak:.3f} TFLOP/s a rank ({source})")
-        self.writers: list[Writer] = open_writers(config, progress.iteration) if dist.get_rank() == 0 else []
+        self.files = open_writers(config, progress.iteration) if dist.get_rank() == 0 else []
+        self.writers = [*self.files, *writers]
         reports = dist.get_rank() == 0 and config.checkpoint.save is not None
         self.heartbeat = Heartbeat(Path(config.checkpoint.save)) if reports else None
         self.last_iteration = last_iteration(config, progress)
@@ -138,7 +140,7 @@ class _Loop:
 
     def close(self) -> None:
         """Close what records were written to."""
-        for writer in self.writers:
+        for writer in self.files:
             writer.close()
 
     def _advance(self, report: StepReport, config: Config, lr: float, seconds: float) -> bool:

@@ -1,4 +1,4 @@
-"""What is reported about a run, under which names, and to where: stdout, metrics.jsonl, TensorBoard, W&B.
+"""What is reported about a run, and under which names; writers.py says to where.
 
 Every iteration makes one record; metrics.jsonl, TensorBoard and W&B get each, the log line the means since the last
 line. Router metrics keep the names they have in `recursion.context`; validation losses those of `evaluate`.
@@ -6,13 +6,9 @@ line. Router metrics keep the names they have in `recursion.context`; validation
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict
 from datetime import datetime
-from pathlib import Path
-from typing import Protocol
 
 from mor_megatron.config.schema import Config
 from mor_megatron.recursion.accounting import measured_fractions, training_flops_per_token
@@ -114,140 +110,6 @@ def validation_line(record: Record) -> str:
     return " | ".join(fields) + " |"
 
 
-class Writer(Protocol):
-    """Somewhere that keeps records."""
-
-    def write(self, record: Record) -> None:
-        """Keep one record; it has an `iteration`."""
-
-    def rewind(self, iteration: int) -> None:
-        """The run goes back to this iteration: what was kept of later ones will be written again."""
-
-    def close(self) -> None:
-        """Finish."""
-
-
-class JsonLines:
-    """metrics.jsonl: one JSON object a line, appended to.
-
-    Args:
-        path: the file.
-        iteration: iterations that the run has completed. Lines after it, which an earlier attempt wrote beyond the
-            checkpoint that this one starts from, move to metrics.dropped.jsonl, and so does a line cut off by a kill.
-    """
-
-    def __init__(self, path: Path, iteration: int):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        self._drop_lines_after(iteration)
-        self.file = path.open("a")
-
-    def write(self, record: Record) -> None:
-        """Append and flush: a killed run keeps what it has reported."""
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-
-    def rewind(self, iteration: int) -> None:
-        """Move the lines after `iteration` to metrics.dropped.jsonl."""
-        self.file.close()
-        self._drop_lines_after(iteration)
-        self.file = self.path.open("a")
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-
-    def _drop_lines_after(self, iteration: int) -> None:
-        if not self.path.exists():
-            return
-        lines = self.path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if _belongs(line, iteration)]
-        if len(kept) == len(lines):
-            return
-        dropped = self.path.with_name("metrics.dropped.jsonl")
-        print(
-            f"{self.path}: {len(lines) - len(kept)} lines after iteration {iteration} move to {dropped.name}",
-            flush=True,
-        )
-        with dropped.open("a") as file:
-            file.writelines(line.rstrip("\n") + "\n" for line in lines if not _belongs(line, iteration))
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(kept))
-        partial.replace(self.path)
-
-
-class TensorBoard:
-    """Scalars of a record under their own names, at its iteration."""
-
-    def __init__(self, directory: str):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.directory = directory
-        self.writer = SummaryWriter(directory)
-
-    def write(self, record: Record) -> None:
-        """Every number but the iteration itself."""
-        for name, value in record.items():
-            if name != "iteration" and value is not None:
-                self.writer.add_scalar(name, value, record["iteration"])
-
-    def rewind(self, iteration: int) -> None:
-        """Begin a file that tells TensorBoard to hide later points."""
-        self.writer.close()
-        self.writer = type(self.writer)(self.directory, purge_step=iteration + 1)
-
-    def close(self) -> None:
-        """Flush and close."""
-        self.writer.close()
-
-
-class WeightsAndBiases:
-    """A W&B run with the resolved settings; `WANDB_MODE=offline` needs no network."""
-
-    def __init__(self, config: Config):
-        import wandb
-
-        logging = config.logging
-        self.run = wandb.init(
-            project=logging.wandb_project,
-            name=logging.wandb_exp_name,
-            config=asdict(config),
-            dir=config.checkpoint.save,  # None: the current directory
-        )
-        # W&B's own step can only grow, and a run may go back to a checkpoint.
-        self.run.define_metric("*", step_metric="iteration")
-
-    def write(self, record: Record) -> None:
-        """All numbers of a record, to be drawn over its iteration."""
-        self.run.log({name: value for name, value in record.items() if value is not None})
-
-    def rewind(self, iteration: int) -> None:
-        """Nothing: W&B keeps both attempts, and draws the later points beside the earlier ones."""
-
-    def close(self) -> None:
-        """Finish the run."""
-        self.run.finish()
-
-
-def open_writers(config: Config, iteration: int) -> list[Writer]:
-    """The writers that the settings ask for; only rank 0 should call it."""
-    writers: list[Writer] = []
-    if config.checkpoint.save is not None:
-        writers.append(JsonLines(Path(config.checkpoint.save) / "metrics.jsonl", iteration))
-    if config.logging.tensorboard_dir is not None:
-        writers.append(TensorBoard(config.logging.tensorboard_dir))
-    if config.logging.wandb_project is not None:
-        writers.append(WeightsAndBiases(config))
-    return writers
-
-
 def _mean(records: Iterable[Record], name: str) -> float:
     values = [record[name] for record in records if record.get(name) is not None]
     return sum(values) / len(values) if values else math.nan
-
-
-def _belongs(line: str, iteration: int) -> bool:
-    try:
-        return json.loads(line)["iteration"] <= iteration
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return False

@@ -19,28 +19,32 @@ from mor_megatron.checkpointing.agreement import from_all_ranks
 from mor_megatron.checkpointing.directory import candidates
 from mor_megatron.checkpointing.lock import Lock
 from mor_megatron.config.schema import CheckpointConfig, Config
+from mor_megatron.training.writers import WeightsAndBiases, Writer
 
 
 @contextlib.contextmanager
-def claim_outputs(config: Config) -> Iterator[None]:
+def claim_outputs(config: Config) -> Iterator[list[Writer]]:
     """Check where the run writes, and keep other runs out of `save` meanwhile; collective over all ranks.
 
+    Returns:
+        As a context: rank 0's writer for Weights & Biases, if there is to be one.
     Raises:
-        ValueError: a directory cannot be written, `save` is in use or has checkpoints that this run would replace.
+        ValueError: a directory cannot be written, `save` is in use or has checkpoints that this run would replace, or
+            Weights & Biases refuses.
     """
     with contextlib.ExitStack() as stack:
-        problem = None
+        problem, writers = None, []
         try:
-            _claim(config, stack)
+            writers = _claim(config, stack)
         except ValueError as error:  # raised by all ranks or by none: the others would wait for this one
             problem = str(error)
         problem = next((each for each in from_all_ranks(problem) if each is not None), None)
         if problem is not None:
             raise ValueError(problem)
-        yield
+        yield writers
 
 
-def _claim(config: Config, stack: contextlib.ExitStack) -> None:
+def _claim(config: Config, stack: contextlib.ExitStack) -> list[Writer]:
     checkpoint, leads = config.checkpoint, dist.get_rank() == 0
     if checkpoint.save is not None:
         with _writable("save", checkpoint.save):
@@ -52,6 +56,11 @@ def _claim(config: Config, stack: contextlib.ExitStack) -> None:
     if directory is not None and leads and "://" not in directory:
         with _writable("tensorboard-dir", directory):
             pass
+    if config.logging.wandb_project is None or not leads:
+        return []
+    writer = WeightsAndBiases(config)
+    stack.callback(writer.close)
+    return [writer]
 
 
 def require_own_checkpoints(checkpoint: CheckpointConfig) -> None:

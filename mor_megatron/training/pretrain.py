@@ -22,6 +22,7 @@ from mor_megatron.training.engine import build_engine
 from mor_megatron.training.loop import train
 from mor_megatron.training.outputs import claim_outputs
 from mor_megatron.training.stopping import Stopper
+from mor_megatron.training.writers import Writer
 
 
 def pretrain(config: Config) -> bool:
@@ -37,11 +38,11 @@ def pretrain(config: Config) -> bool:
     config = validate(config, dist.get_world_size() if dist.is_initialized() else launched_world_size() or 1)
     with Stopper(config.faults) as stopper:
         initialize_distributed(config)
-        with claim_outputs(config):
-            return _pretrain(config, stopper)
+        with claim_outputs(config) as writers:
+            return _pretrain(config, stopper, writers)
 
 
-def _pretrain(config: Config, stopper: Stopper) -> bool:
+def _pretrain(config: Config, stopper: Stopper, writers: list[Writer]) -> bool:
     tokenizer = configured_tokenizer(config.data)
     vocab_size = resolve_vocab_size(config, tokenizer)
     kept = None if tokenizer is None else KeptTokenizer.of(config.data.tokenizer_type, tokenizer)
@@ -52,7 +53,7 @@ def _pretrain(config: Config, stopper: Stopper) -> bool:
     progress = load_checkpoint(engine, config, vocab_size, kept)
     print_rank_0(_description(config, vocab_size))
     print_rank_0(describe_layout(config, vocab_size, dist.get_world_size()))
-    return train(engine, config, progress, batches, vocab_size, stopper, kept)
+    return train(engine, config, progress, batches, vocab_size, stopper, kept, writers)
 
 
 def _description(config: Config, vocab_size: int) -> str:

@@ -114,13 +114,23 @@ def test_validation_losses_at_fixed_depths(process_group, corpus, tmp_path):
 def test_reports_to_wandb_offline_and_tensorboard(process_group, corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     reports = {"wandb_project": "test", "tensorboard_dir": str(tmp_path / "tb")}
-    pretrain(small_config(corpus, save=str(tmp_path), train_iters=3, **reports))
+    save = str(tmp_path / "run")
+    for end in (3, 4):
+        pretrain(small_config(corpus, save=save, load=save, train_iters=end, **reports))
     wandb.teardown()  # waits for W&B's own process, which may write the file after the run's finish() has returned
-    (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    written = run.read_bytes()
+    first, second = sorted(tmp_path.glob("run/wandb/offline-run-*/run-*.wandb"))
+    assert first.name == second.name, "two starts are one run"
+    written = first.read_bytes()
     for name in (b"lm_loss", b"grad_norm", b"mean_depth", b"validation_loss_threshold"):
         assert name in written
     assert list((tmp_path / "tb").glob("events*"))
+
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(ValueError, match=r"^wandb-project=test cannot be reported to \(No API key .*\): log in by .*$"):
+        pretrain(small_config(corpus, wandb_project="test"))
+    wandb.teardown()
 
 
 def test_evaluation_can_be_switched_off(process_group, corpus, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from mor_megatron.config.schema import Config, DataConfig, ModelConfig, RecursionConfig, TrainingConfig
 from mor_megatron.config.validate import validate
 from mor_megatron.recursion.accounting import executed_flops_per_token
-from mor_megatron.training.metrics import JsonLines, TensorBoard, log_line, training_record, validation_line
+from mor_megatron.training.metrics import log_line, training_record, validation_line
 from mor_megatron.training.progress import Progress
 from mor_megatron.training.train_step import StepReport
 
@@ -84,33 +84,3 @@ def test_validation_line_gives_loss_and_perplexity():
     assert "validation loss at iteration 5 |" in line
     assert "lm loss topk: 2.079442E+00 | lm loss PPL topk: 8.000000E+00 |" in line
     assert "lm loss PPL threshold: 2.718282E+00 |" in line
-
-
-def test_jsonl_is_continued_after_the_checkpoint_it_starts_from(tmp_path, capsys):
-    path = tmp_path / "run" / "metrics.jsonl"
-    first = JsonLines(path, 0)
-    for iteration in range(1, 6):
-        first.write({"iteration": iteration, "attempt": 1})
-    first.close()
-    with path.open("a") as file:
-        file.write('{"iteration": 6, "att')  # killed while writing
-    second = JsonLines(path, 3)
-    second.write({"iteration": 4, "attempt": 2})
-    second.close()
-    got = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(line["iteration"], line["attempt"]) for line in got] == [(1, 1), (2, 1), (3, 1), (4, 2)]
-    assert "3 lines after iteration 3 move to metrics.dropped.jsonl" in capsys.readouterr().out
-    dropped = path.with_name("metrics.dropped.jsonl").read_text().splitlines()
-    assert [line[:15] for line in dropped] == [f'{{"iteration": {i}' for i in (4, 5, 6)]
-
-
-def test_tensorboard_holds_the_record(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    writer = TensorBoard(str(tmp_path))
-    writer.write({"iteration": 7, "lm_loss": 1.5, "grad_norm": None})
-    writer.close()
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    assert events.Tags()["scalars"] == ["lm_loss"]
-    assert [(e.step, e.value) for e in events.Scalars("lm_loss")] == [(7, 1.5)]
