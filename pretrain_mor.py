@@ -12,12 +12,14 @@ import os
 import sys
 
 from mor_megatron.config.cli import parse_config
-from mor_megatron.parallel.launch import adopt_srun
+from mor_megatron.files import Unfailing
+from mor_megatron.parallel.launch import adopt_srun, note_launcher
 
 
 def main() -> int:
     """0: trained; 1: broke down; 2: settings, data or checkpoint do not fit; 85: stopped early, run it again."""
     adopt_srun()
+    note_launcher()
     config = parse_config()
     # After the flags: --help and a wrong flag need not wait for torch.
     import torch.distributed as dist
@@ -49,4 +51,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
     sys.exit(main())

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import sys
+import threading
+from collections.abc import Iterator
 from datetime import timedelta
 
 import numpy as np
@@ -14,8 +18,11 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from mor_megatron.config.schema import Config
 from mor_megatron.parallel.cpu import support_cpu
-from mor_megatron.parallel.launch import NEEDED, is_launched
+from mor_megatron.parallel.launch import is_launched, start_name
 from mor_megatron.parallel.roll_call import answer_roll_calls
+
+GRACE_SECONDS = 5.0
+"""After the time in which ranks have to meet, for the library to say what is wrong."""
 
 
 class RendezvousError(RuntimeError):
@@ -37,16 +44,17 @@ def initialize_distributed(config: Config) -> None:
     support_cpu()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    if not dist.is_initialized():
-        timeout = timedelta(minutes=config.training.distributed_timeout_minutes)
-        if is_launched():
+    timeout = timedelta(minutes=config.training.distributed_timeout_minutes)
+    joins = not dist.is_initialized() and is_launched()
+    with _time_limit(timeout) if joins else contextlib.nullcontext():
+        if joins:
             _join_world(config, timeout)
-        else:
+        elif not dist.is_initialized():
             # A store in memory: no port is taken, and child processes do not find a process group to join.
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
             dist.init_process_group(_backend(config), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    if not parallel_state.model_parallel_is_initialized():
-        initialize_model_parallel(config)
+        if not parallel_state.model_parallel_is_initialized():
+            initialize_model_parallel(config)
     set_seed(config.training.seed)
 
 
@@ -54,19 +62,49 @@ def _join_world(config: Config, timeout: timedelta) -> None:
     backend = _backend(config)
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(f"start {start_name()}", store)
+        if store.add(f"rank {rank}", 1) > 1:
+            raise RendezvousError(
+                f"rank {rank} is there twice at {_address()}: a process of another start uses that port, too; end it, "
+                "or set another MASTER_PORT"
+            )
         shared = dist.PrefixStore("world", store)
         dist.init_process_group(backend, store=shared, rank=rank, world_size=world_size, timeout=timeout)
+    except RendezvousError:
+        raise
     except RuntimeError as error:
-        rank, world_size, address, port = (os.environ[name] for name in NEEDED)
-        minutes = timeout.total_seconds() / 60
-        reason = str(error).strip().splitlines()[0]
-        raise RendezvousError(
-            f"rank {rank} did not meet all {world_size} ranks at {address}:{port} within {minutes:g} minutes "
-            f"({reason}): one of them is lost, cannot reach that address, or starts later than "
-            "--distributed-timeout-minutes allows"
-        ) from error
+        raise _not_met(timeout, str(error).strip().splitlines()[0]) from error
     if world_size > 1:
         answer_roll_calls(store, rank, world_size, config)
+
+
+@contextlib.contextmanager
+def _time_limit(timeout: timedelta) -> Iterator[None]:
+    """End the process if the ranks take longer to meet; gloo tries five times, each until it times out, to connect."""
+
+    def end() -> None:
+        print(f"error: {_not_met(timeout, 'it still waits')}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(timeout.total_seconds() + GRACE_SECONDS, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _not_met(timeout: timedelta, reason: str) -> RendezvousError:
+    return RendezvousError(
+        f"rank {os.environ['RANK']} did not meet all {os.environ['WORLD_SIZE']} ranks at {_address()} within "
+        f"{timeout.total_seconds() / 60:g} minutes ({reason}): one of them is lost, cannot reach that address, or "
+        "starts later than --distributed-timeout-minutes allows"
+    )
+
+
+def _address() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
 def initialize_model_parallel(config: Config) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torch.distributed reads."""
+
+_launcher: int | None = None
 
 
 def adopt_srun(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -53,6 +55,43 @@ def first_host(hosts: str) -> str:
     if name is None:
         raise ValueError(f"the host list {hosts!r} of srun is not understood: set MASTER_ADDR to the host of rank 0")
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", name[0])
+
+
+def start_name(environment: Mapping[str, str] = os.environ) -> str:
+    """What all ranks of this start have in common, and no other start has; "" where the launcher does not say enough.
+
+    A rank that an earlier start left behind then cannot be taken for one of this start, though both use one address.
+    """
+    if _is_srun_rank(environment):
+        return " ".join(environment.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    name = environment.get("TORCHELASTIC_RUN_ID", "")
+    errors = environment.get("TORCHELASTIC_ERROR_FILE", "")
+    if errors and environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE"):
+        name += f" {os.path.dirname(os.path.dirname(errors))}"  # DIR/RUN_RANDOM/attempt_N/RANK/error.json
+    return name
+
+
+def note_launcher(environment: Mapping[str, str] = os.environ) -> None:
+    """Note which process is the launcher; call it at once, for later another one may be this one's parent.
+
+    None is noted where this process was started by hand: its parent need not wait for its end.
+    """
+    global _launcher
+    starters = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # torchrun's, deepspeed's
+    is_known = any(name in environment for name in starters) or _is_srun_rank(environment)
+    _launcher = os.getppid() if is_known else None
+
+
+def has_lost_launcher() -> bool:
+    """Whether the launcher has died, and left this process behind."""
+    return _launcher is not None and os.getppid() != _launcher
+
+
+def _is_srun_rank(environment: Mapping[str, str]) -> bool:
+    """Whether rank and number of ranks are srun's, and not those of a launcher that srun started."""
+    pairs = (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"))
+    is_step = "SLURM_STEP_ID" in environment and "TORCHELASTIC_RUN_ID" not in environment
+    return is_step and all(environment.get(ours, "") == environment.get(theirs) for ours, theirs in pairs)
 
 
 def launched_world_size() -> int | None:

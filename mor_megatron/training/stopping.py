@@ -6,12 +6,17 @@ A scheduler that sees this status may start the same command again: it goes on w
 SIGTERM, SIGUSR1 and SIGINT ask for it, sent to any rank. A second SIGINT ends the process at once. Signals are read by
 a thread: the main thread may be inside an exchange that waits for a rank which will never come, and Python runs no
 handlers there.
+
+The same thread sees that the launcher (torchrun, deepspeed, srun) has died, for a rank that outlives it would go on
+beside the next start. Before the first iteration is done there is nothing to save, and the rank ends at once.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
+import sys
 import threading
 import time
 from types import FrameType
@@ -21,6 +26,7 @@ import torch.distributed as dist
 
 from mor_megatron.config.schema import FaultConfig
 from mor_megatron.parallel.cpu import device
+from mor_megatron.parallel.launch import has_lost_launcher
 
 EXIT_STOPPED = 85
 """Exit status of a run that stopped before its last iteration: the same command continues it."""
@@ -28,7 +34,8 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 """Exit status after a second SIGINT: nothing was saved."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_DURATION, _INTERVAL = 1000, 1001  # beyond all signals
+_DURATION, _INTERVAL, _ORPHANED = 1000, 1001, 1002  # beyond all signals
+_WATCH_MS = 1000
 
 
 class Stopper:
@@ -42,6 +49,7 @@ class Stopper:
         self.faults = faults
         self.started = time.monotonic()
         self._received = 0
+        self._has_begun = False
         self._is_told = False
         self._handlers: dict[int, object] = {}
 
@@ -73,6 +81,7 @@ class Stopper:
         Returns:
             A few words, or None to go on.
         """
+        self._has_begun = True
         code = torch.tensor([self._own_reason(iteration)], device=device())
         dist.all_reduce(code, op=dist.ReduceOp.MAX)
         code = int(code)
@@ -81,10 +90,14 @@ class Stopper:
             return f"exit-duration-in-mins={self.faults.exit_duration_in_mins:g}"
         if code == _INTERVAL:
             return f"exit-interval={self.faults.exit_interval}"
+        if code == _ORPHANED:
+            return "the launcher has died"
         return signal.Signals(code).name if code else None
 
     def _own_reason(self, iteration: int) -> int:
         interval, minutes = self.faults.exit_interval, self.faults.exit_duration_in_mins
+        if self._received == _ORPHANED:
+            return _ORPHANED
         if interval is not None and iteration % interval == 0:
             return _INTERVAL
         if minutes is not None and time.monotonic() - self.started > 60.0 * minutes:
@@ -93,9 +106,25 @@ class Stopper:
 
     def _listen(self, reader: int) -> None:
         with os.fdopen(reader, "rb", buffering=0) as signals:
-            while numbers := signals.read(64):
+            poll = select.poll()
+            poll.register(signals, select.POLLIN)
+            while True:
+                if not poll.poll(_WATCH_MS):
+                    if has_lost_launcher() and self._received != _ORPHANED:
+                        self._become_orphan()
+                    continue
+                numbers = signals.read(64)
+                if not numbers:
+                    return
                 for number in numbers:
                     self._receive(number)
+
+    def _become_orphan(self) -> None:
+        if self._has_begun:
+            self._received = _ORPHANED
+            return
+        print("stopping before training: the launcher has died", file=sys.stderr, flush=True)
+        os._exit(EXIT_STOPPED)
 
     def _receive(self, number: int) -> None:
         if number == signal.SIGINT and self._received == signal.SIGINT:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -28,18 +29,20 @@ class Ranks:
         flags: of `pretrain_mor.py`.
         count: ranks.
         outputs: directory of `rank_0.log`, ...
+        environment: what a launcher sets beside rank and number of ranks.
     """
 
-    def __init__(self, flags: list[str], count: int, outputs: Path):
+    def __init__(self, flags: list[str], count: int, outputs: Path, environment: dict[str, str] | None = None):
         outputs.mkdir(parents=True, exist_ok=True)
         self.logs = [outputs / f"rank_{rank}.log" for rank in range(count)]
-        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        shared |= environment or {}
         self.started = time.monotonic()
         self.processes: list[ForkServerProcess] = []
         for rank, log in enumerate(self.logs):
             log.unlink(missing_ok=True)
             environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            self.processes.append(_context().Process(target=_be_a_rank, args=(flags, environment, str(log))))
+            self.processes.append(_context().Process(target=be_a_rank, args=(flags, environment, str(log))))
         for process in self.processes:
             process.start()
 
@@ -89,9 +92,9 @@ class Ranks:
 
 
 @contextmanager
-def running(flags: list[str], count: int, outputs: Path):
+def running(flags: list[str], count: int, outputs: Path, environment: dict[str, str] | None = None):
     """`Ranks`, of which none outlives the block."""
-    ranks = Ranks(flags, count, outputs)
+    ranks = Ranks(flags, count, outputs, environment)
     try:
         yield ranks
     finally:
@@ -104,8 +107,39 @@ def _context():
     return context
 
 
-def _be_a_rank(flags: list[str], environment: dict[str, str], log: str) -> None:
+@contextmanager
+def launcher(flags: list[str], outputs: Path):
+    """A process that starts a run of two ranks as torchrun does; the process, and what a rank has printed so far."""
+    outputs.mkdir(parents=True)
+    logs = [outputs / f"rank_{rank}.log" for rank in range(2)]
+    for log in logs:
+        log.touch()
+    process = _context().Process(target=_launch, args=(flags, logs))
+    process.start()
+    try:
+        yield process, lambda rank: logs[rank].read_text()
+    finally:
+        process.kill()
+        process.join()
+
+
+def _launch(flags: list[str], logs: list[Path]) -> None:
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"TORCHELASTIC_RUN_ID": "none"}
+    for rank, log in enumerate(logs):
+        if os.fork() == 0:
+            try:
+                be_a_rank(flags, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, str(log))
+            except SystemExit as end:
+                print(f"exit status {end.code}", flush=True)
+            finally:
+                os._exit(0)
+    os.wait()
+
+
+def be_a_rank(flags: list[str], environment: dict[str, str], log: str) -> None:
     os.environ.update(environment)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a test before may have run to a stop, which ignores late signals
     sys.stdout.flush()
     with open(log, "w") as file:
         for stream in (1, 2):
@@ -128,7 +162,8 @@ def _be_a_rank(flags: list[str], environment: dict[str, str], log: str) -> None:
     sys.exit(status)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

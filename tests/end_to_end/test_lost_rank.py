@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from forked_ranks import running
+from forked_ranks import free_port, running
 from small_runs import ROOT, SMALL_MODEL
 
 FLAGS = f"{SMALL_MODEL} --train-iters 1000000 --eval-iters 0 --log-interval 5"
@@ -86,11 +86,16 @@ def test_a_rank_that_hangs_is_named_and_stacks_are_left(corpus, tmp_path):
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_lost_before_all_have_met_is_missed(corpus, tmp_path, victim):
-    """Also where it is the one at whose address they meet."""
-    flags = f"{FLAGS} --distributed-timeout-minutes 0.05"
-    with running([*flags.split(), "--data-path", corpus], 2, tmp_path) as ranks:
+    """Also where it is the one at whose address they meet; the next start at that address does not meet the rest."""
+    flags = [*f"{FLAGS} --data-path {corpus} --distributed-timeout-minutes".split(), "0.05"]
+    port = {"MASTER_PORT": str(free_port())}
+    with running(flags, 2, tmp_path, port | {"TORCHELASTIC_RUN_ID": "first"}) as ranks:
         ranks.signal(signal.SIGKILL, victim)
         other = 1 - victim
+        if victim == 0:
+            again = [*flags[:-1], "1", "--train-iters", "1"]
+            with running(again, 2, tmp_path / "again", port | {"TORCHELASTIC_RUN_ID": "second"}) as others:
+                assert others.join() == [0, 0], others.output(0)
         ranks.processes[other].join(LIMIT)
         assert ranks.processes[other].exitcode == 1
         output = ranks.output(other)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked_ranks import running
+from forked_ranks import LIMIT, launcher, running
 from small_runs import SMALL_MODEL, assert_same_checkpoint, read_metrics
 
 from mor_megatron.checkpointing.directory import candidates
@@ -57,6 +58,27 @@ def test_a_signal_to_one_rank_saves_and_stops_all(corpus, tmp_path, number, rank
     assert read_metrics(save) == read_metrics(tmp_path / "whole")
     assert_same_checkpoint(save, tmp_path / "whole", last + 3)
     assert heartbeat(save)["state"] == "finished"
+
+
+def test_ranks_do_not_outlive_their_launcher(corpus, tmp_path):
+    save = tmp_path / "run"
+    with launcher(flags(corpus, save, *FOREVER), tmp_path / "logs") as (process, output):
+        wait_for(lambda: "iteration        2/" in output(0), output)
+        process.kill()
+        wait_for(lambda: all("exit status" in output(rank) for rank in (0, 1)), output)
+        assert all("exit status 85\n" in output(rank) for rank in (0, 1))
+        assert "(the launcher has died): saved" in output(0)
+    (newest,) = candidates(save)
+    assert heartbeat(save)["state"] == "stopped"
+    assert newest.name == f"iter_{heartbeat(save)['iteration']:07d}"
+    assert not (save / "lock.json").exists()
+
+
+def wait_for(condition: Callable[[], bool], output: Callable[[int], str]) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline, output(0)[-3000:]
+        time.sleep(0.01)
 
 
 def test_a_second_sigint_ends_it_at_once(corpus, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from mor_megatron.command import exit_status
 from mor_megatron.config.cli import save_config
 from mor_megatron.config.schema import Config
 from mor_megatron.data.tokenizer_training import train_tokenizer
-from mor_megatron.files import whole_file, write_whole
+from mor_megatron.files import Unfailing, whole_file, write_whole
 
 
 @contextmanager
@@ -47,6 +48,17 @@ def test_a_device_is_written_in_place():
     assert Path("/dev/null").is_char_device()
     with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
         write_whole("/dev/full", "text")
+
+
+def test_a_log_that_is_lost_is_no_error():
+    with open("/dev/full", "w") as file:
+        stream = Unfailing(file)
+        print("line", file=stream, flush=True)
+        print("x" * 100_000, file=stream)
+        assert not stream.isatty()
+        with pytest.raises(OSError, match="No space left on device"):
+            print("line", file=file, flush=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # else closing it fails, too
 
 
 def train(kind: str, output: Path) -> None:

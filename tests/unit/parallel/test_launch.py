@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mor_megatron.parallel.launch import adopt_srun, first_host, is_launched, launched_world_size
+from mor_megatron.parallel import launch
+from mor_megatron.parallel.launch import adopt_srun, first_host, is_launched, launched_world_size, start_name
 
 TASK = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "HOME": "/root"}
 TASK |= {"SLURM_JOB_ID": "4321", "SLURM_STEP_ID": "0"}
@@ -89,3 +90,48 @@ def test_a_world_size_that_is_none(monkeypatch, value):
     monkeypatch.setenv("WORLD_SIZE", value)
     with pytest.raises(ValueError, match=f"WORLD_SIZE={value} .*unset it or set 1 or more"):
         launched_world_size()
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+
+
+def torchrun(start: str, attempt: int, rank: int) -> dict[str, str]:
+    errors = f"/tmp/torchelastic_{start}/none_{start}/attempt_{attempt}/{rank}/error.json"
+    return TORCHRUN | {"RANK": str(rank), "TORCHELASTIC_ERROR_FILE": errors}
+
+
+def test_ranks_of_one_start_have_one_name_and_those_of_others_another():
+    def srun(rank: int, **more: str) -> dict[str, str]:
+        environment = TASK | {"SLURM_PROCID": str(rank)} | more
+        adopt_srun(environment)
+        return environment
+
+    starts = [
+        [srun(0), srun(7)],
+        [srun(0, SLURM_STEP_ID="1")],
+        [srun(0, SLURM_RESTART_COUNT="1")],
+        [torchrun("a", 0, 0), torchrun("a", 0, 1)],
+        [torchrun("a", 1, 0)],
+        [torchrun("b", 0, 0)],
+        # Nodes have directories of their own, and may have restarted their ranks as often as others or not.
+        [torchrun("a", 0, 0) | {"WORLD_SIZE": "4"}, torchrun("c", 1, 2) | {"WORLD_SIZE": "4"}],
+        [torchrun("a", 0, 0) | {"WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "job7"}],
+        [{"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "2", "SLURM_JOB_ID": "1"}],
+    ]
+    names = [{start_name(environment) for environment in ranks} for ranks in starts]
+    assert [len(each) for each in names] == [1] * len(starts)
+    assert len(set.union(*names)) == len(starts)
+    assert names[-1] == {""}
+
+
+def test_a_launcher_that_dies_is_missed_and_a_shell_is_not(monkeypatch):
+    deepspeed = {"RANK": "0", "WORLD_SIZE": "2", "CROSS_RANK": "0"}
+    task = dict(TASK)
+    adopt_srun(task)
+    for environment, is_missed in ((TORCHRUN, True), (deepspeed, True), (task, True), ({"RANK": "0"}, False)):
+        launch.note_launcher(environment)
+        assert not launch.has_lost_launcher()
+        with monkeypatch.context() as patch:
+            patch.setattr(launch.os, "getppid", lambda: 1)
+            assert launch.has_lost_launcher() == is_missed
+    launch.note_launcher({})

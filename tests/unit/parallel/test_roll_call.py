@@ -8,10 +8,14 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+
+from mor_megatron.parallel import distributed
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -91,3 +95,16 @@ def test_without_a_loss_nothing_is_said(tmp_path):
         outputs = [process.communicate(timeout=LIMIT) for process in processes]
         assert [process.returncode for process in processes] == [0, 0]
     assert b"TCPStore" not in b"".join(stream for output in outputs for stream in output)
+
+
+def test_ranks_that_do_not_meet_in_time_end_whatever_the_library_does(monkeypatch, capsys):
+    """gloo tries five times, each until it times out, to connect."""
+    ended = threading.Event()
+    monkeypatch.setattr(distributed, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(distributed.os, "_exit", lambda status: ended.set() if status == 1 else None)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "head", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    with distributed._time_limit(timedelta(minutes=1e-4)):
+        assert ended.wait(60)
+    message = "error: rank 1 did not meet all 2 ranks at head:29500 within 0.0001 minutes (it still waits): "
+    assert capsys.readouterr().err.startswith(message)
