@@ -75,7 +75,8 @@ def require_own_checkpoints(checkpoint: CheckpointConfig) -> None:
         return
     load = Path(checkpoint.load).resolve() if checkpoint.load is not None else None
     if load is not None and save in (load, load.parent):
-        if not checkpoint.finetune:
+        # With --branch-from, only what is loaded from there is fine-tuned.
+        if not checkpoint.finetune or checkpoint.branch_from is not None:
             return
         remedy = "leave out --finetune to go on with it"
     else:
