@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from mor_megatron.config.cli import read_config
+from mor_megatron.config.schema import CheckpointConfig
+
 ROOT = Path(__file__).parents[3]
 SLURM = ROOT / "examples" / "slurm"
 TEMPLATES = sorted(SLURM.glob("*.sbatch"))
@@ -166,6 +169,13 @@ def test_exit_codes_are_the_programs():
 
     (code,) = re.findall(r"^EXIT_STOPPED=(\d+)", (SLURM / "pretrain.sbatch").read_text(), re.MULTILINE)
     assert int(code) == EXIT_STOPPED
+
+
+def test_a_later_start_loads_all_of_the_runs_own_newest_checkpoint():
+    first = "--load other --finetune --ckpt-step 3 --no-load-optim --no-load-rng --save run"
+    (added,) = re.findall(r'set -- "\$@" (--load.*)', (SLURM / "pretrain.sbatch").read_text())
+    later = read_config(shlex.split(f"{first} {added}".replace("$save", "run")))
+    assert later.checkpoint == CheckpointConfig(save="run", load="run")
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
