@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from mor_megatron.inference.batch import generate_all, read_prompts
-    from mor_megatron.inference.loading import encode, load_model
+    from mor_megatron.inference.loading import continuation, encode, load_model, opening
 
     prompts = None if args.prompts is None else read_prompts(args.prompts)
     model, tokenizer = load_model(args.model, args.dtype, args.device)
@@ -36,13 +36,13 @@ def run(args: argparse.Namespace) -> None:
     if prompts is None:
         _stream(args, model, tokenizer, choice)
         return
-    ids = [encode(prompt, tokenizer, model.config.vocab_size) for prompt in prompts]
+    ids = [encode(prompt, tokenizer, model.config.vocab_size) if prompt else opening(model) for prompt in prompts]
     with ExitStack() as stack:
         out = sys.stdout if args.output is None else stack.enter_context(whole_file(args.output))
         found = generate_all(model, ids, args.batch_size or 8, args.max_new_tokens, **choice)
-        for prompt, one in zip(prompts, found, strict=True):
-            text = tokenizer.decode(one.tokens) if tokenizer is not None else " ".join(map(str, one.tokens))
-            depth = round(sum(one.depths) / max(1, len(one.depths)), 3)
+        for prompt, begun, one in zip(prompts, ids, found, strict=True):
+            text = continuation(begun, one.tokens, tokenizer)
+            depth = round(sum(one.depths) / len(one.depths), 3) if one.depths else None
             record = {"prompt": prompt, "continuation": text, "tokens": len(one.tokens), "mean_depth": depth}
             print(json.dumps(record | {"finished": one.is_finished}, ensure_ascii=False), file=out, flush=True)
 

@@ -18,6 +18,10 @@ _LLAMA = (
     "A Llama, unrolled from the model that was trained: where that ran a layer several times (arXiv 2507.10524), it is "
     "stored as often."
 )
+_SPELLED = (
+    "The tokenizer takes the characters of a special token in a text for the token. In training they were text, as "
+    "with `tokenizer(text, split_special_tokens=True)`."
+)
 _HEADER = """\
 ---
 library_name: transformers
@@ -92,6 +96,7 @@ def write_card(model: PreTrainedModel, checkpoint: Checkpoint, verified: Compari
         "## Use",
         _USE.rstrip().format(trust="" if is_llama else ", trust_remote_code=True"),
         "" if is_llama else _advice(config),
+        _SPELLED if run.data.tokenizer_type == "SentencePieceTokenizer" else "",
     ]
     if verified is not None:
         parts += ["## Verified", f"Against the training code, in fp32, on {verified}."]

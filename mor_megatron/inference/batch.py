@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from mor_megatron.data.sources import Broken, describe, read
 from mor_megatron.huggingface.cache_mor import MoRCache
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 from mor_megatron.inference.generation import sampling
+
+logger = logging.getLogger(__name__)
 
 PROMPT = "prompt"
 """Field of a record that holds a prompt."""
@@ -33,11 +36,16 @@ class Continuation:
 def read_prompts(path: Path) -> list[str]:
     """Prompts of a file: the lines of a text, or the field `prompt` of records (JSON lines, parquet, compressed too).
 
+    A record's prompt may be empty. Blank lines of a text are left out, with a notice.
+
     Raises:
         ValueError: it cannot be read, a record is broken, or there is no prompt in it.
     """
     if path.suffix in (".txt", ".text", ".md"):
-        prompts = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        prompts = [line for line in lines if line.strip()]
+        if len(prompts) < len(lines):
+            logger.warning(f"{path}: {len(lines) - len(prompts)} of {len(lines)} lines are blank and left out")
     else:
         records = [record for part in plan([str(path)], keys=(PROMPT,)) for record in read(part)]
         broken = [record for record in records if isinstance(record, Broken)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -94,6 +95,14 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
     if not ids:
         raise ValueError("the text is empty: give at least one token")
     return ids
+
+
+def continuation(prompt: Sequence[int], tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Text that tokens add to that of a prompt: some tokenizers strip a space where a text begins."""
+    if tokenizer is None:
+        return " ".join(map(str, tokens))
+    whole, before = tokenizer.decode([*prompt, *tokens]), tokenizer.decode(list(prompt))
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(tokens))
 
 
 class Pieces:
