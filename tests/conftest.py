@@ -42,6 +42,14 @@ def lone_worker():
     pool.stop()
 
 
+@pytest.fixture(scope="session")
+def modules_of_exports(tmp_path_factory):
+    """Code that travels with an export is copied here and imported from here: one place a process, as a package has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
 def pytest_collection_modifyitems(items):
     """What pytest-xdist keeps in one process and in order: each directory of tests."""
     tests = Path(__file__).parent

@@ -183,7 +183,7 @@ def test_command_line(llama, tmp_path: Path, monkeypatch, capsys):
     assert "--num-recursions above 1" in capsys.readouterr().err
 
 
-def test_the_tokenizer_comes_along(llama, tmp_path: Path, monkeypatch):
+def test_the_tokenizer_comes_along(llama, tmp_path: Path, monkeypatch, modules_of_exports):
     """Into the checkpoint, out of it when the imported directory is gone, and in and out again."""
     given = numbers()
     given.bos_token, given.chat_template = "1", "{% for m in messages %}{{ m.content }} 0 {% endfor %}"
