@@ -212,8 +212,8 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: float | None, devi
         if scaling is None:
             return frequencies
         # Llama 3's: what turns less than once in 8192 positions is slowed down, what turns four times stays as it is.
-        stays = ((8192 / (2 * math.pi) * frequencies - 1.0) / 3.0).clamp(0.0, 1.0)
-        return frequencies * (stays + (1.0 - stays) / scaling)
+        stays = ((8192 / (2 * math.pi / frequencies) - 1.0) / 3.0).clamp(0.0, 1.0)
+        return (1.0 - stays) * frequencies / scaling + stays * frequencies
 
 
 def rotate(x: Tensor, rotation: Pair) -> Tensor:

@@ -24,11 +24,13 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mor_megatron.checkpointing.manifest import read_manifest
 from mor_megatron.config.schema import RecursionConfig
 from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
+from mor_megatron.huggingface.attention_mor import inverse_frequencies
 from mor_megatron.huggingface.export import export, read_checkpoint, to_model
 from mor_megatron.huggingface.importing import kind_of, read_export, read_llama, write_checkpoint
 from mor_megatron.huggingface.uptraining import source_layers
@@ -250,6 +252,9 @@ def test_families_as_they_are_published(kind: str, tmp_path: Path):
     if kind == "llama3":  # the settings matter at this length
         plain = replace(config, model=replace(config.model, use_rope_scaling=False))
         assert (to_model(weights, plain, VOCAB)(ids).logits - expected).abs().max() > 1e-4
+        frequencies = inverse_frequencies(128, 500000.0, 32.0, torch.device("cpu"))  # where all three ranges occur
+        wide = LlamaConfig(head_dim=128, rope_parameters=LLAMA3)
+        assert torch.equal(frequencies, ROPE_INIT_FUNCTIONS["llama3"](wide, "cpu")[0])
 
     (shard, *_) = sorted(tmp_path.glob("model-*.safetensors"))
     shard.unlink()
