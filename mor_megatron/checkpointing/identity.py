@@ -55,6 +55,15 @@ def differences(saved: Config, vocab_size: int, wanted: Config, wanted_vocab_siz
     ]
 
 
+def corpus_differences(before: dict[str, int], now: dict[str, int]) -> list[Difference]:
+    """Corpora of the same name that were written again: sizes in bytes, from `corpus_sizes`, differ."""
+    return [
+        Difference(f"size of {prefix}.bin", Change.TOLD, before[prefix], size)
+        for prefix, size in now.items()
+        if prefix in before and before[prefix] != size
+    ]
+
+
 def _settings(config: Config) -> Iterator[tuple[Field, Change, Any]]:
     """Every setting that the configuration reads: its field, what its change means, its value."""
     for section in fields(config):

@@ -17,7 +17,13 @@ from mor_megatron.checkpointing.engine_state import (
     torch_optimizer,
     updated_runs,
 )
-from mor_megatron.checkpointing.identity import Difference, differences, refuse, require_same_parameters
+from mor_megatron.checkpointing.identity import (
+    Difference,
+    corpus_differences,
+    differences,
+    refuse,
+    require_same_parameters,
+)
 from mor_megatron.checkpointing.kept_tokenizer import KeptTokenizer, tokenizer_differences
 from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, Manifest, damage, read_manifest
 from mor_megatron.checkpointing.pieces import BUFFER, STEP, WEIGHT, Cut, cut_of, stored_name
@@ -26,6 +32,7 @@ from mor_megatron.checkpointing.reader import CheckpointReader
 from mor_megatron.checkpointing.save import persistent_buffers, united_cuts
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Change, Config
+from mor_megatron.data.corpora import corpus_sizes
 from mor_megatron.parallel.distributed import print_rank_0
 from mor_megatron.training.gradients import Engine
 from mor_megatron.training.progress import Progress
@@ -117,6 +124,7 @@ def _differences(
         try:
             saved = read_config(["--config", str(directory / CONFIG)])
             found = differences(saved, manifest.model["vocab-size"], config, vocab_size)
+            found += corpus_differences(manifest.corpora or {}, corpus_sizes(config.data))
             found += [] if tokenizer is None else tokenizer_differences(directory, manifest, tokenizer)
         except ValueError as error:
             problem = f"{directory} cannot be compared with this run, it is of another version: {error}"

@@ -58,6 +58,8 @@ class Manifest:
     files: dict[str, StoredFile]
     tokenizer: dict[str, Any] | None = None
     """`KeptTokenizer.entry`; None: the run had none, or was of an older version."""
+    corpora: dict[str, int] | None = None
+    """`corpus_sizes`; None: not known."""
 
     @property
     def iteration(self) -> int:
@@ -118,6 +120,8 @@ def parse(text: str) -> Manifest:
     scaler = content["loss_scaler"]
     _expect(scaler is None or (isinstance(scaler, dict) and all(map(_number, scaler.values()))), "loss_scaler")
     _expect(content["tokenizer"] is None or _is_tokenizer(content["tokenizer"]), "tokenizer")
+    corpora = content["corpora"]
+    _expect(corpora is None or (isinstance(corpora, dict) and all(map(_whole, corpora.values()))), "corpora")
     content["parameters"] = {name: _cut(name, entry) for name, entry in content["parameters"].items()}
     content["files"] = {name: _file(name, entry) for name, entry in content["files"].items()}
     return Manifest(**content)

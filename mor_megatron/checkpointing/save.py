@@ -37,6 +37,7 @@ from mor_megatron.checkpointing.randomness import random_state
 from mor_megatron.checkpointing.tensor_file import write_tensors, write_text
 from mor_megatron.config.cli import to_yaml
 from mor_megatron.config.schema import Config
+from mor_megatron.data.corpora import corpus_sizes
 from mor_megatron.training.gradients import Engine
 from mor_megatron.training.progress import Progress
 
@@ -77,6 +78,7 @@ class Saver:
         self.config = config
         self.vocab_size = vocab_size
         self.tokenizer = tokenizer
+        self.corpora = corpus_sizes(config.data)
         self.root = Path(config.checkpoint.save)
         self.cuts = united_cuts(engine)
         self.last_failed: str | None = None
@@ -226,6 +228,7 @@ class Saver:
             parameters=self.cuts,
             files={},
             tokenizer=None if self.tokenizer is None else self.tokenizer.entry(),
+            corpora=self.corpora,
         )
 
     def _copy(self, pieces: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:

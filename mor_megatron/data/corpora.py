@@ -68,6 +68,14 @@ def read_blends(data: DataConfig) -> tuple[Blend | None, Blend | None, Blend | N
     return tuple(Blend(*parse_blend(part, flag)) if part else None for part, flag in zip(parts, flags, strict=True))
 
 
+def corpus_sizes(data: DataConfig) -> dict[str, int]:
+    """Bytes of the tokens of each corpus that the settings name, by prefix; none where no data is named."""
+    if not any(getattr(data, field) for field in SOURCES):
+        return {}
+    paths = {path for blend in read_blends(data) if blend is not None for path in blend.paths}
+    return {path: file.stat().st_size for path in sorted(paths) if (file := Path(f"{path}.bin")).is_file()}
+
+
 def parse_blend(words: Sequence[str], flag: str = "data-path") -> tuple[tuple[str, ...], tuple[float, ...] | None]:
     """`p`, `p1 p2 ...` or `w1 p1 w2 p2 ...` as paths and weights (None: in proportion to tokens).
 

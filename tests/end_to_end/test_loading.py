@@ -16,6 +16,7 @@ from mor_megatron.checkpointing.convert import convert
 from mor_megatron.checkpointing.inspection import verify
 from mor_megatron.checkpointing.manifest import MANIFEST, self_checksum
 from mor_megatron.config.schema import Config
+from mor_megatron.data.indexed import merge
 from mor_megatron.data.preprocess import preprocess
 from mor_megatron.data.tokenizer_training import train_tokenizer
 from mor_megatron.data.tokenizers import build_tokenizer
@@ -70,6 +71,16 @@ def test_a_resume_says_what_changed_and_nothing_else(trained: Trained, tmp_path:
     assert not any(line.startswith("  ") for line in told[6:])
     assert "already at 2 of 2 iterations: nothing to do" in told
     assert not list((tmp_path / "new").glob("iter_*"))
+
+
+def test_a_corpus_that_was_written_again_is_told(trained: Trained, tmp_path: Path, capsys) -> None:
+    corpus, save = str(tmp_path / "corpus"), str(tmp_path / "save")
+    size = Path(f"{trained.corpus}.bin").stat().st_size
+    merge([trained.corpus], corpus)
+    pretrain(trained.config(data_path=(corpus,), save=save, train_iters=1))
+    merge([trained.corpus, trained.corpus], corpus)
+    pretrain(trained.config(data_path=(corpus,), load=save))
+    assert f"  size of {corpus}.bin was {size}, is now {2 * size}" in capsys.readouterr().out.splitlines()
 
 
 def test_another_function_of_the_same_weights(trained: Trained, capsys) -> None:
