@@ -10,6 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mor_megatron.data.fingerprint import SUFFIX
+from mor_megatron.data.shards import ORIGIN
 from mor_megatron.data.sources import DATASET_FILES, JSONL, PARQUET, SUPPORTED, TEXT, kind_of
 
 logger = logging.getLogger(__name__)
@@ -50,8 +52,7 @@ def _expand(name: str) -> list[str]:
 def _files_below(folder: str) -> list[str]:
     """Of one sort: beside records, plain text is a README or a licence."""
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    hidden = [any(part[0] in "._" for part in path.relative_to(folder).parts) for path in files]
-    kinds = [None if is_hidden else kind_of(path) for path, is_hidden in zip(files, hidden, strict=True)]
+    kinds = [kind_of(path) if _may_be_data(path.relative_to(folder)) else None for path in files]
     wanted = {TEXT} if set(kinds) <= {TEXT, None} else {JSONL, PARQUET}
     taken = [path for path, kind in zip(files, kinds, strict=True) if kind in wanted]
     if not taken:
@@ -61,6 +62,11 @@ def _files_below(folder: str) -> list[str]:
         shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
         logger.warning("%s: %d files taken, %d left out: %s", folder, len(taken), len(left), shown)
     return [str(path) for path in taken]
+
+
+def _may_be_data(path: Path) -> bool:
+    """Not hidden, and not written beside a corpus."""
+    return not any(part[0] in "._" for part in path.parts) and not path.name.endswith((SUFFIX, ORIGIN))
 
 
 def _standard_input() -> str:

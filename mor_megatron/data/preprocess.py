@@ -23,6 +23,7 @@ from tqdm import tqdm
 from mor_megatron.data.encoding import Done, Job, Settings, encode, start_worker
 from mor_megatron.data.fingerprint import fingerprint
 from mor_megatron.data.indexed import CorpusWriter, cannot_write, optimal_dtype, working_folder
+from mor_megatron.data.inputs import STANDARD_INPUT
 from mor_megatron.data.planning import cut, slice_target, survey
 from mor_megatron.data.shards import ORIGIN, origin, shard_of, shard_prefix
 from mor_megatron.data.sources import SHOWN, Broken, Slice, describe, require_usable, skipped
@@ -77,6 +78,8 @@ def preprocess(
     started = time.monotonic()
     if workers < 1:
         raise ValueError(f"workers={workers}: at least 1 is needed.")
+    if shard is not None and STANDARD_INPUT in inputs:
+        raise ValueError(f"shard={shard[0]}/{shard[1]}: standard input cannot be cut: give files.")
     if append_eod:
         _ = tokenizer.eod  # raises now, not in a worker
     whole = survey(inputs, keys, paragraphs)

@@ -75,7 +75,7 @@ def shards_of(prefix: str, count: int) -> list[str]:
         ValueError: some are not there, or were not cut from the same input; names them.
     """
     shards = {f"{number}/{count}": shard_prefix(prefix, (number, count)) for number in range(1, count + 1)}
-    missing = [name for name, path in shards.items() if not Path(f"{path}.idx").is_file()]
+    missing = [n for n, path in shards.items() if not all(Path(f"{path}{s}").is_file() for s in (".idx", ORIGIN))]
     if missing:
         raise ValueError(
             f"shards={count}: {', '.join(missing)} of {prefix} are missing: run preprocess_data.py with --shard "

@@ -32,9 +32,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_directory_is_its_files_in_order_and_tells_what_it_leaves_out(folder: Path, caplog) -> None:
+    (folder / "o_text_document.tokenizer.json").write_text("{}")
     assert texts(folder) == ["a.jsonl", "b.JSONL", "deep/c.json"]
     (message,) = caplog.messages
-    assert message == f"{folder}: 3 files taken, 4 left out: .git/d.jsonl, README.md, _tmp.jsonl, x.csv"
+    left_out = [".git/d.jsonl", "README.md", "_tmp.jsonl", "o_text_document.tokenizer.json", "x.csv"]
+    assert message == f"{folder}: 3 files taken, 5 left out: {', '.join(left_out)}"
 
 
 def test_a_directory_of_plain_text(tmp_path: Path, caplog) -> None:

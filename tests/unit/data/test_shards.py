@@ -96,6 +96,11 @@ def test_every_part_of_every_input_is_in_one_shard(count: int, texts, tmp_path: 
     assert found == ["", *texts, *texts[:20] * 4]
 
 
+def test_standard_input_cannot_be_cut(tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="shard=1/2: standard input cannot be cut: give files"):
+        preprocess(["-"], str(tmp_path / "o"), tokenizer, shard=(1, 2))
+
+
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "1/0", "a/4", "-1/4", "1/4/2"])
 def test_what_is_no_shard(text: str) -> None:
     with pytest.raises(ValueError, match=f"shard={text} is not I/N"):
