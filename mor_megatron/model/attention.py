@@ -7,6 +7,7 @@ The `attention_mask` argument of Megatron's layers carries our `LayerCall`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -174,6 +175,17 @@ class LayerCall:
     """Where to leave its own for later recursions."""
 
 
+class PartialProduct:
+    """Before a linear layer's class: a call of the module may multiply a part of its weight only.
+
+    Through the module, so that whoever takes care of weights by their modules (ZeRO 3, offload) sees the use.
+    """
+
+    def forward(self, hidden: Tensor, product: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None):
+        """As the layer; or `product(hidden, weight, bias)`."""
+        return super().forward(hidden) if product is None else product(hidden, self.weight, self.bias)
+
+
 class MoRSelfAttention(SelfAttention):
     """Megatron-core's SelfAttention with compact rows and shared keys (MoR paper, sec. 2.2.2; docs/mor.md, sec. 5).
 
@@ -190,7 +202,7 @@ class MoRSelfAttention(SelfAttention):
         rows = active.shape[0]
         cos, sin = call.pattern.rotation
         if call.reads is not None and call.kv_mode == "sharing":
-            query = self._queries(hidden_states)
+            query = self.linear_qkv(hidden_states, product=self._queries)
             filled = query.shape[0]
             query = RotateFunction.apply(query[:rows], cos, sin)
             key, value = call.reads.value
@@ -217,13 +229,12 @@ class MoRSelfAttention(SelfAttention):
         """Query heads of a group, its key and its value."""
         return self.num_attention_heads_per_partition // self.num_query_groups_per_partition + 2
 
-    def _queries(self, hidden_states: Tensor) -> Tensor:
+    def _queries(self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Query projection alone, [R, C, N, D]: the key and value rows of the fused weight are not multiplied."""
         groups, width = self.num_query_groups_per_partition, self.key_hidden_size
-        weight, bias = self.linear_qkv.weight, None
         weight = weight.view(groups, -1, width, weight.shape[-1])[:, :-2].reshape(-1, weight.shape[-1])
         if self.config.add_qkv_bias:
-            bias = self.linear_qkv.bias.view(groups, -1, width)[:, :-2].reshape(-1)
+            bias = bias.view(groups, -1, width)[:, :-2].reshape(-1)
         sequence_parallel = self.config.sequence_parallel
         query = linear_with_grad_accumulation_and_async_allreduce(
             hidden_states,

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from mor_megatron.config.schema import Config
-from mor_megatron.model.attention import CoreAttention, MoRSelfAttention
+from mor_megatron.model.attention import CoreAttention, MoRSelfAttention, PartialProduct
 from mor_megatron.model.flash import FlashAttention
 from mor_megatron.model.functional import RMSNormFunction, SwiGLUFunction
 from mor_megatron.model.kernels import uses_flash_attention, uses_transformer_engine
@@ -118,6 +118,7 @@ def layer_spec(config: Config) -> ModuleSpec:
     core_attention = CoreAttention
     if uses_flash_attention(config):
         core_attention = FlashAttention
+    fused = type(f"Partial{column.__name__}", (PartialProduct, column), {})
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -125,7 +126,7 @@ def layer_spec(config: Config) -> ModuleSpec:
             self_attention=ModuleSpec(
                 module=MoRSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=core_attention, linear_proj=row),
+                submodules=SelfAttentionSubmodules(linear_qkv=fused, core_attention=core_attention, linear_proj=row),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from mor_megatron.config.schema import Config, DataConfig, ModelConfig, RecursionConfig
 from mor_megatron.config.validate import validate
@@ -51,3 +54,26 @@ def random_ids(batch: int = 3, length: int = SEQ, seed: int = 0) -> torch.Tensor
 
 def training_batch(ids: torch.Tensor) -> Batch:
     return Batch(ids, labels=ids.roll(-1, dims=1))
+
+
+@contextmanager
+def weights_in_their_modules(model: nn.Module) -> Iterator[None]:
+    """Weights are NaN but while their own module runs, as if they were offloaded or partitioned between its calls."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            own = [(weight, weight.data) for weight in module.parameters(recurse=False)]
+
+            def give(module, arguments, own=own):
+                for weight, values in own:
+                    weight.data = values
+
+            def take(module, arguments, result, own=own):
+                for weight, values in own:
+                    weight.data = torch.full_like(values, float("nan"))
+
+            if own:
+                stack.callback(give, None, None)
+                stack.callback(module.register_forward_pre_hook(give).remove)
+                stack.callback(module.register_forward_hook(take).remove)
+                take(None, None, None)
+        yield

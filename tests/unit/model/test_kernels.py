@@ -104,10 +104,16 @@ def test_the_model_refuses_on_a_machine_without_cuda(process_group, choice):
 
 def test_transformer_engine_takes_the_slots_of_linears_and_norms(monkeypatch):
     from megatron.core.extensions import transformer_engine as te
+    from megatron.core.extensions import transformer_engine_spec_provider as provider
 
+    class Column:
+        """Transformer Engine is not installed, and Megatron-core's stand-in is no class to derive from."""
+
+    monkeypatch.setattr(provider, "TEColumnParallelLinear", Column)
     monkeypatch.setattr(layer_spec, "uses_transformer_engine", lambda config: True)
     parts = layer_spec.layer_spec(_config()).submodules
     attention, mlp = parts.self_attention.submodules, parts.mlp.submodules
     assert parts.input_layernorm is parts.pre_mlp_layernorm is te.TENorm
-    assert attention.linear_qkv is mlp.linear_fc1 is te.TEColumnParallelLinear
+    assert mlp.linear_fc1 is Column
+    assert issubclass(attention.linear_qkv, Column)
     assert attention.linear_proj is mlp.linear_fc2 is te.TERowParallelLinear

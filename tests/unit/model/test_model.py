@@ -8,7 +8,16 @@ from itertools import pairwise
 
 import pytest
 import torch
-from models import RECURSIONS, SEQ, VOCAB, random_ids, small_config, small_model, training_batch
+from models import (
+    RECURSIONS,
+    SEQ,
+    VOCAB,
+    random_ids,
+    small_config,
+    small_model,
+    training_batch,
+    weights_in_their_modules,
+)
 
 from mor_megatron.data.batch import Batch
 from mor_megatron.model import attention, build_model
@@ -30,6 +39,15 @@ def test_each_physical_layer_is_stored_once(name, untied):
     storages = {p.untyped_storage().data_ptr(): p.numel() for p in model.parameters()}
     assert sum(storages.values()) == count_parameters(model.run_config).unique
     assert len(model.layers) == model.plan.num_physical_layers
+
+
+@pytest.mark.parametrize("name", RECURSIONS)
+def test_every_weight_is_used_through_its_module(name):
+    """Untied: Megatron-core hands a tied embedding to the head as an argument."""
+    model, ids = small_model(name, untie_embeddings_and_output_weights=True), random_ids()
+    expected = _logits(model, ids)
+    with weights_in_their_modules(model):
+        assert torch.equal(_logits(model, ids), expected)
 
 
 def _logits(model, ids, **context):
