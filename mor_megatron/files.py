@@ -81,6 +81,14 @@ class Unfailing:
             self._stream.flush()
 
 
+def give_usual_mode(path: Path) -> None:
+    """Open a file that a library has made for its owner alone (safetensors does) to whom the umask lets read."""
+    usual = path.with_name(f"{path.name}.mode")
+    usual.touch()
+    path.chmod(usual.stat().st_mode)
+    usual.unlink()
+
+
 def flush(file: IO) -> None:
     """Return when everything written so far is on the disk."""
     file.flush()

@@ -13,7 +13,7 @@ from mor_megatron.checkpointing.manifest import CONFIG, KEPT_TOKENIZER, MANIFEST
 from mor_megatron.checkpointing.pieces import STEP, Cut
 from mor_megatron.checkpointing.reader import WHOLE, CheckpointReader, open_checkpoint
 from mor_megatron.checkpointing.tensor_file import checksum_of, write_bytes, write_text
-from mor_megatron.files import as_os_error, flush, flush_directory
+from mor_megatron.files import as_os_error, flush, flush_directory, give_usual_mode
 
 OPTIMIZER = "optimizer.safetensors"
 
@@ -73,6 +73,7 @@ def _write(reader: CheckpointReader, partial: Path, with_optimizer: bool) -> Non
 def _save(path: Path, tensors: dict[str, Tensor]) -> StoredFile:
     with as_os_error(path):
         save_file(tensors, path, metadata={"format": "pt"})
+    give_usual_mode(path)
     with path.open("rb+") as file:
         flush(file)
     return StoredFile(path.stat().st_size, checksum_of(path))

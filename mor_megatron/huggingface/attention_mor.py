@@ -102,7 +102,7 @@ class Visibility:
         name = self.config._attn_implementation
         if self.mask is not None and name.startswith("flash"):
             name = "sdpa"  # flash-attn knows no masks; it serves where attention is plainly causal
-        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
+        return ALL_ATTENTION_FUNCTIONS.get(name, eager_attention)
 
     def exchange(self, slot: int, own: Pair | None, source: Pair | None, source_slot: int) -> list[Pair]:
         """Store what is new, and give what is seen.

@@ -247,13 +247,10 @@ class MoRCache(Cache):
         self.lengths = tuple(self.lengths[b] for b in order)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last columns; transformers counts them as a negative number.
-
-        Raises:
-            ValueError: the number is positive.
-        """
+        """Forget the last columns: a negative number says how many; a positive one, as transformers before 5.23 counts,
+        how many stay."""
         if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove={tokens_to_remove} must be negative: the number of columns to forget")
+            tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
         if tokens_to_remove == 0 or self.depths is None:
             return
         gone = self.depths[:, tokens_to_remove:]

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from transformers import PreTrainedConfig
+import transformers
+
+from .versions_mor import CACHE  # noqa: F401 (it asks for a version of transformers that has the names used here)
 
 STRATEGIES = ("cycle", "sequence", "middle_cycle", "middle_sequence")
 KV_MODES = ("caching", "sharing", "sharing_update")
@@ -22,6 +24,12 @@ CHOICES = {
     "router_objective": ("aux_loss", "aux_router"),
     "router_balance": ("loss", "loss_free", "none"),
     "router_balance_scope": ("sequence", "microbatch"),
+}
+AUTO_MAP = {
+    "AutoConfig": "configuration_mor.MoRConfig",
+    "AutoModel": "modeling_mor.MoRModel",
+    "AutoModelForCausalLM": "modeling_mor.MoRForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_mor.MoRForSequenceClassification",
 }
 
 
@@ -102,7 +110,7 @@ class MoRPlan:
         return tuple(layer for layer in self.layers if layer.recursion is not None and layer.recursion < depth)
 
 
-class MoRConfig(PreTrainedConfig):
+class MoRConfig(transformers.PreTrainedConfig):
     """A MoR model; `num_recursions=1` with routing none is a Llama.
 
     Raises:
@@ -110,7 +118,7 @@ class MoRConfig(PreTrainedConfig):
     """
 
     model_type = "mor"
-    keys_to_ignore_at_inference = ("cache", "depths")
+    keys_to_ignore_at_inference = ["cache", "depths", "router_loss"]  # noqa: RUF012 (the Trainer adds to it as a list)
 
     vocab_size: int = 32000
     hidden_size: int = 256
@@ -178,6 +186,7 @@ class MoRConfig(PreTrainedConfig):
         if self.routing == "expert_choice" and self.capacity is None:
             self.capacity = [(self.num_recursions - r) / self.num_recursions for r in range(self.num_recursions)]
         self._check()
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
 
     @property

@@ -24,7 +24,7 @@ from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Config
 from mor_megatron.config.validate import validate
 from mor_megatron.data.tokenizers import configured_tokenizer
-from mor_megatron.files import as_os_error
+from mor_megatron.files import as_os_error, give_usual_mode
 from mor_megatron.huggingface.convert_config import export_config
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 from mor_megatron.huggingface.weights import export_names, to_theirs
@@ -138,11 +138,10 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase | None, config: Config) ->
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model itself, its weights in another precision; the bias that chooses depths stays as it is."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.to(dtype)
-    for name, buffer in model.named_buffers():
-        buffer.data = buffers[name]
+    """The model itself, its weights in another precision; routers and buffers stay as they are."""
+    for name, weight in model.named_parameters():
+        if not any(part in name for part in model._keep_in_fp32_modules_strict):
+            weight.data = weight.data.to(dtype)
     return model
 
 
@@ -187,6 +186,8 @@ def write(
         shutil.rmtree(partial, ignore_errors=True)
         with as_os_error(output):
             model.save_pretrained(partial)
+            for weights_file in partial.glob("*.safetensors"):
+                give_usual_mode(weights_file)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
         partial.rename(output)

@@ -1,80 +1,40 @@
-"""Mixture-of-Recursions language models (arXiv 2507.10524) for transformers.
+"""Mixture-of-Recursions models (arXiv 2507.10524) for transformers: the backbone and its heads.
 
 A layer that runs at several recursions is one module, stored once; `config.plan` says when it runs. Tokens are packed
-rows throughout (`rows_mor.py`); who goes how deep is decided in `routing_mor.py`; keys and values between calls are
-kept in `cache_mor.py`. These files travel with an exported model, which loads with `trust_remote_code=True`.
+rows throughout (`rows_mor.py`, `columns_mor.py`); who goes how deep is decided in `routing_mor.py`; keys and values
+between calls are kept in `cache_mor.py`. These files travel with an exported model, which loads with
+`trust_remote_code=True`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
+from transformers import initialization as init
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
 
-from .attention_mor import MoRAttention, Pair, Visibility, rotation_of
+from .attention_mor import Pair, Visibility, rotation_of
 from .cache_mor import MoRCache
+from .columns_mor import Columns, predictable
 from .configuration_mor import LayerUse, MoRConfig
-from .routing_mor import ROUTING, Orders
+from .layers_mor import MoRDecoderLayer, MoRRMSNorm
+from .outputs_mor import MoRHeadOutput, MoRModelOutput
+from .routing_mor import ROUTING, MoRTokenChoice, Orders
 from .rows_mor import Rows
+from .serving_mor import NotServed, refuse_graphs
+from .versions_mor import CACHE
+
+logger = logging.get_logger(__name__)
 
 NEVER = -1e4
 """Logit of what cannot come: its exponential is 0 in every precision, and sums over the vocabulary stay finite."""
 
 
-class MoRRMSNorm(nn.Module):
-    """x / rms(x) * weight; statistics in fp32, rounded before the weight, as LLaMA does."""
-
-    def __init__(self, config: MoRConfig):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.eps = config.rms_norm_eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[.., H] -> [.., H]."""
-        if x.dtype == self.weight.dtype == torch.float32:  # one pass; nothing is rounded in between
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
-
-
-class MoRMLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: MoRConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, H] -> [T, H]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class MoRDecoderLayer(GradientCheckpointingLayer):
-    """One stored layer."""
-
-    def __init__(self, config: MoRConfig):
-        super().__init__()
-        self.self_attn = MoRAttention(config)
-        self.mlp = MoRMLP(config)
-        self.input_layernorm = MoRRMSNorm(config)
-        self.post_attention_layernorm = MoRRMSNorm(config)
-
-    def forward(
-        self, hidden: Tensor, visibility: Visibility, use: LayerUse, source: Pair | None
-    ) -> tuple[Tensor, Pair | None]:
-        """[T, H] -> [T, H], and the rows' own keys and values if later recursions read them."""
-        update, own = self.self_attn(self.input_layernorm(hidden), visibility, use, source)
-        hidden = hidden + update
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), own
-
-
-class MoRPreTrainedModel(PreTrainedModel):
+class MoRPreTrainedModel(NotServed, PreTrainedModel):
     """What transformers wants to know about the family."""
 
     config_class = MoRConfig
@@ -85,33 +45,15 @@ class MoRPreTrainedModel(PreTrainedModel):
     _no_split_modules = ("MoRModel",)
     _supports_sdpa = True
     _supports_flash_attn = True
-    _keep_in_fp32_modules_strict = ("balance_bias",)
+    # Few numbers decide how deep every token goes: routers are loaded in fp32 whatever the dtype is (the second name, a
+    # part of theirs), and quantisers leave them alone by default (the first, a pattern of theirs).
+    _keep_in_fp32_modules = (".*router",)
+    _keep_in_fp32_modules_strict = ("router",)
 
-
-@dataclass
-class MoRModelOutput(ModelOutput):
-    """Of `MoRModel`."""
-
-    last_hidden_state: Tensor | None = None
-    """[B, S, H] after the final norm. At padding: that of the last real token before it, 0 if there is none."""
-    cache: MoRCache | None = None
-    depths: Tensor | None = None
-    """[B, S] int8: recursions that each token passed; -1 at padding."""
-    router_loss: Tensor | None = None
-    """Router losses times their coefficients, where they were asked for."""
-
-
-@dataclass
-class MoRCausalLMOutput(ModelOutput):
-    """Of `MoRForCausalLM`."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    cache: MoRCache | None = None
-    depths: Tensor | None = None
-    """As in `MoRModelOutput`."""
-    router_loss: Tensor | None = None
-    """Part of `loss`."""
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MoRTokenChoice):
+            init.zeros_(module.balance_bias)
 
 
 class MoRModel(MoRPreTrainedModel):
@@ -127,6 +69,7 @@ class MoRModel(MoRPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -139,7 +82,8 @@ class MoRModel(MoRPreTrainedModel):
         selection: str = "threshold",
         router_losses: bool = False,
         past_key_values: MoRCache | None = None,
-        return_dict: bool | None = None,
+        position_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs,
     ) -> MoRModelOutput:
         """Hidden states of new tokens.
@@ -154,59 +98,81 @@ class MoRModel(MoRPreTrainedModel):
             router_threshold: expert-choice: a token goes on if the sigmoid of its logit is at least this.
             selection: expert-choice: `threshold`, or `capacity` as in pretraining, which looks at later tokens.
             router_losses: compute them.
+            position_ids: [B, S], not needed. They may count several sequences in a row, each from 0: these do not see
+                each other.
+            output_hidden_states: return what each position of the network reads; default the configuration's.
+            return_dict: False: a tuple of what is not None; default the configuration's.
         Raises:
             ValueError: an argument is unknown, out of range, or means nothing to this model.
         """
-        refuse_unknown(kwargs)
+        config = self.config
+        refuse_graphs(config.routing)
+        refuse_unknown({"output_attentions": config.output_attentions, **kwargs})
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        config = self.config
         depth = config.depth if depth is None else depth
         router_threshold = config.router_threshold if router_threshold is None else router_threshold
         orders = Orders(config, depth, router_threshold, selection, router_losses)
+        embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
-        learning = self.training and torch.is_grad_enabled()
-        if cache is None and (config.use_cache and not learning if use_cache is None else use_cache):
-            cache = MoRCache(config)
-        if cache is not None and learning and self.is_gradient_checkpointing:
-            raise ValueError("use_cache=True does not go with gradient checkpointing: leave it out")
         if not isinstance(cache, MoRCache | None):
             raise ValueError(f"cache is a {type(cache).__name__}: give none, or a MoRCache(config)")
+        columns = Columns.of(embedded.shape[:2], attention_mask, position_ids, cache, embedded.device)
+        cache = self._cache(cache, use_cache, columns.is_packed, selection)
 
-        if (
-            selection == "capacity"
-            and cache is not None
-            and not cache.is_empty
-            and self.config.routing == "expert_choice"
-        ):
-            raise ValueError("selection=capacity compares whole sequences: give it no cache of earlier tokens")
-
-        embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        batch, columns = embedded.shape[:2]
-        real = real_columns(attention_mask, batch, columns)
-        rows, index = pack(real, batch, columns, cache, embedded.device)
-        hidden = embedded.flatten(0, 1)
-        if index is not None:
-            hidden = hidden[index]
-        hidden, passed = self._run(hidden, rows, orders, cache)
-        hidden = self.norm(hidden)
-        if index is not None:
-            passed = passed.new_full((batch * columns,), -1).index_copy(0, index, passed)
-            hidden = spread(hidden, real)
-        depths = passed.view(batch, columns)
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        read: dict[int, Tensor] | None = {} if output_hidden_states else None
+        stream, passed = self._run(columns.pack(embedded), columns.rows, orders, cache, read)
+        hidden = columns.spread(self.norm(stream))
+        depths = columns.mark(passed, padding=-1)
         if cache is not None:
-            cache.commit(depths, rows.lengths)
-        return MoRModelOutput(hidden.view(batch, columns, -1), cache, depths, orders.loss)
+            cache.commit(depths, columns.rows.lengths)
+        states = None
+        if read is not None:
+            for position in range(config.num_hidden_layers - 1, -1, -1):  # nobody was left for one that did not run
+                stream = read.get(position, stream)
+                read[position] = stream
+            states = (*(columns.spread(read[i]) for i in range(config.num_hidden_layers)), hidden)
+        return MoRModelOutput(hidden, cache, states, depths, orders.loss)
 
-    def _run(self, hidden: Tensor, rows: Rows, orders: Orders, cache: MoRCache | None) -> tuple[Tensor, Tensor]:
-        """All layers: [T, H] -> [T, H], and the recursions that each token passed, [T] int8."""
+    def _cache(
+        self, cache: MoRCache | None, use_cache: bool | None, is_packed: bool, selection: str
+    ) -> MoRCache | None:
+        """The one to fill in this call."""
+        learning = self.training and torch.is_grad_enabled()
+        if is_packed:
+            if use_cache or cache is not None:
+                raise ValueError("several sequences in a row of position_ids cannot be continued: use_cache=False")
+            return None
+        if cache is not None and not cache.is_empty:
+            if selection == "capacity" and self.config.routing == "expert_choice":
+                raise ValueError("selection=capacity compares whole sequences: give it no cache of earlier tokens")
+            if learning and self.is_gradient_checkpointing:
+                raise ValueError("a cache of earlier tokens does not go with gradient checkpointing: leave it out")
+            return cache
+        wanted = use_cache if use_cache is not None else cache is not None or (self.config.use_cache and not learning)
+        if wanted and learning and self.is_gradient_checkpointing:
+            logger.warning_once("use_cache=True does not go with gradient checkpointing: there will be no cache")
+            return None
+        return MoRCache(self.config) if wanted and cache is None else cache
+
+    def _run(
+        self, hidden: Tensor, rows: Rows, orders: Orders, cache: MoRCache | None, read: dict[int, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """All layers: [T, H] -> [T, H], and the recursions that each token passed, [T] int8.
+
+        `read` is filled with the state of all rows, [T, H], that each position of the network finds.
+        """
         config, shares = self.config, self.config.kv_mode != "caching"
         rotation = rotation_of(rows.position, config, hidden.dtype)
         left: dict[int, Pair] = {}  # keys and values of recursion 0, which later recursions read
         views: dict[int | None, Visibility] = {}
 
-        def layers(uses: tuple[LayerUse, ...], hidden: Tensor, active: Rows) -> Tensor:
+        def layers(uses: tuple[LayerUse, ...], hidden: Tensor, active: Rows, stream: Tensor) -> Tensor:
             for use in uses:
+                if read is not None:
+                    read[use.index] = active.put(stream, hidden)
                 reads = use.kv_source != use.index
                 if use.recursion not in views:
                     own = rotation if active is rows else rotation_of(active.position, config, hidden.dtype)
@@ -217,17 +183,17 @@ class MoRModel(MoRPreTrainedModel):
                     left[use.index] = own
             return hidden
 
-        hidden = layers(self.plan.first, hidden, rows)
+        hidden = layers(self.plan.first, hidden, rows, hidden)
         if self.router is None:
-            hidden = layers(self.plan.shared(orders.num_recursions), hidden, rows)
+            hidden = layers(self.plan.shared(orders.num_recursions), hidden, rows, hidden)
             passed = torch.full((len(rows),), orders.num_recursions, dtype=torch.int8, device=hidden.device)
         else:
 
-            def block(recursion: int, x: Tensor, active: Rows) -> Tensor:
-                return layers(self.plan.pass_layers(recursion), x, active)
+            def block(recursion: int, x: Tensor, active: Rows, stream: Tensor) -> Tensor:
+                return layers(self.plan.pass_layers(recursion), x, active, stream)
 
             hidden, passed = self.router(hidden, rows, block, orders)
-        return layers(self.plan.last, hidden, rows), passed
+        return layers(self.plan.last, hidden, rows, hidden), passed
 
 
 class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
@@ -241,6 +207,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -255,13 +222,15 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         selection: str | None = None,
         num_items_in_batch: Tensor | int | None = None,
         past_key_values: MoRCache | None = None,
-        return_dict: bool | None = None,
+        position_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs,
-    ) -> MoRCausalLMOutput:
+    ) -> MoRHeadOutput:
         """Logits [B, S, V], and with labels the loss of predicting each token from those before it.
 
         Args:
-            labels: [B, S], -100 where nothing is to be predicted; padding counts as such.
+            labels: [B, S], -100 where nothing is to be predicted; padding, and the first token of a sequence, count as
+                such.
             logits_to_keep: columns from the end whose logits are computed; 0: all.
             selection: default `capacity` in training mode with labels, else `threshold`.
             num_items_in_batch: predictions over which the loss is averaged, where gradients are accumulated.
@@ -281,6 +250,9 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             selection or ("capacity" if fits else "threshold"),
             fits and self.config.router_losses,
             past_key_values,
+            position_ids,
+            output_hidden_states,
+            return_dict=True,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -293,23 +265,90 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             logits[..., self.config.padding_row] = NEVER
         loss = None
         if labels is not None:
-            labels = labels.masked_fill(outputs.depths < 0, -100)
+            labels = predictable(labels, outputs.depths >= 0, position_ids)
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
             if outputs.router_loss is not None:
                 share = 1.0
                 if num_items_in_batch is not None:
                     share = (labels[:, 1:] != -100).sum() / num_items_in_batch
                 loss = loss + share * outputs.router_loss
-        result = MoRCausalLMOutput(loss, logits, outputs.cache, outputs.depths, outputs.router_loss)
-        return result if return_dict is not False else result.to_tuple()
+        return MoRHeadOutput(loss, logits, outputs.cache, outputs.hidden_states, outputs.depths, outputs.router_loss)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *arguments, **kwargs) -> dict:
+        """Called by `generate` before each step; it also holds what only its stopping criteria read."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *arguments, **kwargs)
+        return {name: value for name, value in inputs.items() if name not in ("tokenizer", "cache_position")}
+
+    def _prepare_position_ids_for_generation(self, *arguments) -> None:
+        """Called by `generate`, whose positions are not those of right-padded prompts; the model's own are."""
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *rest) -> None:
         """Called by `generate` for the cache that it begins with."""
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise ValueError(f"cache_implementation={kind} cannot hold ragged keys and values: leave it out")
-        if generation_config.use_cache and model_kwargs.get("cache") is None:
-            model_kwargs["cache"] = MoRCache(self.config)
+        if generation_config.use_cache and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = MoRCache(self.config)
+
+    def _update_model_kwargs_for_generation(self, outputs: MoRHeadOutput, model_kwargs: dict, *rest, **options) -> dict:
+        """Called by `generate` after each step."""
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *rest, **options)
+        if outputs.cache is not None:
+            model_kwargs[CACHE] = outputs.cache
+        return model_kwargs
+
+
+class MoRForSequenceClassification(MoRPreTrainedModel):
+    """A class or a number for each sequence, read at its last token."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: MoRConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MoRModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        selection: str | None = None,
+        **kwargs,
+    ) -> MoRHeadOutput:
+        """Logits [B, num_labels], and with labels the loss of `config.problem_type`.
+
+        Args:
+            attention_mask: without one, `config.pad_token_id` is padding.
+            labels: [B], or [B, num_labels].
+            selection: as in `MoRForCausalLM`.
+            Others as in `MoRModel`.
+        Raises:
+            ValueError: as in `MoRModel`.
+        """
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            attention_mask = input_ids != self.config.pad_token_id
+        fits = self.training and labels is not None
+        kwargs.setdefault("use_cache", False)  # nothing continues here
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            selection=selection or ("capacity" if fits else "threshold"),
+            router_losses=fits and self.config.router_losses,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.score(outputs.last_hidden_state[:, -1])
+        loss = None
+        if labels is not None:
+            config = copy.copy(self.config)  # the loss writes the kind of problem that it finds into it
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=config)
+            if outputs.router_loss is not None:
+                loss = loss + outputs.router_loss
+        return MoRHeadOutput(loss, logits, outputs.cache, outputs.hidden_states, outputs.depths, outputs.router_loss)
 
 
 def refuse_unknown(kwargs: dict) -> None:
@@ -319,58 +358,12 @@ def refuse_unknown(kwargs: dict) -> None:
         ValueError: an argument that is not known has a value.
     """
     for name, value in kwargs.items():
-        if name == "position_ids" and value is not None:
-            raise ValueError("position_ids follow from attention_mask: leave them out")
         if value is not None and value is not False:
             raise ValueError(f"{name} is not known to MoR models: leave it out")
 
 
-def real_columns(attention_mask: Tensor | None, batch: int, columns: int) -> Tensor | None:
-    """[B, S] bool, true at real tokens; None: all of them.
-
-    Raises:
-        ValueError: the mask is not [B, at least S], or there is nothing but padding.
-    """
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < columns:
-        raise ValueError(
-            f"attention_mask is {list(attention_mask.shape)}: give [{batch}, {columns} or more], 0 at padding"
-        )
-    real = attention_mask[:, -columns:].bool()
-    if bool(real.all()):
-        return None
-    if not bool(real.any()):
-        raise ValueError("attention_mask has no real token among the new columns: give at least one")
-    return real
-
-
-def pack(
-    real: Tensor | None, batch: int, columns: int, cache: MoRCache | None, device: torch.device
-) -> tuple[Rows, Tensor | None]:
-    """The real tokens as rows, and their places [T] among the batch's columns (None: all)."""
-    past = cache.lengths if cache is not None and not cache.is_empty else (0,) * batch
-    if len(past) != batch:
-        raise ValueError(f"cache holds {len(past)} sequences and input_ids {batch}: give both the same")
-    if real is None:
-        sequence = torch.arange(batch, device=device).repeat_interleave(columns)
-        return Rows.of(sequence, past, (columns,) * batch), None
-    index = real.flatten().nonzero().squeeze(1)
-    lengths = tuple(real.sum(1).tolist())
-    return Rows.of(index // columns, past, lengths), index
-
-
-def spread(hidden: Tensor, real: Tensor) -> Tensor:
-    """[T, H] -> [B*S, H]: a padding column shows the last real token before it, so that the last column of a
-    right-padded sequence is where its continuation is read; 0 where there is none."""
-    within = real.cumsum(1)
-    counts = within[:, -1]
-    index = within - 1 + (counts.cumsum(0) - counts).unsqueeze(1)
-    shown = hidden[index.clamp(min=0, max=len(hidden) - 1)]
-    return shown.masked_fill((within == 0).unsqueeze(2), 0.0).flatten(0, 1)
-
-
 MoRModel.register_for_auto_class("AutoModel")
 MoRForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+MoRForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
-__all__ = ["MoRForCausalLM", "MoRModel", "MoRPreTrainedModel"]
+__all__ = ["MoRForCausalLM", "MoRForSequenceClassification", "MoRModel", "MoRPreTrainedModel"]

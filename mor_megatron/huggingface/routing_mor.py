@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_mor import MoRConfig
 from .rows_mor import Rows
@@ -25,8 +26,9 @@ TIE = 1e-5
 """Logits count as equal within TIE * (1 + their mean size in the sequence): repeated tokens have equal hidden states
 but for rounding, and rounding depends on the device."""
 
-Block = Callable[[int, Tensor, Rows], Tensor]
-"""block(recursion, hidden [T, H], rows) -> [T, H]: one pass of the shared layers."""
+Block = Callable[[int, Tensor, Rows, Tensor], Tensor]
+"""block(recursion, hidden [T', H], rows, stream [T, H]) -> [T', H]: one pass of the shared layers over some rows; the
+others' state is in the residual stream."""
 
 
 @dataclass
@@ -80,8 +82,19 @@ class Orders:
             self.loss = coefficient * loss if self.loss is None else self.loss + coefficient * loss
 
 
+class MoRFloat32Linear(nn.Linear):
+    """A linear layer that computes in fp32 whatever its input is: in bf16, scores of many tokens are equal.
+
+    A class of its own also for tools that find what they quantise by its class.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., in] -> [.., out] in fp32."""
+        return F.linear(x.float(), self.weight.float())
+
+
 class MoRRouter(nn.Module):
-    """Linear (H -> out) or MLP (H -> 2H, GELU, 2H -> out) router on the raw residual stream; logits in fp32."""
+    """Linear (H -> out) or MLP (H -> 2H, GELU, 2H -> out) router on the raw residual stream, in fp32."""
 
     def __init__(self, config: MoRConfig, num_outputs: int):
         super().__init__()
@@ -89,17 +102,17 @@ class MoRRouter(nn.Module):
         width = config.hidden_size
         self.inner = None
         if config.router_type == "mlp":
-            self.inner = nn.Linear(width, 2 * width, bias=False)
+            self.inner = MoRFloat32Linear(width, 2 * width, bias=False)
             width *= 2
-        self.out = nn.Linear(width, num_outputs, bias=False)
+        self.out = MoRFloat32Linear(width, num_outputs, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[T, H] -> [T, out]."""
-        x = hidden if self.temperature == 1.0 else hidden / self.temperature
-        if self.inner is not None:
-            x = F.gelu(self.inner(x))
-        # In bf16, scores of many tokens are equal.
-        return F.linear(x.float(), self.out.weight.float())
+        with maybe_autocast(device_type=hidden.device.type, enabled=False):
+            x = hidden.float()
+            if self.temperature != 1.0:
+                x = x / self.temperature
+            return self.out(x if self.inner is None else F.gelu(self.inner(x)))
 
 
 class MoRExpertChoice(nn.Module):
@@ -116,22 +129,20 @@ class MoRExpertChoice(nn.Module):
     def forward(self, hidden: Tensor, rows: Rows, block: Block, orders: Orders) -> tuple[Tensor, Tensor]:
         """Residual stream [T, H] -> the same after all recursions, and the recursions that each token passed [T]."""
         depth = torch.zeros(len(rows), dtype=torch.int8, device=hidden.device)
-        active, index = rows, None  # the rows still going on, and where they are among all
+        active = rows  # those still going on
         for r in range(orders.num_recursions):
-            x = hidden if index is None else hidden[index]
+            x = active.take(hidden)
             logits = self.routers[r](x).squeeze(1)
             decisive = logits if self.aux_routers is None else self.aux_routers[r](x.detach()).squeeze(1)
             keep = self._keep(r, logits.detach(), decisive.detach(), active, rows, orders)
             if orders.with_losses:
                 self._add_losses(logits, decisive, keep, orders)
             if keep is not None and len(keep) < len(active):
-                index = keep if index is None else index[keep]
                 active, x, logits = active.select(keep), x[keep], logits[keep]
             if len(active) == 0:
                 break
-            x = self._combine(x, block(r, x, active), logits)
-            hidden = x if index is None else hidden.index_copy(0, index, x)
-            depth = depth + 1 if index is None else depth.index_fill(0, index, r + 1)
+            hidden = active.put(hidden, self._combine(x, block(r, x, active, hidden), logits))
+            depth = active.put(depth, active.take(depth) + 1)
         return hidden, depth
 
     def _keep(
@@ -188,18 +199,18 @@ class MoRTokenChoice(nn.Module):
         gate = scores.gather(1, choice.unsqueeze(1)).to(hidden.dtype)
         if self.config.router_gating == "additive":
             gate = torch.ones_like(gate)
-        active, index, y = rows, torch.arange(len(rows), device=hidden.device), hidden
+        active, y = rows, hidden
         for r in range(orders.num_recursions):
-            y = block(r, y, active)
-            going = choice[index] > r
+            y = block(r, y, active, hidden)
+            going = active.take(choice) > r
             leaves, stays = ((~going).nonzero().squeeze(1), going.nonzero().squeeze(1))
             if len(leaves) == 0:
                 continue
-            out = index[leaves]
+            out = active.places(leaves)
             hidden = hidden.index_copy(0, out, torch.addcmul(hidden[out], y[leaves], gate[out]))
             if len(stays) == 0:
                 break
-            active, index, y = active.select(stays), index[stays], y[stays]
+            active, y = active.select(stays), y[stays]
         return hidden, (choice + 1).to(torch.int8)
 
     def _add_losses(self, logits: Tensor, scores: Tensor, choice: Tensor, rows: Rows, orders: Orders) -> None:
@@ -241,4 +252,4 @@ def gate_of(logits: Tensor, config: MoRConfig) -> Tensor:
 
 ROUTING = {"expert_choice": MoRExpertChoice, "token_choice": MoRTokenChoice}
 
-__all__ = ["ROUTING", "MoRExpertChoice", "MoRRouter", "MoRTokenChoice", "Orders"]
+__all__ = ["ROUTING", "MoRExpertChoice", "MoRFloat32Linear", "MoRRouter", "MoRTokenChoice", "Orders"]

@@ -23,6 +23,8 @@ class Rows:
     """[T] int64: index among the real tokens of its sequence."""
     lengths: tuple[int, ...]
     """Rows of each sequence of the batch; known to the host, so that no layer has to ask the device."""
+    index: Tensor | None = None
+    """[T] places among all rows of the call, ascending; None: these are all."""
 
     @classmethod
     def of(cls, sequence: Tensor, past: tuple[int, ...], lengths: tuple[int, ...]) -> Rows:
@@ -44,7 +46,19 @@ class Rows:
             return self
         sequence = self.sequence[index]
         lengths = torch.bincount(sequence, minlength=len(self.lengths)).tolist()
-        return Rows(sequence, self.position[index], tuple(lengths))
+        return Rows(sequence, self.position[index], tuple(lengths), self.places(index))
+
+    def places(self, index: Tensor) -> Tensor:
+        """[T'] places of the rows at `index` among all rows of the call."""
+        return index if self.index is None else self.index[index]
+
+    def take(self, everything: Tensor) -> Tensor:
+        """Of all rows of the call, these: [.., ...] -> [T, ...]."""
+        return everything if self.index is None else everything[self.index]
+
+    def put(self, everything: Tensor, own: Tensor) -> Tensor:
+        """All rows of the call, with these [T, ...] in their places."""
+        return own if self.index is None else everything.index_copy(0, self.index, own)
 
     @cached_property
     def offset(self) -> Tensor:

@@ -233,8 +233,7 @@ class MoRSelfAttention(SelfAttention):
         """Query projection alone, [R, C, N, D]: the key and value rows of the fused weight are not multiplied."""
         groups, width = self.num_query_groups_per_partition, self.key_hidden_size
         weight = weight.view(groups, -1, width, weight.shape[-1])[:, :-2].reshape(-1, weight.shape[-1])
-        if self.config.add_qkv_bias:
-            bias = bias.view(groups, -1, width)[:, :-2].reshape(-1)
+        bias = bias.view(groups, -1, width)[:, :-2].reshape(-1) if self.config.add_qkv_bias else None
         sequence_parallel = self.config.sequence_parallel
         query = linear_with_grad_accumulation_and_async_allreduce(
             hidden_states,

@@ -9,11 +9,21 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from small_runs import ROOT, load_tool, run_program
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 from mor_megatron.data.tokenizer_training import train_tokenizer
 from mor_megatron.huggingface import verify
@@ -158,9 +168,42 @@ def test_pipeline_and_tokenizer(export: Path):
         assert torch.equal(tokens[-5:], alone[0][-5:])
 
 
+def test_generation_stops_at_a_text(export: Path):
+    """For `generate` and for a pipeline: not before the text, and not a token after it."""
+    tokenizer, model = AutoTokenizer.from_pretrained(export, trust_remote_code=True), load(export)
+    ids = tokenizer("The import statement", return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 12, "do_sample": False, "repetition_penalty": 9.0}  # it has learnt little but spaces
+    whole = model.generate(ids, **options)[0, ids.shape[1] :]
+    stop = next(word for word in (tokenizer.decode(token).strip() for token in whole[3:-1]) if word.isalpha())
+    text, first = tokenizer.decode(whole), 1
+    while stop not in tokenizer.decode(whole[:first]):
+        first += 1
+    stopped = model.generate(ids, stop_strings=[stop], tokenizer=tokenizer, **options)[0, ids.shape[1] :]
+    assert torch.equal(stopped, whole[:first])
+    assert first < len(whole)
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    (out,) = generator("The import statement", stop_sequence=stop, return_full_text=False, **options)
+    assert out["generated_text"] == tokenizer.decode(stopped) != text
+
+
+@torch.no_grad()
+def test_other_classes_load_an_export(export: Path):
+    ids = torch.arange(40).view(2, 20)
+    model, backbone = load(export), AutoModel.from_pretrained(export, trust_remote_code=True)
+    hidden = backbone(ids).last_hidden_state
+    assert type(backbone).__name__ == "MoRModel"
+    assert torch.equal(model.lm_head(hidden)[..., :300], model(ids).logits[..., :300])
+    classifier = AutoModelForSequenceClassification.from_pretrained(export, trust_remote_code=True, num_labels=3)
+    assert torch.equal(classifier(ids).logits, classifier.score(hidden[:, -1]))
+
+
 def test_bf16_export_and_refusals(run: Path, tmp_path: Path, monkeypatch, capsys):
     assert call(monkeypatch, "--load", run, "--output", tmp_path / "half", "--dtype", "bf16") == 0
-    assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
+    stored = load_file(tmp_path / "half" / "model.safetensors")
+    assert {t.dtype for name, t in stored.items() if "router" not in name} == {torch.bfloat16}
+    assert {t.dtype for name, t in stored.items() if "router" in name} == {torch.float32}
+    loaded = load(tmp_path / "half")
+    assert all(torch.equal(loaded.get_parameter(name), t) for name, t in stored.items() if "router" in name)
     assert call(monkeypatch, "--load", run, "--output", tmp_path / "half") == 2
     assert "exists" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "half")
@@ -181,10 +224,18 @@ def test_trainer_lowers_the_loss(export: Path, tmp_path: Path, checkpointing: bo
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=20, per_device_train_batch_size=4, gradient_accumulation_steps=2,
         learning_rate=2e-2, logging_steps=1, report_to=[], save_strategy="no", use_cpu=True,
-        gradient_checkpointing=checkpointing, disable_tqdm=True,
+        gradient_checkpointing=checkpointing, disable_tqdm=True, eval_strategy="steps", eval_steps=10,
     )  # fmt: skip
-    trainer = Trainer(model=model, args=arguments, train_dataset=samples)
+    trainer = Trainer(model=model, args=arguments, train_dataset=samples, eval_dataset=samples[:3])
     trainer.train()
+    assert len([entry for entry in trainer.state.log_history if "eval_loss" in entry]) == 2
+    ids = torch.stack([sample["input_ids"] for sample in samples[:3]])
+    with torch.no_grad():
+        expected = model.eval()(ids, labels=ids)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.loss.item(), abs=1e-5)
+    predicted = trainer.predict(samples[:3])
+    torch.testing.assert_close(torch.from_numpy(predicted.predictions), expected.logits)
+    assert np.array_equal(predicted.label_ids, ids)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 20
     assert losses[-1] < 0.85 * losses[0]

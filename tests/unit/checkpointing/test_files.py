@@ -157,6 +157,7 @@ def test_conversion_has_whole_tensors_under_their_names(checkpoint, tmp_path, wi
         assert all(torch.equal(one[name], other[name]) for name in one)
     assert list(verify(output)) == []
     assert (output / "config.yaml").read_text() == "hidden-size: 3\n"
+    assert len({path.stat().st_mode for path in output.iterdir()}) == 1  # what the umask leaves
     flip(output / "model.safetensors", -1)
     with pytest.raises(ValueError, match=r"model\.safetensors .*checksum differs"):
         read_parameters(output)

@@ -66,6 +66,7 @@ def test_an_export_comes_back_bit_for_bit(name: str, tmp_path: Path):
         if not key.endswith("_extra_state")
     }
     export(weights, config, VOCAB, numbers(), tmp_path / "export")
+    assert len({path.stat().st_mode for path in (tmp_path / "export").iterdir()}) == 1  # what the umask leaves
     again, settings = read_export(tmp_path / "export")
     write_checkpoint(again, settings, tmp_path / "run")
     checkpoint = read_checkpoint(tmp_path / "run")

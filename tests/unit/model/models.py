@@ -59,9 +59,10 @@ def training_batch(ids: torch.Tensor) -> Batch:
 @contextmanager
 def weights_in_their_modules(model: nn.Module) -> Iterator[None]:
     """Weights are NaN but while their own module runs, as if they were offloaded or partitioned between its calls."""
+    values_of = {weight: weight.data for weight in model.parameters()}
     with ExitStack() as stack:
         for module in model.modules():
-            own = [(weight, weight.data) for weight in module.parameters(recurse=False)]
+            own = [(weight, values_of[weight]) for weight in module.parameters(recurse=False)]
 
             def give(module, arguments, own=own):
                 for weight, values in own:
