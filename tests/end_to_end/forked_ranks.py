@@ -7,6 +7,7 @@ of a run exists, and runs the entry point as `python pretrain_mor.py FLAGS` does
 from __future__ import annotations
 
 import atexit
+import importlib
 import multiprocessing
 import os
 import signal
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from small_runs import ROOT
 
-LIMIT = 120.0  # seconds until a rank counts as hung; a few are the rule
+LIMIT = 300.0  # seconds until a rank counts as hung; a few are the rule
 
 
 class Ranks:
@@ -30,9 +31,17 @@ class Ranks:
         count: ranks.
         outputs: directory of `rank_0.log`, ...
         environment: what a launcher sets beside rank and number of ranks.
+        program: module whose `main` they run.
     """
 
-    def __init__(self, flags: list[str], count: int, outputs: Path, environment: dict[str, str] | None = None):
+    def __init__(
+        self,
+        flags: list[str],
+        count: int,
+        outputs: Path,
+        environment: dict[str, str] | None = None,
+        program: str = "pretrain_mor",
+    ):
         outputs.mkdir(parents=True, exist_ok=True)
         self.logs = [outputs / f"rank_{rank}.log" for rank in range(count)]
         shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -42,7 +51,7 @@ class Ranks:
         for rank, log in enumerate(self.logs):
             log.unlink(missing_ok=True)
             environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            self.processes.append(_context().Process(target=be_a_rank, args=(flags, environment, str(log))))
+            self.processes.append(_context().Process(target=be_a_rank, args=(flags, environment, str(log), program)))
         for process in self.processes:
             process.start()
 
@@ -92,9 +101,9 @@ class Ranks:
 
 
 @contextmanager
-def running(flags: list[str], count: int, outputs: Path, environment: dict[str, str] | None = None):
+def running(flags: list[str], count: int, outputs: Path, environment: dict[str, str] | None = None, **options):
     """`Ranks`, of which none outlives the block."""
-    ranks = Ranks(flags, count, outputs, environment)
+    ranks = Ranks(flags, count, outputs, environment, **options)
     try:
         yield ranks
     finally:
@@ -137,7 +146,7 @@ def _launch(flags: list[str], logs: list[Path]) -> None:
     os.wait()
 
 
-def be_a_rank(flags: list[str], environment: dict[str, str], log: str) -> None:
+def be_a_rank(flags: list[str], environment: dict[str, str], log: str, program: str = "pretrain_mor") -> None:
     os.environ.update(environment)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a test before may have run to a stop, which ignores late signals
     sys.stdout.flush()
@@ -145,16 +154,15 @@ def be_a_rank(flags: list[str], environment: dict[str, str], log: str) -> None:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     sys.path.insert(0, str(ROOT))
-    sys.argv = ["pretrain_mor.py", *flags]
+    sys.argv = [f"{program}.py", *flags]
     import torch
 
-    import pretrain_mor
-
+    main = importlib.import_module(program).main
     torch.set_num_threads(1)  # ranks share the cores
 
     status = 1
     try:
-        status = pretrain_mor.main()
+        status = main()
     finally:
         atexit._run_exitfuncs()  # multiprocessing ends a process without them
         sys.stdout.flush()

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked_ranks import running
 from safetensors.torch import load_file
-from small_runs import ROOT, load_tool, run_program
+from small_runs import load_tool
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -66,10 +67,9 @@ def run(corpus, tmp_path_factory) -> Path:
     tokenizer = train_tokenizer([str(text)], 300, "hf-bpe", str(directory / "tokenizer"))
     config = directory / "model.yaml"
     config.write_text(SETTINGS + f"tokenizer-model: {tokenizer}\ndata-path: [{corpus}]\nsave: {directory / 'save'}\n")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    program = [str(ROOT / "pretrain_mor.py"), "--config", str(config), "--tensor-model-parallel-size", "2"]
-    done = run_program([*launcher, *program], timeout=500)
-    assert done.returncode == 0, done.stderr
+    flags = ["--config", str(config), "--tensor-model-parallel-size", "2"]
+    with running(flags, 2, directory / "logs") as ranks:
+        assert ranks.join() == [0, 0], ranks.output(0)
     return directory / "save"
 
 

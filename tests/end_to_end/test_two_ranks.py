@@ -1,21 +1,19 @@
 """Two data-parallel ranks over gloo: the same numbers as one, resuming bit for bit, skipping together.
 
-One torchrun does all the work (`two_ranks_worker.py`); the tests read what it wrote.
+One pair of ranks does all the work (`two_ranks_worker.py`); the tests read what it wrote.
 """
 
 import json
-import sys
 
 import pytest
+from forked_ranks import running
 from small_runs import (
-    HERE,
     MODES,
     RESUMED,
     assert_same_checkpoint,
     mode_name,
     read_metrics,
     read_weights,
-    run_program,
     small_config,
 )
 
@@ -27,9 +25,8 @@ LAYOUT_TOL = 2e-6  # two ranks add the same fp32 gradients in another order; eig
 @pytest.fixture(scope="module")
 def two_ranks(corpus, tmp_path_factory):
     output = tmp_path_factory.mktemp("two_ranks")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = run_program([*launcher, str(HERE / "two_ranks_worker.py"), corpus, str(output)], timeout=500)
-    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
+    with running([corpus, str(output)], 2, output / "logs", program="two_ranks_worker") as ranks:
+        assert ranks.join() == [0, 0], ranks.output(0)[-3000:] + ranks.output(1)[-6000:]
     return output
 
 

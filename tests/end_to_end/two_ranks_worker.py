@@ -1,4 +1,4 @@
-"""Run by torchrun from `test_two_ranks.py`: everything that two data-parallel ranks do, once, results as files.
+"""The ranks of `test_two_ranks.py`: everything that two data-parallel ranks do, once, results as files.
 
 Usage: two_ranks_worker.py CORPUS OUTPUT_DIRECTORY
 """
@@ -80,7 +80,8 @@ def give_up(corpus: str) -> str:
     return "no error"
 
 
-def main(corpus: str, output: Path) -> None:
+def main() -> int:
+    corpus, output = sys.argv[1], Path(sys.argv[2])
     initialize_distributed(small_config(corpus))
     for mode in RESUMED:
         resume(corpus, output, mode)
@@ -101,7 +102,4 @@ def main(corpus: str, output: Path) -> None:
     if dist.get_rank() == 0:
         (output / "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    return 0

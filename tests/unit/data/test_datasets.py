@@ -352,10 +352,9 @@ def build_on_rank(rank: int, config: Config, folder: Path) -> None:
 def test_two_ranks_share_the_index(blended: bool, numbers: list[str], tmp_path: Path) -> None:
     paths = ("0.5", numbers[0], "0.5", numbers[1]) if blended else (numbers[0],)
     config = settings(*paths, split="80,20,0", cache=tmp_path / "cache")
-    processes = [
-        multiprocessing.get_context("spawn").Process(target=build_on_rank, args=(rank, config, tmp_path))
-        for rank in range(2)
-    ]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mor_megatron.data.datasets"])  # imported once for all of them
+    processes = [context.Process(target=build_on_rank, args=(rank, config, tmp_path)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
