@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[3]
 PROGRAMS = sorted(
     path for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py")]
@@ -42,6 +44,7 @@ def test_tools_need_no_torch_to_say_what_they_do():
     assert (out.count("usage: "), waited) == (len(tools), [])
 
 
+@pytest.mark.slow
 def test_benchmarks_say_nothing_else():
     benchmarks = [program for program in PROGRAMS if program.parent.name == "benchmarks"]
     assert len(benchmarks) >= 7
