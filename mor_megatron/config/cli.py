@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 import yaml
 
+from mor_megatron.config.megatron_flags import answer
 from mor_megatron.config.schema import Config
 from mor_megatron.config.settings import COMMAND_LINE, Setting, flag_name, read_command_line, read_files
 from mor_megatron.config.validate import validate
@@ -94,7 +95,7 @@ def read_config(argv: Sequence[str]) -> Config:
     """Like `parse_config`, for flags and `--config` only.
 
     Raises:
-        ValueError: an unknown name (the nearest one is suggested), a wrong type, an unreadable or malformed file.
+        ValueError: unknown names (all of them, each with what to write), a wrong type, an unreadable or malformed file.
             Every message names the setting and the file and line, or the command line, where it stands.
     """
     files: list[str] = []
@@ -106,7 +107,11 @@ def read_config(argv: Sequence[str]) -> Config:
             files += setting.values
         elif setting.name not in _LAUNCHER_FLAGS:
             flags.append(setting)
-    return _typed([_known(setting) for setting in [*read_files(files), *flags]])
+    settings = [_positive(setting) for setting in [*read_files(files), *flags]]
+    unknown = [_unknown(setting) for setting in settings if setting.name not in TYPE_OF]
+    if unknown:
+        raise ValueError("; ".join(dict.fromkeys(unknown)))
+    return _typed(settings)
 
 
 def to_yaml(config: Config) -> str:
@@ -143,17 +148,20 @@ def _speaks() -> bool:
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
-def _known(setting: Setting) -> Setting:
-    """The setting, `--no-x` rewritten to x=false; ValueError if there is no such field."""
-    name = setting.name
-    if name in TYPE_OF:
-        return setting
-    positive = name.removeprefix("no_")
-    if setting.origin == COMMAND_LINE and setting.values == () and TYPE_OF.get(positive) is bool:
-        return Setting(positive, ("false",), setting.origin)
-    nearest = get_close_matches(name, TYPE_OF, n=1, cutoff=0.5)
-    remedy = f"did you mean {flag_name(nearest[0])}?" if nearest else "--help lists all settings"
-    raise ValueError(f"unknown setting {flag_name(name)} ({setting.origin}): {remedy}")
+def _positive(setting: Setting) -> Setting:
+    """The setting; `--no-x`, where x is one that can be switched off, as x=false."""
+    positive = setting.name.removeprefix("no_")
+    is_switch = setting.origin == COMMAND_LINE and setting.values == () and TYPE_OF.get(positive) is bool
+    return Setting(positive, ("false",), setting.origin) if is_switch and setting.name not in TYPE_OF else setting
+
+
+def _unknown(setting: Setting) -> str:
+    """What to say of a name that there is not: what replaces Megatron-LM's, or the nearest there is."""
+    remedy = answer(setting.name.replace("_", "-"))
+    if remedy is None:
+        nearest = get_close_matches(setting.name, TYPE_OF, n=1, cutoff=0.5)
+        remedy = f"did you mean {flag_name(nearest[0])}?" if nearest else "--help lists all settings"
+    return f"unknown setting {flag_name(setting.name)} ({setting.origin}): {remedy}"
 
 
 def _typed(settings: list[Setting]) -> Config:
@@ -186,6 +194,9 @@ def _parse(settings: list[Setting]) -> Config | None:
 def _words(setting: Setting) -> list[str] | None:
     """A setting in tyro's grammar; None if its type shows already that it cannot be."""
     flag, hint = flag_name(setting.name), TYPE_OF[setting.name]
+    takes_list = any(get_origin(kind) is tuple for kind in (hint, *get_args(hint)))
+    if setting.is_list and not takes_list:
+        return None
     if hint is bool:
         words = {(): f"--{flag}", ("true",): f"--{flag}", ("false",): f"--no-{flag}"}
         word = words.get(tuple(value.lower() for value in setting.values)) if setting.values is not None else None

@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 COMMAND_LINE = "command line"
+_NULL = "tag:yaml.org,2002:null"
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Setting:
     """Its words; None for YAML's null, () for a flag without a value."""
     origin: str
     """`file.yaml:3` or `command line`."""
+    is_list: bool = False
+    """Written as a YAML list, whatever its length."""
 
     def __str__(self) -> str:
         """The way errors show it: `num-layers=12 (tiny.yaml:3)`."""
         if self.values is None:
             text = "null"
-        elif len(self.values) == 1:
+        elif len(self.values) == 1 and not self.is_list:
             text = self.values[0]
         else:
             text = f"[{', '.join(self.values)}]"
@@ -126,7 +129,9 @@ def _setting(key: yaml.Node, value: yaml.Node, path: Path) -> Setting:
         raise ValueError(f"config={origin}: a key is not a name; write `name: value`")
     name = key.value.replace("-", "_")
     if isinstance(value, yaml.ScalarNode):
-        return Setting(name, None if value.tag == "tag:yaml.org,2002:null" else (value.value,), origin)
+        return Setting(name, None if value.tag == _NULL else (value.value,), origin)
     if isinstance(value, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in value.value):
-        return Setting(name, tuple(item.value for item in value.value), origin)
+        if any(item.tag == _NULL for item in value.value):
+            raise ValueError(f"{flag_name(name)} ({origin}) has an item without a value: give it one, or leave it out")
+        return Setting(name, tuple(item.value for item in value.value), origin, is_list=True)
     raise ValueError(f"{flag_name(name)} ({origin}) has a nested value: settings are flat, `name: value`")

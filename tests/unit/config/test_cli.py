@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import fields, replace
 from difflib import SequenceMatcher
 from typing import Literal, get_args, get_origin
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from mor_megatron.config import schema
 from mor_megatron.config.cli import SECTION_OF, TYPE_OF, parse_config, read_config, save_config, to_yaml
+from mor_megatron.config.megatron_flags import ANSWERS
 from mor_megatron.config.schema import CheckpointConfig, Config, DataConfig
 from mor_megatron.config.settings import flag_name
 
@@ -105,6 +107,10 @@ BAD_YAML = {
     "null for a list": ("data-path: null", "data-path=null .* give a list"),
     "list for one value": ("lr: [1, 2]", r"lr=\[1, 2\] .* give a number"),
     "list with a wrong item": ("capacity: [1, x]", r"capacity=\[1, x\] .* a list \(each item a number\) or None"),
+    "list of one for one value": ("save: [a]", r"save=\[a\] .*run.yaml:1.* give one word"),
+    "empty list for one value": ("bf16: []", r"bf16=\[\] .*run.yaml:1.* give true or false"),
+    "list with an empty item": ("data-path: [a, ~]", "data-path .*run.yaml:1.* an item without a value"),
+    "list in a base": ("base: wrong.yaml\nlr: 1", r"lr=\[1\] .*wrong.yaml:1.* give a number"),
     "twice": ("lr: 1\nseed: 1\nlr: 1", "run.yaml:3.* repeats the key of .*run.yaml:1: keep one"),
     "twice, spelt differently": ("num-layers: 1\nnum_layers: 1", "repeats the key"),
     "nested": ("lr: {a: 1}", "lr .*run.yaml:1.* nested"),
@@ -119,6 +125,7 @@ BAD_YAML = {
 
 @pytest.mark.parametrize(("text", "message"), BAD_YAML.values(), ids=BAD_YAML)
 def test_bad_yaml_is_one_line_with_its_place(write, text, message):
+    write("lr: [1]", "wrong.yaml")
     with pytest.raises(ValueError, match=message) as error:
         read_config(["--config", write(text)])
     assert "\n" not in str(error.value)
@@ -131,6 +138,13 @@ BAD_FLAGS = {
     "negated value": (["--no-lr"], "unknown setting no-lr"),
     "stray word": (["12", "--lr", "1"], "unexpected '12'"),
     "no value": (["--lr", "--seed", "1"], "lr=.* give a number"),
+    "Megatron-LM's": (["--use-flash-attn"], r"unknown setting use-flash-attn .*: --attention-backend flash"),
+    "a family of them": (["--moe_router_topk", "2"], "unknown setting moe-router-topk .*: no mixture of experts here"),
+    "several": (
+        ["--swiglu", "--no-bias-gelu-fusion", "--lr", "x", "--hiden-size", "3", "--swiglu"],
+        r"^unknown setting swiglu \(command line\): always so here, leave it out; unknown setting no-bias-gelu-fusion "
+        r"\(command line\): not there, leave it out; unknown setting hiden-size .* did you mean hidden-size\?$",
+    ),
     "second value": (["--save", "a", "b"], r"save=\[a, b\] .* give one word"),
     "wrong type after right ones": (["--lr", "1", "--seed", "x", "--bf16"], "seed=x .command line. has the wrong type"),
     "no file": (["--config"], "--config names no file"),
@@ -143,6 +157,13 @@ def test_bad_flags_are_one_line(argv, message):
     with pytest.raises(ValueError, match=message) as error:
         read_config(argv)
     assert "\n" not in str(error.value)
+
+
+def test_answers_to_megatrons_flags_name_settings_that_there_are():
+    assert not [name for name in ANSWERS if name.replace("-", "_") in TYPE_OF]
+    named = {flag for text in ANSWERS.values() for flag in re.findall(r"--([a-z0-9-]+)", text)}
+    assert len(named) > 30
+    assert not [flag for flag in named if flag.replace("-", "_") not in TYPE_OF]
 
 
 @given(name=st.sampled_from(sorted(TYPE_OF)), data=st.data())
