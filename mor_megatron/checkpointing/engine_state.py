@@ -6,10 +6,12 @@ Saving reads these runs and loading writes them, in place. What a mode keeps whe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -19,7 +21,8 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from mor_megatron.checkpointing.pieces import STEP, WEIGHT, is_copy
-from mor_megatron.training.gradients import Engine
+from mor_megatron.parallel.cpu import device
+from mor_megatron.training.gradients import Engine, sum_of_squares
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,13 @@ def saved_runs(engine: Engine) -> Iterator[Run]:
         begin, end = run.length * rank // size, run.length * (rank + 1) // size  # replicas divide the writing
         if begin < end:
             yield Run(run.name, run.parameter, begin, end - begin, run.updated, begin)
+
+
+def weights_norm(engine: Engine) -> float:
+    """L2 norm of the whole model's weights in fp32, each counted once; collective over all ranks."""
+    total = sum_of_squares([run.within(run.updated) for run in saved_runs(engine)]).to(device())
+    dist.all_reduce(total)
+    return math.sqrt(float(total))
 
 
 def prepare_state(engine: Engine, runs: list[Run], kinds: dict[str, set[str]]) -> None:

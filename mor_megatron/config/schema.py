@@ -274,6 +274,8 @@ class TrainingConfig:
     """Iterations between evaluations."""
     eval_iters: int = 10
     """Global batches per evaluation; 0 switches evaluation off."""
+    skip_train: bool = _silent(False)
+    """Only evaluate the checkpoint of --load, on the validation split and on the test split, if there is one."""
     eval_fixed_depths: bool = False
     """Evaluate also with every token sent to each fixed depth 1..Nr (test-time scaling)."""
     max_skipped_steps: int = 10
@@ -364,6 +366,19 @@ class LoggingConfig:
 
     log_interval: int = 10
     """Iterations between log lines."""
+    log_params_norm: bool = False
+    """Report the L2 norm of all weights."""
+    log_timers: bool = False
+    """Report where the time of an iteration goes: data, forward-backward, gradient reduction, optimizer; evaluation and
+    checkpoints. On a GPU, waits for it between these."""
+    profile: bool = False
+    """Write a trace of PyTorch's profiler to --tensorboard-dir, or else to --save."""
+    profile_step_start: int = 10
+    """Profiling begins after this iteration."""
+    profile_step_end: int = 12
+    """It ends after this iteration."""
+    profile_ranks: tuple[int, ...] = (0,)
+    """Global ranks that are profiled, each in a file of its own."""
     tensorboard_dir: str | None = None
     """Write TensorBoard scalars here."""
     wandb_project: str | None = None

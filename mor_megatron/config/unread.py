@@ -68,6 +68,13 @@ _READERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("initial_loss_scale loss_scale_window min_loss_scale hysteresis", lambda c: c.training.fp16, "--fp16"),
     ("recompute_unit", lambda c: c.training.recompute_granularity == "full", "--recompute-granularity full"),
     ("eval_fixed_depths", lambda c: c.training.eval_iters > 0, "--eval-iters above 0"),
+    ("test_data_path", lambda c: c.training.skip_train, "--skip-train"),
+    (
+        "save tensorboard_dir wandb_project log_params_norm log_timers profile",
+        lambda c: not c.training.skip_train,
+        "--skip-train false",
+    ),
+    ("profile_step_start profile_step_end profile_ranks", lambda c: c.logging.profile, "--profile"),
     ("save_interval async_save on_save_failure keep_last", lambda c: c.checkpoint.save is not None, "--save"),
     ("keep_every", lambda c: c.checkpoint.keep_last is not None, "--keep-last"),
     (

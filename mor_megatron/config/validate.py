@@ -42,6 +42,8 @@ def validate(config: Config, world_size: int = 1) -> Config:
     config = _training(config, world_size)
     check_engine(config)
     _check_faults(config)
+    _check_evaluation_alone(config)
+    _check_profile(config, world_size)
     warn_of_unread(config)
     return _without_effect_off(config)
 
@@ -54,7 +56,7 @@ _AT_LEAST_1 = """num_layers hidden_size ffn_hidden_size num_attention_heads num_
 _AT_LEAST_0 = """init_method_std capacity_warmup_iters router_aux_loss_coeff router_aux_lr_mult router_z_loss_coeff
     router_balance_coeff router_bias_update_rate router_balance_warmup_iters num_workers min_lr lr_warmup_iters
     lr_wsd_decay_iters lr_warmup_samples lr_wsd_decay_samples weight_decay clip_grad seed eval_iters
-    max_skipped_steps max_rollbacks ckpt_step"""
+    max_skipped_steps max_rollbacks ckpt_step profile_step_start"""
 _ABOVE_0 = """norm_epsilon rotary_base rope_scaling_factor router_alpha router_temperature lr adam_eps
     distributed_timeout_minutes peak_tflops exit_duration_in_mins"""
 _BELOW_1 = "adam_beta1 adam_beta2 sgd_momentum"
@@ -241,11 +243,48 @@ def _check_faults(config: Config) -> None:
         raise ValueError(f"max-rollbacks={rollbacks} needs checkpoints to go back to: give --save and --save-interval")
 
 
+def _check_evaluation_alone(config: Config) -> None:
+    if not config.training.skip_train:
+        return
+    if config.checkpoint.load is None and config.checkpoint.branch_from is None:
+        raise ValueError("skip-train=True evaluates a checkpoint: give --load")
+    if config.training.eval_iters == 0:
+        raise ValueError("skip-train=True with eval-iters=0 would do nothing: give --eval-iters")
+
+
+def _check_profile(config: Config, world_size: int) -> None:
+    logging = config.logging
+    if not logging.profile:
+        return
+    if logging.profile_step_end <= logging.profile_step_start:
+        raise ValueError(
+            f"profile-step-end={logging.profile_step_end} is not after profile-step-start="
+            f"{logging.profile_step_start}: raise the one or lower the other"
+        )
+    if logging.tensorboard_dir is None and config.checkpoint.save is None:
+        raise ValueError("profile=True has no place for its trace: give --tensorboard-dir or --save")
+    if not all(0 <= rank < world_size for rank in logging.profile_ranks):
+        shown = " ".join(map(str, logging.profile_ranks))
+        raise ValueError(f"profile-ranks={shown} is out of range: use ranks from 0 to {world_size - 1}")
+
+
 def _without_effect_off(config: Config) -> Config:
-    """Megatron-core refuses sequence parallelism of one rank, which is merely ignored here."""
+    """Switch off what would be done, or refused, although it is ignored.
+
+    Megatron-core refuses sequence parallelism of one rank. An evaluation alone keeps no record, needs a
+    checkpoint, and a signal ends it.
+    """
     parallel = config.parallel
     cuts = parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1
-    return replace(config, parallel=replace(parallel, sequence_parallel=cuts))
+    config = replace(config, parallel=replace(parallel, sequence_parallel=cuts))
+    if not config.training.skip_train:
+        return config
+    return replace(
+        config,
+        checkpoint=replace(config.checkpoint, save=None, exit_on_missing_checkpoint=config.checkpoint.load is not None),
+        faults=replace(config.faults, exit_signal_handler=False),
+        logging=replace(config.logging, tensorboard_dir=None, wandb_project=None, profile=False),
+    )
 
 
 def _divisors(number: int) -> str:

@@ -22,6 +22,8 @@ class Batch:
     """[B, S] int64; None is 0..S-1."""
     document_ids: Tensor | None = None
     """[B, S] int64, running number of the document inside the sample; None attends across documents."""
+    corpus_ids: Tensor | None = None
+    """[B] int64, from which corpus of a blend each sample is; None: there is one."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""

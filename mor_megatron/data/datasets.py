@@ -191,6 +191,7 @@ def make_batch(samples: Sequence[dict], data: DataConfig, eod: int | None) -> Ba
         loss_mask=1.0 - ends.float() if data.eod_mask_loss else torch.ones(tokens.shape),
         position_ids=_positions(ends) if data.reset_position_ids else None,
         document_ids=_documents(ends) if data.reset_attention_mask else None,
+        corpus_ids=torch.tensor([int(s["dataset_id"]) for s in samples]) if "dataset_id" in samples[0] else None,
     )
 
 

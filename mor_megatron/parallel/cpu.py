@@ -19,6 +19,7 @@ _MODULES_WITH_CUDA_LITERALS = (
     "megatron.core.pipeline_parallel.p2p_communication",  # what a stage receives
     "megatron.core.tensor_parallel.mappings",  # what a gather or scatter over the sequence receives
     "megatron.core.tensor_parallel.layers",  # the same inside a linear layer's forward and backward
+    "megatron.core.timers",  # what they gather, and the device they wait for
     "megatron.core.utils",  # GlobalMemoryBuffer, in which a linear layer gathers its input
 )
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full")

@@ -10,11 +10,22 @@ from megatron.core import parallel_state
 
 from mor_megatron.config.schema import Config, DataConfig
 from mor_megatron.data.batch import Batch
-from mor_megatron.data.datasets import build_batches, build_datasets, repetitions
+from mor_megatron.data.corpora import read_blends
+from mor_megatron.data.datasets import build_batches, build_datasets, has_tokens, repetitions
 from mor_megatron.data.tokenizers import Tokenizer
 from mor_megatron.parallel.distributed import print_rank_0
 from mor_megatron.training.progress import Progress
 from mor_megatron.training.schedule import samples_left
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A split to be evaluated."""
+
+    batches: Callable[[], Iterator[Batch]]
+    """This rank's micro-batches, from the first on: every evaluation sees the same ones."""
+    corpora: tuple[str, ...]
+    """Names of its corpora, in the order of `Batch.corpus_ids`."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +34,14 @@ class Batches:
 
     training: Callable[[Progress], Iterator[Batch]]
     """Those that the run has still to see; collective over all ranks."""
-    validation: Callable[[], Iterator[Batch]] | None
-    """From the first on; None: nothing is evaluated."""
+    validation: Evaluated | None
+    """None: nothing is evaluated."""
+    test: Evaluated | None
+    """None but with `skip_train`, and where the test split has no data."""
 
 
 def build_data(config: Config, tokenizer: Tokenizer | None) -> Batches:
-    """Training and validation batches of this rank.
+    """Batches of this rank: of training and validation, or with `skip_train` of validation and test.
 
     Raises:
         ValueError: no or broken data.
@@ -36,8 +49,10 @@ def build_data(config: Config, tokenizer: Tokenizer | None) -> Batches:
     training = config.training
     build = partial(build_datasets, config, tokenizer)
     evaluated = training.eval_iters * training.global_batch_size
-    train_data, validation_data, _ = build((samples_left(config, Progress()), evaluated, 0))
-    if repeated := repetitions(train_data):
+    trained = 0 if training.skip_train else samples_left(config, Progress())
+    tested = evaluated if training.skip_train and _has_test(config) else 0
+    train_data, *others = build((trained, evaluated, tested))
+    if train_data is not None and (repeated := repetitions(train_data)):
         print_rank_0(f"training reads {', '.join(repeated)}")
 
     deal = partial(
@@ -57,7 +72,19 @@ def build_data(config: Config, tokenizer: Tokenizer | None) -> Batches:
             dataset, _, _ = build((end, 0, 0))
         return deal(dataset, progress.consumed_samples)
 
-    return Batches(remaining, partial(deal, validation_data, 0) if evaluated else None)
+    blends = read_blends(config.data)[1:]
+    validation, test = (
+        None if dataset is None else Evaluated(partial(deal, dataset, 0), tuple(blend.names()))
+        for dataset, blend in zip(others, blends, strict=True)
+    )
+    return Batches(remaining, validation, test)
+
+
+def _has_test(config: Config) -> bool:
+    if has_tokens(config.data, "test"):
+        return True
+    print_rank_0("no test data (--split gives it no document, or --test-data-path is missing): validation only")
+    return False
 
 
 def _needs_eod(data: DataConfig) -> bool:

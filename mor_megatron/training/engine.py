@@ -61,6 +61,7 @@ from mor_megatron.training.gradients import (
     whole_gradients,
 )
 from mor_megatron.training.optimizer import build_optimizer, set_learning_rate
+from mor_megatron.training.sections import UNTIMED, Sections
 
 Driver = Literal["schedule", "engine"]
 
@@ -138,13 +139,19 @@ def loss_scale(engine: Engine) -> float:
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
 
 
-def apply_step(engine: Engine, lr: float, clip_grad: float) -> StepOutcome:
+def apply_step(engine: Engine, lr: float, clip_grad: float, sections: Sections = UNTIMED) -> StepOutcome:
     """Reduce, clip and update; collective over all ranks. A norm that is not finite updates nothing on any rank.
 
     Args:
         lr: learning rate of this step.
         clip_grad: largest global norm, 0 for no clipping.
+        sections: where the time of reduction and update is added up.
     """
+    with sections("optimizer"):
+        return _apply_step(engine, lr, clip_grad, sections)
+
+
+def _apply_step(engine: Engine, lr: float, clip_grad: float, sections: Sections) -> StepOutcome:
     set_learning_rate(engine.optimizer.param_groups, lr)
     if is_sharded(engine.optimizer):
         scale = loss_scale(engine)
@@ -157,7 +164,8 @@ def apply_step(engine: Engine, lr: float, clip_grad: float) -> StepOutcome:
         can_give_way = engine.fp16_enabled() and scale > engine.optimizer.loss_scaler.min_scale
         return StepOutcome(norm, applied, overflow=not applied and can_give_way)
     if parallel_state.get_data_parallel_world_size() > 1:  # alone, DeepSpeed would copy every gradient twice
-        engine.buffered_allreduce_fallback()
+        with sections("all-grads-sync"):
+            engine.buffered_allreduce_fallback()
     gradients = whole_gradients(engine)
     norm = global_norm(gradients)
     if not math.isfinite(norm):

@@ -6,7 +6,7 @@ uses. Only expert-choice routing tells them apart; for any other model one pass 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -17,8 +17,11 @@ from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
 from mor_megatron.model.mor_model import MoRModel
 from mor_megatron.parallel.cpu import device
+from mor_megatron.parallel.distributed import print_rank_0
 from mor_megatron.parallel.schedule import MakeContext, run_schedule
 from mor_megatron.recursion.context import RoutingContext, Selection
+from mor_megatron.training.batches import Batches
+from mor_megatron.training.metrics import validation_line
 from mor_megatron.training.train_step import count_tokens, gather_values, masked_sum, num_microbatches
 
 VALIDATION_LOSSES: dict[str, Selection] = {
@@ -28,37 +31,77 @@ VALIDATION_LOSSES: dict[str, Selection] = {
 """Metric name -> how tokens are selected."""
 FIXED_DEPTH_LOSS = "validation_loss_depth_{}"
 """Metric of every token at one depth, counted from 1 (`--eval-fixed-depths`); causal."""
+CORPUS_LOSS = "{}/{}"
+"""Metric of one of several corpora: a name of `VALIDATION_LOSSES` and the corpus's."""
 
 
-def evaluate(model: MoRModel, batches: Iterator[Batch], config: Config, iteration: int) -> dict[str, float]:
+def evaluate(
+    model: MoRModel, batches: Iterator[Batch], config: Config, iteration: int, corpora: Sequence[str] = ()
+) -> dict[str, float | None]:
     """Mean cross entropy (nats a token) over `eval_iters` global batches; collective over all ranks.
 
     Args:
         model: the bare model; left in training mode.
         batches: this rank's validation micro-batches, from the first on: every evaluation sees the same ones.
         iteration: iterations completed.
+        corpora: names of the corpora that `Batch.corpus_ids` numbers; of several, each is reported by itself, too.
     Returns:
-        The keys of `VALIDATION_LOSSES`, and of `FIXED_DEPTH_LOSS` if asked for.
+        The keys of `VALIDATION_LOSSES`, and of `FIXED_DEPTH_LOSS` if asked for; with several corpora those of
+        `CORPUS_LOSS`, None for one that no sample of these batches is from.
     """
     orders = _orders(config)
-    loss_sums = {name: torch.zeros((), dtype=torch.float64, device=device()) for name in orders}
-    tokens = torch.zeros((), dtype=torch.float64, device=device())
+    parts = len(corpora) if len(corpora) > 1 else 0
+    sums = {name: _Sums(parts) for name in orders}
+    tokens = _Sums(parts)
     model.eval()
     with torch.no_grad():
         for _ in range(config.training.eval_iters):
             micro_batches = [next(batches).to(device()) for _ in range(num_microbatches(config))]
-            tokens += sum(count_tokens(batch) for batch in micro_batches)
-            for name, loss_sum in loss_sums.items():
-                _add_losses(model, micro_batches, partial(RoutingContext, iteration, **orders[name]), loss_sum)
+            for batch in micro_batches:
+                tokens.total += count_tokens(batch)
+                tokens.add_parts(torch.ones_like(batch.tokens, dtype=torch.float32), batch)
+            for name, order in orders.items():
+                _add_losses(model, micro_batches, partial(RoutingContext, iteration, **order), sums[name])
     model.train()
-    mine = torch.stack([tokens, *loss_sums.values()])
+    mine = torch.cat([tokens.vector(), *(each.vector() for each in sums.values())])
     if not model.is_last_stage or parallel_state.get_tensor_model_parallel_rank() > 0:
         mine.zero_()  # tokens and losses of a micro-batch are counted once, where its losses are
-    rows = gather_values(mine, dist.group.WORLD)
-    total_tokens, *totals = (sum(column) for column in zip(*rows, strict=True))
-    means = {name: total / max(1.0, total_tokens) for name, total in zip(loss_sums, totals, strict=True)}
-    topk = means["validation_loss_topk"]
-    return {name: means.get(name, topk) for name in VALIDATION_LOSSES} | means
+    columns = [sum(column) for column in zip(*gather_values(mine, dist.group.WORLD), strict=True)]
+    counts, *totals = (columns[i : i + 1 + parts] for i in range(0, len(columns), 1 + parts))
+    by_name = dict(zip(orders, totals, strict=True))
+    means = {name: total[0] / max(1.0, counts[0]) for name, total in by_name.items()}
+    topk = "validation_loss_topk"
+    losses: dict[str, float | None] = {name: means.get(name, means[topk]) for name in VALIDATION_LOSSES} | means
+    for i, corpus in enumerate(corpora if parts else (), 1):
+        for name in VALIDATION_LOSSES:
+            total = by_name.get(name, by_name[topk])[i]
+            losses[CORPUS_LOSS.format(name, corpus)] = total / counts[i] if counts[i] else None
+    return losses
+
+
+def evaluate_splits(model: MoRModel, config: Config, iteration: int, batches: Batches) -> None:
+    """Evaluate validation and test, those that there are, and print their losses; collective over all ranks."""
+    for name, split in (("validation", batches.validation), ("test", batches.test)):
+        if split is not None:
+            losses = evaluate(model, split.batches(), config, iteration, split.corpora)
+            print_rank_0(validation_line({"iteration": iteration} | losses, name))
+
+
+class _Sums:
+    """A sum over all batches, and over the samples of each of several corpora, fp64."""
+
+    def __init__(self, parts: int):
+        self.total = torch.zeros((), dtype=torch.float64, device=device())
+        self.parts = torch.zeros(parts, dtype=torch.float64, device=device())
+
+    def add_parts(self, values: torch.Tensor, batch: Batch) -> None:
+        """Add counted values, [B, S], to the corpora of their samples."""
+        if len(self.parts):
+            values = values if batch.loss_mask is None else values * batch.loss_mask
+            self.parts.index_add_(0, batch.corpus_ids, values.sum(1, dtype=torch.float64))
+
+    def vector(self) -> torch.Tensor:
+        return torch.cat([self.total.view(1), self.parts])
 
 
 def _orders(config: Config) -> dict[str, dict]:
@@ -71,10 +114,11 @@ def _orders(config: Config) -> dict[str, dict]:
     return orders
 
 
-def _add_losses(model: MoRModel, micro_batches: list[Batch], make_context: MakeContext, loss_sum: torch.Tensor) -> None:
+def _add_losses(model: MoRModel, micro_batches: list[Batch], make_context: MakeContext, sums: _Sums) -> None:
     def add(losses: torch.Tensor, batch: Batch) -> torch.Tensor:
         total = masked_sum(losses, batch)
-        loss_sum.add_(total)
+        sums.total += total
+        sums.add_parts(losses, batch)
         return total
 
     run_schedule(model, micro_batches, make_context, add, forward_only=True)

@@ -23,6 +23,7 @@ from mor_megatron.training.engine import Engine
 from mor_megatron.training.evaluate import evaluate
 from mor_megatron.training.heartbeat import Heartbeat, State
 from mor_megatron.training.metrics import Record, log_line, training_record, validation_line
+from mor_megatron.training.observer import Observer
 from mor_megatron.training.peak import device_peak
 from mor_megatron.training.progress import Progress
 from mor_megatron.training.schedule import last_iteration, next_iteration
@@ -98,6 +99,7 @@ class _Loop:
         reports = dist.get_rank() == 0 and config.checkpoint.save is not None
         self.heartbeat = Heartbeat(Path(config.checkpoint.save)) if reports else None
         self.last_iteration = last_iteration(config, progress)
+        self.observer = Observer(engine, config, progress.iteration)
         self.window: list[Record] = []
         """Records since the last log line."""
 
@@ -111,8 +113,11 @@ class _Loop:
         while progress.iteration < self.last_iteration:
             config, lr = next_iteration(self.config, progress)
             report_iteration(progress.iteration + 1)
+            self.observer.begin(progress.iteration + 1)
             start = time.perf_counter()
-            report = train_step(self.engine, micro_batches, config, progress.iteration + 1, lr)
+            report = train_step(
+                self.engine, micro_batches, config, progress.iteration + 1, lr, sections=self.observer.sections
+            )
             spiked = self._advance(report, config, lr, time.perf_counter() - start)
             if spiked and self._roll_back():
                 micro_batches = self.batches.training(progress)
@@ -131,6 +136,7 @@ class _Loop:
             if last or (interval is not None and progress.iteration % interval == 0):
                 self._save()
         self._finish_saving()
+        self.observer.report(1)  # the last evaluation and checkpoint
         return True
 
     def beat(self, state: State) -> None:
@@ -139,7 +145,8 @@ class _Loop:
             self.heartbeat.beat(self.progress.iteration, state)
 
     def close(self) -> None:
-        """Close what records were written to."""
+        """Close what records, and a profile, were written to."""
+        self.observer.close()
         for writer in self.files:
             writer.close()
 
@@ -156,12 +163,14 @@ class _Loop:
             seconds=seconds,
             ranks=dist.get_world_size(),
             peak_tflops=self.peak,
+            observed=self.observer.end(progress.iteration),
         )
         self._write(record)
         self.window.append(record)
         last = self.last_iteration
         if progress.iteration == last or progress.iteration % self.config.logging.log_interval == 0:
             print_rank_0(log_line(self.window, last, datetime.now()))
+            self.observer.report(len(self.window))
             self.window = []
         self.beat("training")
         if not report.applied:
@@ -209,14 +218,20 @@ class _Loop:
 
     def _evaluate(self) -> None:
         progress = self.progress
-        losses = evaluate(self.engine.module, self.batches.validation(), self.config, progress.iteration)
+        validation = self.batches.validation
+        with self.observer.sections("eval-time"):
+            losses = evaluate(
+                self.engine.module, validation.batches(), self.config, progress.iteration, validation.corpora
+            )
         record = {"iteration": progress.iteration, "consumed_samples": progress.consumed_samples} | losses
+        record |= self.observer.time_of_evaluation()
         self._write(record)
         print_rank_0(validation_line(record))
 
     def _save(self) -> None:
         if self.saver is not None:
-            self.saver.save(self.progress)
+            with self.observer.sections("save-checkpoint"):
+                self.saver.save(self.progress)
 
     def _finish_saving(self) -> None:
         if self.saver is not None:

@@ -28,6 +28,7 @@ def training_record(
     seconds: float,
     ranks: int,
     peak_tflops: float,
+    observed: dict[str, float] | None = None,
 ) -> Record:
     """The record of one iteration.
 
@@ -38,6 +39,7 @@ def training_record(
         seconds: its wall-clock time.
         ranks: processes that shared the work.
         peak_tflops: of one of them.
+        observed: what an `Observer` adds.
     Returns:
         Name -> value; None where it is not finite, for JSON has no word for that. `tflops_per_gpu` and `utilisation`
         count model FLOPs (MFU), `hardware_utilisation` those that recomputation repeats, too (HFU).
@@ -57,6 +59,7 @@ def training_record(
         "global_batch_size": config.training.global_batch_size,
         "skipped_iterations": progress.skipped_iterations,
         "nan_iterations": progress.nan_iterations,
+        **(observed or {}),
         "iteration_time_ms": 1e3 * seconds,
         "tokens_per_second": tokens / seconds,
         "tflops_per_gpu": flops.model * tera_a_second,
@@ -87,6 +90,7 @@ def log_line(records: list[Record], last_iteration: int, now: datetime) -> str:
         f"lm loss: {_mean(records, 'lm_loss'):.6E}",
         f"loss scale: {last['loss_scale']:.1f}",
         f"grad norm: {_mean(records[-1:], 'grad_norm'):.3f}",
+        *([f"params norm: {last['params_norm']:.3f}"] if "params_norm" in last else []),
         f"number of skipped iterations: {last['skipped_iterations']:3d}",
         f"number of nan iterations: {last['nan_iterations']:3d}",
     ]
@@ -99,10 +103,15 @@ def log_line(records: list[Record], last_iteration: int, now: datetime) -> str:
     return f" [{now:%Y-%m-%d %H:%M:%S}] " + " | ".join(fields) + " |"
 
 
-def validation_line(record: Record) -> str:
-    """Losses of one evaluation and their perplexities, in the manner of Megatron-LM."""
+def validation_line(record: Record, split: str | None = None) -> str:
+    """Losses of one evaluation and their perplexities, in the manner of Megatron-LM.
+
+    Args:
+        split: named where it is not plain that it is validation.
+    """
     losses = {name: value for name, value in record.items() if name.startswith("validation_loss")}
-    fields = [f" validation loss at iteration {record['iteration']}"]
+    where = "" if split is None else f" on {split} set"
+    fields = [f" validation loss at iteration {record['iteration']}{where}"]
     for name, loss in losses.items():
         loss = math.nan if loss is None else loss
         label = name.removeprefix("validation_loss_")

@@ -19,6 +19,7 @@ from mor_megatron.recursion.accounting import count_parameters, executed_flops_p
 from mor_megatron.training.batches import build_data
 from mor_megatron.training.capabilities import capability_line
 from mor_megatron.training.engine import build_engine
+from mor_megatron.training.evaluate import evaluate_splits
 from mor_megatron.training.loop import train
 from mor_megatron.training.outputs import claim_outputs
 from mor_megatron.training.stopping import Stopper
@@ -27,6 +28,8 @@ from mor_megatron.training.writers import Writer
 
 def pretrain(config: Config) -> bool:
     """Train to the last iteration: resume, iterate, evaluate, save, report. Every rank calls it, in its main thread.
+
+    With `skip_train`, a checkpoint is evaluated, and that is all.
 
     Returns:
         Whether it got there; False: it was told to stop, and saved if `save` is set.
@@ -53,6 +56,9 @@ def _pretrain(config: Config, stopper: Stopper, writers: list[Writer]) -> bool:
     progress = load_checkpoint(engine, config, vocab_size, kept)
     print_rank_0(_description(config, vocab_size))
     print_rank_0(describe_layout(config, vocab_size, dist.get_world_size()))
+    if config.training.skip_train:
+        evaluate_splits(engine.module, config, progress.iteration, batches)
+        return True
     return train(engine, config, progress, batches, vocab_size, stopper, kept, writers)
 
 

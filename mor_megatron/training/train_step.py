@@ -29,6 +29,7 @@ from mor_megatron.parallel.schedule import run_schedule
 from mor_megatron.recursion.context import RoutingContext, routing_metrics
 from mor_megatron.training.engine import Driver, Engine, apply_step, choose_driver, loss_scale
 from mor_megatron.training.gradients import discard_gradients, gradients_are_finite, whole_gradients
+from mor_megatron.training.sections import UNTIMED, Sections
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,13 @@ def num_microbatches(config: Config) -> int:
 
 
 def train_step(
-    engine: Engine, batches: Iterator[Batch], config: Config, iteration: int, lr: float, driver: Driver | None = None
+    engine: Engine,
+    batches: Iterator[Batch],
+    config: Config,
+    iteration: int,
+    lr: float,
+    driver: Driver | None = None,
+    sections: Sections = UNTIMED,
 ) -> StepReport:
     """Run one iteration on this rank's next micro-batches; collective over data-parallel ranks.
 
@@ -69,12 +76,14 @@ def train_step(
         iteration: number of this iteration, from 1.
         lr: its learning rate.
         driver: who runs the micro-batches; default `choose_driver(config)`.
+        sections: where the time of each part is added up.
     Raises:
         RoutingMismatchError: `check_routing_consistency` found tensor-parallel ranks that route differently.
     """
     driver = driver or choose_driver(config)
     count = num_microbatches(config)
-    micro_batches = [next(batches).to(device()) for _ in range(count)]
+    with sections("batch-generator"):
+        micro_batches = [next(batches).to(device()) for _ in range(count)]
     tokens = _global_token_count(micro_batches)
     scale = parallel_state.get_data_parallel_world_size() / tokens
     forward = _Forward(engine.module, iteration, gradient_scale=scale, count=count, loss_scale=loss_scale(engine))
@@ -82,19 +91,22 @@ def train_step(
     forward.checks_routing = every is not None and iteration % every == 0
 
     if driver == "schedule":
-        run_schedule(engine.module, micro_batches, forward.context, forward.loss)
-        reduce_replicated(engine.module, whole_gradients(engine))
+        with sections("forward-backward"):
+            run_schedule(engine.module, micro_batches, forward.context, forward.loss)
+        with sections("all-grads-sync"):
+            reduce_replicated(engine.module, whole_gradients(engine))
         healthy = gradients_are_finite(engine)
     else:
-        for batch in micro_batches:
-            engine.backward(forward.loss(engine(batch, forward.context()), batch))
+        with sections("forward-backward"):
+            for batch in micro_batches:
+                engine.backward(forward.loss(engine(batch, forward.context()), batch))
         healthy = True  # gradients are other ranks' as well by now: the step looks at them
 
     report = forward.reduce(tokens, healthy)
     if report.faulty_ranks:
         discard_gradients(engine)
         return report
-    outcome = apply_step(engine, lr, config.optimizer.clip_grad)
+    outcome = apply_step(engine, lr, config.optimizer.clip_grad, sections)
     if outcome.applied:
         engine.module.finish_iteration(report.routing, iteration)
     return replace(report, grad_norm=outcome.grad_norm, applied=outcome.applied, overflow=outcome.overflow)

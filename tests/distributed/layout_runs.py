@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from table import RUN, SEQ_LENGTH, STEPS, VOCABULARY
 from torch import Tensor, nn
 
+from mor_megatron.checkpointing.engine_state import weights_norm
 from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
 from mor_megatron.model import MoRModel, build_model
@@ -80,6 +81,8 @@ class Result:
     initial: dict[str, Tensor]
     final: dict[str, Tensor]
     buffers: dict[str, Tensor]
+    norm: float
+    """`weights_norm` at the end."""
     storages: dict[str, int] = field(default_factory=dict)
     """This rank's parameter elements, each storage once: built, wrapped."""
     margin: float = math.inf
@@ -106,7 +109,7 @@ def train(config: Config, fault: Callable[[nn.Module], None] | None = None) -> R
     reports = run_steps(engine, config)
     final, buffers = gather_parameters(engine.module), gather_buffers(engine.module)
     seed = config.training.seed
-    result = Result(seed, reports, initial, final, buffers, storages)
+    result = Result(seed, reports, initial, final, buffers, weights_norm(engine), storages)
     if margins is not None:
         result.margin, result.ties = margins.smallest, margins.ties
     return result
@@ -205,6 +208,8 @@ def differences(got: Result, expected: Result, tolerance: float = FP32_LAYOUT_TO
         for name, (x, y) in numbers.items():
             note(f"step {step}: {name}", abs(x - y) / abs(y) if x != y and y else abs(x - y))
         note(f"step {step}: applied", 0.0 if a.applied and b.applied else math.inf)
+    norm = math.sqrt(sum(value.double().square().sum().item() for value in expected.final.values()))
+    note("norm of the weights", abs(got.norm - norm) / norm)
     for name, value in expected.final.items():
         size, error = _largest(value), _largest(got.final[name].double() - value.double())
         change = _largest(value.double() - expected.initial[name].double())

@@ -96,6 +96,19 @@ REFUSED = {
         "use at most 50",
     ),
     "two sources of data": ("--data-path a --valid-data-path b", "data-path and valid-data-path both", "or a file of"),
+    "evaluation of nothing": ("--skip-train", "skip-train=True evaluates a checkpoint", "give --load"),
+    "evaluation on nothing": (
+        "--skip-train --load x --eval-iters 0",
+        "skip-train=True with eval-iters=0",
+        "--eval-iters",
+    ),
+    "profile backwards": (
+        "--profile --save x --profile-step-end 10",
+        "profile-step-end=10 is not after profile-step-start=10",
+        "raise the one",
+    ),
+    "profile nowhere": ("--profile", "profile=True has no place", "--tensorboard-dir or --save"),
+    "profile of others": ("--profile --save x --profile-ranks 0 1", "profile-ranks=0 1", "ranks from 0 to 0"),
     "two lengths": ("--train-iters 5 --train-samples 50", "train-iters=5 and train-samples=50", "--train-iters None"),
     "samples in iterations": ("--lr-decay-samples 9", "lr-decay-samples=9 .*train-iters=100", "give --lr-decay-iters"),
     "iterations in samples": (
@@ -178,6 +191,12 @@ def test_depth_rounding_becomes_the_depth_and_is_told(rounding, depth, caplog):
 # flags -> the setting that is warned about
 IGNORED = {
     "split of own corpora": ("--train-data-path a --split 9,1,0", "split=9,1,0 is ignored.*--data-path"),
+    "record of an evaluation": (
+        "--skip-train --load x --tensorboard-dir y",
+        "tensorboard-dir=y is ignored.*skip-train",
+    ),
+    "test of a training": ("--train-data-path a --test-data-path b", "test-data-path=.* is ignored.*--skip-train"),
+    "ranks of no profile": ("--profile-ranks 0 1", "profile-ranks=.* is ignored.*--profile"),
     "groups": ("--num-query-groups 2", "num-query-groups=2 is ignored.*--group-query-attention"),
     "strategy": ("--sharing-strategy cycle", "sharing-strategy=cycle is ignored"),
     "rounding": ("--depth-rounding up", "depth-rounding=up is ignored"),

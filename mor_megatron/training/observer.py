@@ -1,0 +1,129 @@
+"""What a run can observe of itself besides its metrics: the norm of its weights, where its time goes, a profile.
+
+Nothing here changes what is computed, and without its flag each costs nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core.timers import Timers
+from torch.profiler import profile
+
+from mor_megatron.checkpointing.engine_state import weights_norm
+from mor_megatron.config.schema import Config
+from mor_megatron.parallel.distributed import print_rank_0
+from mor_megatron.training.gradients import Engine
+from mor_megatron.training.sections import IN_AN_ITERATION, Sections
+
+
+class Observer:
+    """Of one run; all ranks call its methods together."""
+
+    def __init__(self, engine: Engine, config: Config, iteration: int):
+        self.engine = engine
+        self.logging = config.logging
+        self.timers = Timers(log_level=2, log_option="minmax") if config.logging.log_timers else None
+        self.sections = Sections(self.timers)
+        if self.timers is not None:
+            self._time_deepspeeds_reduction()
+        self.trace = Trace(config, dist.get_rank(), iteration) if config.logging.profile else None
+        self._seen: dict[str, float] = {}
+
+    def begin(self, iteration: int) -> None:
+        """Before an iteration, counted from 1."""
+        if self.trace is not None:
+            self.trace.begin(iteration)
+
+    def end(self, iteration: int) -> dict[str, float]:
+        """After an iteration: what belongs into its record, this rank's times among it."""
+        if self.trace is not None:
+            self.trace.end(iteration)
+        found = {}
+        if self.logging.log_params_norm:
+            found["params_norm"] = weights_norm(self.engine)
+        return found | {_field(name): self._since_last(name) for name in IN_AN_ITERATION if self.timers is not None}
+
+    def time_of_evaluation(self) -> dict[str, float]:
+        """What belongs into the record of an evaluation."""
+        return {} if self.timers is None else {_field("eval-time"): self._since_last("eval-time")}
+
+    def report(self, iterations: int) -> None:
+        """Print the times since the last report, per iteration and over all ranks, as Megatron-LM does."""
+        if self.timers is not None:
+            text = self.timers.get_all_timers_string(self.sections.names, normalizer=max(1, iterations))
+            if text is not None:
+                print_rank_0(text)
+
+    def close(self) -> None:
+        """Write what is left of a profile."""
+        if self.trace is not None:
+            self.trace.close()
+
+    def _since_last(self, name: str) -> float:
+        """Milliseconds in a section since this was last asked."""
+        total = self.timers(name).active_time()
+        before, self._seen[name] = self._seen.get(name, 0.0), total
+        return 1e3 * (total - before)
+
+    def _time_deepspeeds_reduction(self) -> None:
+        """ZeRO 1 reduces inside its step; that is no time of the optimizer."""
+        reduce = self.engine.allreduce_gradients
+
+        def timed(*args, **kwargs):
+            with self.sections("all-grads-sync"):
+                return reduce(*args, **kwargs)
+
+        self.engine.allreduce_gradients = timed
+
+
+class Trace:
+    """PyTorch's profiler over the iterations after `profile_step_start` up to `profile_step_end`, on some ranks.
+
+    Args:
+        rank: of this process.
+        iteration: iterations that the run has completed.
+    """
+
+    def __init__(self, config: Config, rank: int, iteration: int):
+        logging = config.logging
+        self.first, self.last = logging.profile_step_start + 1, logging.profile_step_end
+        self.takes_part = rank in logging.profile_ranks
+        self.folder, self.rank = Path(logging.tensorboard_dir or config.checkpoint.save), rank
+        self.profiler: profile | None = None
+        if iteration >= self.last:
+            print_rank_0(f"nothing is profiled: iteration {self.last} (profile-step-end) is over")
+
+    def begin(self, iteration: int) -> None:
+        """Start, if it is time; a run that begins in the middle profiles the rest."""
+        if self.takes_part and self.profiler is None and self.first <= iteration <= self.last:
+            self.begun = iteration
+            self.profiler = profile(record_shapes=True)
+            self.profiler.start()
+
+    def end(self, iteration: int) -> None:
+        """Stop and write, if it is time."""
+        self.ended = iteration
+        if iteration == self.last:
+            self.close()
+
+    def close(self) -> None:
+        """Stop and write what there is. A trace that cannot be written does not end the run."""
+        if self.profiler is None:
+            return
+        self.profiler.stop()
+        # A name that TensorBoard's plugin finds.
+        path = self.folder / f"rank{self.rank}-iterations-{self.begun}-{self.ended}.pt.trace.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.profiler.export_chrome_trace(str(path))
+            print(f"profile of iterations {self.begun} to {self.ended}: {path}", flush=True)
+        except (OSError, RuntimeError) as error:
+            print(f"warning: {path} cannot be written ({error}): the profile is lost", flush=True)
+        self.profiler = None
+
+
+def _field(name: str) -> str:
+    """`forward-backward` as a name of a record: `forward_backward_time_ms`."""
+    return f"{name.removesuffix('-time').replace('-', '_')}_time_ms"
