@@ -32,6 +32,9 @@ def claim_outputs(config: Config) -> Iterator[list[Writer]]:
         ValueError: a directory cannot be written, `save` is in use or has checkpoints that this run would replace, or
             Weights & Biases refuses.
     """
+    if config.training.skip_train:  # it only reads, also from a directory that a run is writing into
+        yield []
+        return
     with contextlib.ExitStack() as stack:
         problem, writers = None, []
         try:
