@@ -104,6 +104,7 @@ def _accept_missing(config: Config) -> None:
     own = checkpoint.save is not None and Path(checkpoint.save).resolve() == Path(checkpoint.load).resolve()
     reasons = {
         "finetune": checkpoint.finetune,
+        "skip-train": config.training.skip_train,
         "exit-on-missing-checkpoint": checkpoint.exit_on_missing_checkpoint,
         "load-strict": checkpoint.load_strict and not own,
     }

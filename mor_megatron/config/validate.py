@@ -271,8 +271,7 @@ def _check_profile(config: Config, world_size: int) -> None:
 def _without_effect_off(config: Config) -> Config:
     """Switch off what would be done, or refused, although it is ignored.
 
-    Megatron-core refuses sequence parallelism of one rank. An evaluation alone keeps no record, needs a
-    checkpoint, and a signal ends it.
+    Megatron-core refuses sequence parallelism of one rank. An evaluation alone keeps no record, and a signal ends it.
     """
     parallel = config.parallel
     cuts = parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1
@@ -281,7 +280,7 @@ def _without_effect_off(config: Config) -> Config:
         return config
     return replace(
         config,
-        checkpoint=replace(config.checkpoint, save=None, exit_on_missing_checkpoint=config.checkpoint.load is not None),
+        checkpoint=replace(config.checkpoint, save=None),
         faults=replace(config.faults, exit_signal_handler=False),
         logging=replace(config.logging, tensorboard_dir=None, wandb_project=None, profile=False),
     )

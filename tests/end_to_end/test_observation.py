@@ -83,7 +83,9 @@ def test_a_checkpoint_alone_on_validation_and_test(observed, process_group, corp
     assert last["validation_loss_topk"] == pytest.approx(mean, rel=1e-12)
 
 
-def test_a_checkpoint_alone_without_test_data(observed, process_group, corpus, capsys):
+def test_a_checkpoint_alone_without_test_data(observed, process_group, corpus, tmp_path, capsys):
+    with pytest.raises(ValueError, match="has no checkpoint, and skip-train needs one"):
+        pretrain(small_config(corpus, load=str(tmp_path), skip_train=True))
     assert pretrain(small_config(corpus, load=observed, skip_train=True, train_iters=3))
     output = capsys.readouterr().out
     assert "no test data (--split" in output
