@@ -57,7 +57,7 @@ class Block(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         active = ActiveTokens(*hidden.shape[:2])
         pattern = Sequences(self.rotary, *hidden.shape[:2], hidden.dtype).pattern(active, keys_of_all=False)
-        return self.layer(hidden, attention_mask=LayerCall(pattern, "caching"))[0]
+        return self.layer(hidden, LayerCall(pattern))[0]
 
 
 class FinalNorm(RMSNorm):

@@ -2,7 +2,6 @@
 
 Megatron-core's SelfAttention owns the weights (tensor parallel linears, initialisation, checkpoint names); the forward
 here is ours because a recursion may attend with compact rows, at scattered positions, to the keys of recursion 0.
-The `attention_mask` argument of Megatron's layers carries our `LayerCall`.
 """
 
 from __future__ import annotations
@@ -26,12 +25,8 @@ QUERY_BLOCK = 128
 """Compact queries attended at once in masked attention; smaller skips more keys, larger costs fewer calls."""
 
 
-@dataclass
-class SharedKeys:
-    """Rotated keys and values of all tokens at one virtual layer, which later recursions attend to."""
-
-    value: tuple[Tensor, Tensor] | None = None
-    """Each [S, B, G, D]; left once, even if activation recomputation runs the layer again."""
+KeyValue = tuple[Tensor, Tensor]
+"""Rotated keys and values of all tokens at one virtual layer, each [S, B, G, D]."""
 
 
 class RotaryTable(nn.Module):
@@ -66,8 +61,8 @@ class Sequences:
     dtype: torch.dtype
     position_ids: Tensor | None = None  # [B, S]; None: 0..S-1
     document_ids: Tensor | None = None  # [B, S]; None: one document
-    store: dict[int, SharedKeys] = field(default_factory=dict)
-    """By the index of the virtual layer that left them."""
+    store: dict[int, KeyValue] = field(default_factory=dict)
+    """What later recursions attend to, by the index of the virtual layer that computed it."""
 
     @property
     def everything(self) -> ActiveTokens:
@@ -163,16 +158,20 @@ class AttentionPattern:
         return positions, filled.index_copy(0, slots, document.view(-1)).view(shape)
 
 
-@dataclass
+@dataclass(frozen=True)
 class LayerCall:
-    """One use of a physical layer: how its tokens attend, and whose keys and values it reads or leaves."""
+    """One use of a physical layer, with all that differs from use to use."""
 
     pattern: AttentionPattern
-    kv_mode: str
-    reads: SharedKeys | None = None
-    """Keys and values of another virtual layer to attend to."""
-    leaves: SharedKeys | None = None
-    """Where to leave its own for later recursions."""
+    """Rotation of the active tokens, and what they see."""
+    recursion: int | None = None
+    """Which one it is; None for the unique first and last layer."""
+    shared_kv: KeyValue | None = None
+    """Keys and values of another virtual layer to attend to; None: the layer's own."""
+    updates_shared_kv: bool = False
+    """Attend to a copy of `shared_kv` in which the active rows are the layer's own (kv_mode sharing_update)."""
+    stores_kv: bool = False
+    """Return the layer's own keys and values, because later recursions attend to them."""
 
 
 class PartialProduct:
@@ -195,48 +194,49 @@ class MoRSelfAttention(SelfAttention):
 
     recompute_core_attention = False
 
-    def forward(self, hidden_states: Tensor, attention_mask: LayerCall, **unused) -> tuple[Tensor, Tensor | None]:
-        """[k, B, H] or [T, 1, H], or this rank's share of the rows -> the same shape, and no bias."""
-        call = attention_mask
+    def forward(self, hidden: Tensor, call: LayerCall) -> tuple[Tensor, KeyValue | None]:
+        """Rows [k, B, H] or [T, 1, H], or this rank's share of them -> the same shape, and what the call stores."""
         active = call.pattern.active
         rows = active.shape[0]
         cos, sin = call.pattern.rotation
-        if call.reads is not None and call.kv_mode == "sharing":
-            query = self.linear_qkv(hidden_states, product=self._queries)
+        stored = None
+        if call.shared_kv is not None and not call.updates_shared_kv:
+            query = self.linear_qkv(hidden, product=self._queries)
             filled = query.shape[0]
             query = RotateFunction.apply(query[:rows], cos, sin)
-            key, value = call.reads.value
+            key, value = call.shared_kv
         else:
-            mixed, _ = self.linear_qkv(hidden_states)
+            mixed, _ = self.linear_qkv(hidden)
             filled = mixed.shape[0]
             mixed = mixed[:rows].view(rows, -1, self.num_query_groups_per_partition, self._heads, self.key_hidden_size)
             query, key, value = SplitRotateFunction.apply(mixed, cos.unsqueeze(3), sin.unsqueeze(3))
-            if call.reads is not None:
-                stored = zip(call.reads.value, (key, value), strict=True)
-                key, value = (_replace_rows(full, own, active) for full, own in stored)
-            elif call.leaves is not None and call.leaves.value is None:
-                call.leaves.value = (key, value)
+            if call.stores_kv:
+                stored = key, value
+            if call.shared_kv is not None:
+                pairs = zip(call.shared_kv, (key, value), strict=True)
+                key, value = (_replace_rows(full, own, active) for full, own in pairs)
         if self.recompute_core_attention:
             out = recompute(self.core_attention, query, key, value, call.pattern)
         else:
             out = self.core_attention(query, key, value, call.pattern)
         if filled > rows:
             out = F.pad(out, (0, 0, 0, 0, 0, filled - rows))
-        return self.linear_proj(out)
+        out, _ = self.linear_proj(out)
+        return out, stored
 
     @property
     def _heads(self) -> int:
         """Query heads of a group, its key and its value."""
         return self.num_attention_heads_per_partition // self.num_query_groups_per_partition + 2
 
-    def _queries(self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _queries(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Query projection alone, [R, C, N, D]: the key and value rows of the fused weight are not multiplied."""
         groups, width = self.num_query_groups_per_partition, self.key_hidden_size
         weight = weight.view(groups, -1, width, weight.shape[-1])[:, :-2].reshape(-1, weight.shape[-1])
         bias = bias.view(groups, -1, width)[:, :-2].reshape(-1) if self.config.add_qkv_bias else None
         sequence_parallel = self.config.sequence_parallel
         query = linear_with_grad_accumulation_and_async_allreduce(
-            hidden_states,
+            hidden,
             weight,
             bias,
             gradient_accumulation_fusion=False,

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -17,7 +16,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from mor_megatron.config.schema import Config
-from mor_megatron.model.attention import CoreAttention, MoRSelfAttention, PartialProduct
+from mor_megatron.model.attention import CoreAttention, KeyValue, LayerCall, MoRSelfAttention, PartialProduct
 from mor_megatron.model.flash import FlashAttention
 from mor_megatron.model.functional import RMSNormFunction, SwiGLUFunction
 from mor_megatron.model.kernels import uses_flash_attention, uses_transformer_engine
@@ -46,6 +45,17 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[.., 2F] -> [.., F]"""
         return SwiGLUFunction.apply(x)
+
+
+class MoRTransformerLayer(TransformerLayer):
+    """Megatron-core's pre-norm layer, told at each use what differs from use to use."""
+
+    def forward(self, rows: Tensor, call: LayerCall) -> tuple[Tensor, KeyValue | None]:
+        """[k, B, H] or [T, 1, H] -> the same shape, and the keys and values that `call` stores."""
+        update, stored = self.self_attention(self.input_layernorm(rows), call)
+        rows = rows + update
+        update, _ = self.mlp(self.pre_mlp_layernorm(rows))
+        return rows + update, stored
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -99,7 +109,7 @@ def _leave_alone(weight: Tensor) -> None:
 
 
 def layer_spec(config: Config) -> ModuleSpec:
-    """TransformerLayer with parallel linears and norms from Megatron-core's backend and our parts between them.
+    """Our layer with parallel linears and norms from Megatron-core's backend and our parts between them.
 
     Transformer Engine's module of a norm and a linear in one is not used: queries alone are projected from the
     normalised rows where recursions share keys, it names the norm's weight in another way, and it saves time only in
@@ -120,7 +130,7 @@ def layer_spec(config: Config) -> ModuleSpec:
         core_attention = FlashAttention
     fused = type(f"Partial{column.__name__}", (PartialProduct, column), {})
     return ModuleSpec(
-        module=TransformerLayer,
+        module=MoRTransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
@@ -128,12 +138,10 @@ def layer_spec(config: Config) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(linear_qkv=fused, core_attention=core_attention, linear_proj=row),
             ),
-            self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=SwiGLU),
             ),
-            mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -6,8 +6,8 @@ Every physical layer is one module, however often the plan visits it. A pipeline
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections import ChainMap
+from collections.abc import Callable, Mapping
 
 import torch
 from megatron.core import parallel_state
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
-from mor_megatron.model.attention import LayerCall, RotaryTable, Sequences, SharedKeys
+from mor_megatron.model.attention import KeyValue, LayerCall, RotaryTable, Sequences
 from mor_megatron.model.initialization import initialize_weights
-from mor_megatron.model.layer_spec import RMSNorm, layer_spec, transformer_config
+from mor_megatron.model.layer_spec import MoRTransformerLayer, RMSNorm, layer_spec, transformer_config
 from mor_megatron.model.recompute import recompute
 from mor_megatron.parallel.cpu import device
 from mor_megatron.parallel.row_exchange import ShardedRows
@@ -198,31 +198,35 @@ class MoRModel(MegatronModule):
 
     def run(self, layers: tuple[VirtualLayer, ...], rows: Tensor, sequences: Sequences, active: ActiveTokens) -> Tensor:
         """Consecutive layers on the rows of the active tokens, [k, B, H] -> [k, B, H]."""
+        kv_mode, training = self.plan.kv_mode, self.run_config.training
         own_keys = sequences.pattern(active, keys_of_all=False)
         all_keys = sequences.pattern(active, keys_of_all=True)
-        calls = []
-        for layer in layers:
-            call = LayerCall(own_keys, self.plan.kv_mode)
+
+        def call_of(layer: VirtualLayer, store: Mapping[int, KeyValue]) -> LayerCall:
             if layer.kv_source != layer.index:
-                call = LayerCall(all_keys, self.plan.kv_mode, reads=sequences.store[layer.kv_source])
-            elif self.plan.kv_mode != "caching" and layer.recursion is not None:
-                call.leaves = sequences.store[layer.index] = SharedKeys()
-            calls.append((self.layers[layer.physical], call))
+                shared_kv, updates = store[layer.kv_source], kv_mode == "sharing_update"
+                return LayerCall(all_keys, layer.recursion, shared_kv, updates)
+            stores = kv_mode != "caching" and layer.recursion is not None
+            return LayerCall(own_keys, layer.recursion, stores_kv=stores)
 
-        def run_layer(layer: nn.Module, call: LayerCall, rows: Tensor) -> Tensor:
-            return layer(rows, attention_mask=call)[0]
+        def run_all(rows: Tensor, each: Callable | None = None) -> tuple[Tensor, dict[int, KeyValue]]:
+            """The rows, and the keys and values that these layers store: a region changes nothing outside itself."""
+            stored: dict[int, KeyValue] = {}
+            for layer in layers:
+                arguments = self.layers[layer.physical], rows, call_of(layer, ChainMap(stored, sequences.store))
+                rows, own = _run_layer(*arguments) if each is None else each(_run_layer, *arguments)
+                if own is not None:
+                    stored[layer.index] = own
+            return rows, stored
 
-        def run_all(rows: Tensor, run_one: Callable = run_layer) -> Tensor:
-            for layer, call in calls:
-                rows = run_one(layer, call, rows)
-            return rows
-
-        training = self.run_config.training
         if training.recompute_granularity != "full":
-            return run_all(rows)
-        if training.recompute_unit == "layer":
-            return run_all(rows, partial(recompute, run_layer))
-        return recompute(run_all, rows)
+            rows, stored = run_all(rows)
+        elif training.recompute_unit == "layer":
+            rows, stored = run_all(rows, recompute)
+        else:
+            rows, stored = recompute(run_all, rows)
+        sequences.store.update(stored)
+        return rows
 
     def leave(self, hidden: Tensor, sequences: Sequences, labels: Tensor | None) -> Tensor:
         """Unique last layer, final norm, head and loss: [S, B, H] -> [B, S] or logits [B, S, V]."""
@@ -261,6 +265,10 @@ class MoRModel(MegatronModule):
         if recursion.routing == "token_choice":
             return TokenChoice(recursion, self.plan, make_router, self.rows)
         return None
+
+
+def _run_layer(layer: MoRTransformerLayer, rows: Tensor, call: LayerCall) -> tuple[Tensor, KeyValue | None]:
+    return layer(rows, call)
 
 
 def build_model(config: Config, vocab_size: int) -> MoRModel:

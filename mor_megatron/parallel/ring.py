@@ -97,15 +97,13 @@ class Chunk(nn.Module):
             store.clear()
             micro.kept = None
             return message
-        tensors: list[Tensor] = []
-        shared = list(store.values()) if self.turn == 0 else []
-        for keys in shared:
-            tensors += keys.value
+        shared = list(store) if self.turn == 0 else []
+        tensors: list[Tensor] = [tensor for index in shared for tensor in store[index]]
         if model.is_first_stage:
             tensors += [tensor for tensor in (stream.hidden, stream.gate) if tensor is not None]
         message, leaves = keep(message, tensors)
-        for keys in shared:
-            keys.value = (leaves.pop(0), leaves.pop(0))
+        for index in shared:
+            store[index] = leaves.pop(0), leaves.pop(0)
         if model.is_first_stage:
             hidden = leaves.pop(0) if stream.hidden is not None else None
             gate = leaves.pop(0) if stream.gate is not None else None
