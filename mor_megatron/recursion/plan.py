@@ -1,16 +1,12 @@
 """The recursion plan: which physical layer runs at each virtual position, at which recursion, for how many tokens.
 
-Model, parameter count, FLOPs count and (later) pipeline split, export and inference read this one frozen object; none
-of them works it out again. Sharing strategies are those of the paper's table 1 (arXiv 2507.10524).
-
-`python -m mor_megatron.recursion.plan --num-layers 14 --num-recursions 3` prints a plan as a table.
+Model, parameter count, FLOPs count and pipeline split read this one frozen object; none of them works it out again.
+Sharing strategies are those of the paper's table 1 (arXiv 2507.10524). `pretrain_mor.py --dry-run` prints a run's plan.
 """
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
-from typing import get_args
 
 from mor_megatron.config.schema import Config, KVMode, SharingStrategy
 
@@ -198,26 +194,3 @@ def plan_from_config(config: Config) -> RecursionPlan:
         config.model.num_layers, recursion.num_recursions, recursion.sharing_strategy, recursion.depth_rounding
     )
     return build_plan(depth, recursion.num_recursions, recursion.sharing_strategy, recursion.kv_mode, capacities)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Print the plan of a depth, a number of recursions and a strategy."""
-    parser = argparse.ArgumentParser(description="Print a recursion plan as a table.")
-    parser.add_argument("--num-layers", type=int, required=True)
-    parser.add_argument("--num-recursions", type=int, default=1)
-    parser.add_argument("--sharing-strategy", choices=get_args(SharingStrategy), default="middle_cycle")
-    parser.add_argument("--kv-mode", choices=get_args(KVMode), default="caching")
-    parser.add_argument("--capacity", type=float, nargs="+", help="default: (Nr-r)/Nr")
-    parser.add_argument("--depth-rounding", choices=("error", "down", "up"), default="error")
-    args = parser.parse_args(argv)
-    try:
-        depth = effective_depth(args.num_layers, args.num_recursions, args.sharing_strategy, args.depth_rounding)
-        capacities = tuple(args.capacity or default_capacities(args.num_recursions))
-        plan = build_plan(depth, args.num_recursions, args.sharing_strategy, args.kv_mode, capacities)
-    except ValueError as error:
-        parser.error(str(error))
-    print(plan.table())
-
-
-if __name__ == "__main__":
-    main()

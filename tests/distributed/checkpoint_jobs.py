@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from full_state import gather_buffers, gather_parameters
 from layout_runs import run_steps, unique_elements
 from table import VOCABULARY
 from torch import Tensor
@@ -16,7 +17,6 @@ from mor_megatron.checkpointing.save import Saver
 from mor_megatron.config.schema import CheckpointConfig, Config
 from mor_megatron.model import build_model
 from mor_megatron.parallel.distributed import initialize_distributed
-from mor_megatron.parallel.full_state import gather_buffers, gather_parameters
 from mor_megatron.training.engine import Engine, build_engine
 from mor_megatron.training.progress import Progress
 from mor_megatron.training.train_step import StepReport

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from full_state import gather_buffers, gather_parameters
 from megatron.core import parallel_state
 from table import RUN, SEQ_LENGTH, STEPS, VOCABULARY
 from torch import Tensor, nn
@@ -20,7 +21,6 @@ from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
 from mor_megatron.model import MoRModel, build_model
 from mor_megatron.parallel.distributed import initialize_distributed
-from mor_megatron.parallel.full_state import gather_buffers, gather_parameters
 from mor_megatron.recursion.dispatch import TIE
 from mor_megatron.recursion.routers import score
 from mor_megatron.training.engine import Engine, build_engine, loss_scale

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from authors import gradients_of, load_case, model_of
+from full_state import gather_gradients
 from test_reference import GRADIENT_TOL, LOSS_TOL
 from torch import Tensor
 
 from mor_megatron.config.schema import ParallelConfig
 from mor_megatron.data.batch import Batch
 from mor_megatron.parallel.distributed import initialize_distributed
-from mor_megatron.parallel.full_state import gather_gradients
 from mor_megatron.parallel.replicated import reduce_replicated
 from mor_megatron.parallel.schedule import run_schedule
 from mor_megatron.recursion import context as names

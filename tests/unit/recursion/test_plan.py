@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mor_megatron.recursion.plan import build_plan, default_capacities, effective_depth, main
+from mor_megatron.recursion.plan import build_plan, default_capacities, effective_depth
 
 
 def physical(plan):
@@ -73,8 +73,7 @@ def test_one_capacity_per_recursion():
         build_plan(8, 3, capacities=(1.0, 0.5))
 
 
-def test_table(capsys):
-    main(["--num-layers", "8", "--num-recursions", "3", "--kv-mode", "sharing"])
-    out = capsys.readouterr().out
+def test_table():
+    out = build_plan(8, 3, kv_mode="sharing").table()
     assert "8 virtual layers on 4 unique ones (block of 2)" in out
     assert "virtual 2" in out.splitlines()[-2]
