@@ -256,7 +256,7 @@ def advance(progress: Progress, report: StepReport, config: Config) -> None:
     An overflow that lowers the loss scale of fp16 is no fault: it only skips the step.
 
     Raises:
-        NonFiniteError: it was one too many.
+        NonFiniteError: more than `max_skipped_steps` consecutive steps were not finite.
     """
     progress.iteration += 1
     progress.consumed_samples += config.training.global_batch_size
