@@ -37,12 +37,20 @@ _GROUPS: tuple[tuple[str, str], ...] = (
         log-num-zeros-in-grad log-memory-to-tensorboard log-world-size-to-tensorboard tensorboard-queue-size
         distribute-saved-activations align-grad-reduce no-delay-grad-reduce num-dataset-builder-threads
         lazy-mpu-init nccl-communicator-config-path barrier-with-L1-time no-barrier-with-level-1-timing
-        use-checkpoint-args use-checkpoint-opt-param-scheduler ckpt-assume-constant-structure""",
+        use-checkpoint-args use-checkpoint-opt-param-scheduler ckpt-assume-constant-structure
+        use-legacy-models spec DDP-impl no-contiguous-buffers-in-local-ddp no-scatter-gather-tensors-in-pipeline
+        no-async-tensor-model-parallel-allreduce no-clone-scatter-output-in-embedding standalone-embedding-stage
+        defer-embedding-wgrad-compute overlap-p2p-communication-warmup-flush delay-grad-reduce delay-param-gather
+        enable-one-logger no-one-logger enable-experimental enable-ft-package config-logger-dir nccl-ub
+        high-priority-stream-groups enable-gloo-process-groups disable-gloo-process-groups external-cuda-graph
+        use-precision-aware-optimizer train-sync-interval iterations-to-skip legacy-tokenizer vocab-extra-ids
+        partition-activations contigious-checkpointing synchronize-each-layer curriculum-learning""",
     ),
     (
         "no such layer here (LLaMA's, docs/design.md), use a model without it",
         """qk-layernorm squared-relu openai-gelu onnx-safe bert-no-binary-head add-position-embedding
-        multi-latent-attention init-method-xavier-uniform""",
+        multi-latent-attention init-method-xavier-uniform window-size mtp-num-layers is-hybrid-model
+        hybrid-override-pattern rotary-interleaved""",
     ),
     ("no mixture of experts here, --routing divides depth", "num-experts expert-model-parallel-size expert-parallel"),
     ("no FP8 here, --bf16", "fp8-format fp8 fp8-hybrid fp8-e4m3"),
@@ -56,7 +64,7 @@ _GROUPS: tuple[tuple[str, str], ...] = (
         """use-torch-fsdp2 use-custom-fsdp use-megatron-fsdp data-parallel-sharding-strategy
         overlap-param-gather overlap-param-gather-with-optimizer-step""",
     ),
-    ("reduce_bucket_size in --deepspeed-config", "ddp-bucket-size ddp-num-buckets"),
+    ("reduce_bucket_size in --deepspeed-config", "ddp-bucket-size ddp-num-buckets zero-reduce-bucket-size"),
     ("--optimizer-cpu-offload", "cpu-optimizer optimizer-offload-fraction use-torch-optimizer-for-cpu-offload"),
     ("--recompute-granularity selective", "recompute-activations"),
     (
@@ -102,7 +110,9 @@ _GROUPS: tuple[tuple[str, str], ...] = (
     ("--load-strict", "dist-ckpt-strictness"),
     ("every iteration is written, leave it out", "tensorboard-log-interval"),
     ("perplexity is exp of the loss that is written, leave it out", "log-validation-ppl-to-tensorboard"),
-    ("--log-timers", "timing-log-level timing-log-option log-timers-to-tensorboard"),
+    ("--log-timers", "timing-log-level timing-log-option log-timers-to-tensorboard log-straggler"),
+    ("--skip-train", "eval-only"),
+    ("--init-method-std, one for all weights", "embedding-init-method-std"),
     ("--profile is PyTorch's, leave it out", "use-pytorch-profiler"),
     ("W&B writes below --save", "wandb-save-dir"),
     ("the variable WANDB_ENTITY", "wandb-entity"),
@@ -110,7 +120,14 @@ _GROUPS: tuple[tuple[str, str], ...] = (
 )
 ANSWERS: dict[str, str] = {name: answer for answer, names in _GROUPS for name in names.split()}
 """Flag without dashes in front -> what to say about it."""
-_FAMILIES = {"moe-": "num-experts", "fp8-": "fp8", "ckpt-": "ckpt-format", "dist-ckpt-": "dist-ckpt-format"}
+_FAMILIES = {
+    "moe-": "num-experts",
+    "fp8-": "fp8",
+    "ckpt-": "ckpt-format",
+    "dist-ckpt-": "dist-ckpt-format",
+    "tp-comm-": "tp-comm-overlap",
+    "one-logger-": "no-one-logger",
+}
 """Beginning of a flag -> the one whose answer is its own."""
 
 

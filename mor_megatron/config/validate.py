@@ -194,9 +194,10 @@ def _data(config: Config) -> Config:
     named += [name for name in PATHS_PER_SPLIT if getattr(config.data, name)][:1]
     if len(named) > 1:
         first, second = (name.replace("_", "-") for name in named[:2])
+        undo = " (--data-path without a value undoes a preset's)" if first == "data-path" else ""
         raise ValueError(
             f"{first} and {second} both say where the data is: use --data-path with --split, or --train-data-path, "
-            "--valid-data-path and --test-data-path, or a file of either"
+            f"--valid-data-path and --test-data-path, or a file of either{undo}"
         )
     if config.data.tokenizer_model is not None and config.data.tokenizer_type is None:
         raise ValueError(

@@ -107,7 +107,11 @@ def repetitions(dataset: Dataset) -> list[str]:
     """
     parts = getattr(dataset, "datasets", [dataset])  # a blend asks for a few more samples of each than it reads
     passes = [(part.dataset_path, part.passes()) for part in parts]
-    return [f"{path} {count:.3g} times" for path, count in passes if count > _ABOUT_ONCE]
+    return [f"{path} {_three_digits(count)} times" for path, count in passes if count > _ABOUT_ONCE]
+
+
+def _three_digits(count: float) -> str:
+    return f"{count:.3g}" if count < 100 else f"{count:,.0f}"
 
 
 def build_batches(

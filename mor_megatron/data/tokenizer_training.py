@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 MODEL_TYPES = ("bpe", "unigram", "hf-bpe")
 EOD = "<|endoftext|>"
 CHARACTER_COVERAGE = 0.9999
+LEAST_COVERAGE = 0.98
+"""sentencepiece takes no less."""
+_BYTES_AND_SPECIAL = 256 + 3
 # sentencepiece leaves out without a word: longer sentences, sentences beyond this number, and those with the character
 # that it uses itself.
 LONGEST_LINE = 16384
@@ -115,8 +118,11 @@ def train_tokenizer(
             f"character-coverage={character_coverage} does nothing with model-type=hf-bpe, which is made of bytes: "
             "leave it out."
         )
-    if character_coverage is not None and not 0.98 <= character_coverage <= 1:
-        raise ValueError(f"character-coverage={character_coverage} is not between 0.98 and 1.")
+    if character_coverage is not None and not LEAST_COVERAGE <= character_coverage <= 1:
+        raise ValueError(
+            f"character-coverage={character_coverage} is not between {LEAST_COVERAGE} and 1: use a share of the text "
+            f"such as {CHARACTER_COVERAGE}."
+        )
     reading = Reading(plan(inputs, keys=(json_key,)))
     require_usable(reading.slices)
     if not any(True for _ in reading.texts()):
@@ -183,9 +189,12 @@ def _advice(error: str, vocab_size: int, coverage: float) -> str:
             f"vocab-size={vocab_size} is more than the text can fill: use --vocab-size {most[1]} or less, or more text."
         )
     if least is not None:
+        # Fewer characters are of no use where there is room for none, and there are no fewer than the least coverage.
+        may_cover_less = coverage > LEAST_COVERAGE and vocab_size > _BYTES_AND_SPECIAL
+        less = f", or a --character-coverage below {coverage}, down to {LEAST_COVERAGE}" if may_cover_less else ""
         return (
             f"vocab-size={vocab_size} has no room for 256 bytes, 3 special tokens and the characters of the text: use "
-            f"--vocab-size {least[1]} or more, or a --character-coverage below {coverage}, down to 0.98."
+            f"--vocab-size {least[1]} or more{less}."
         )
     return f"sentencepiece cannot train with vocab-size={vocab_size} ({' '.join(error.split())})."
 

@@ -140,6 +140,7 @@ BAD_FLAGS = {
     "no value": (["--lr", "--seed", "1"], "lr=.* give a number"),
     "Megatron-LM's": (["--use-flash-attn"], r"unknown setting use-flash-attn .*: --attention-backend flash"),
     "a family of them": (["--moe_router_topk", "2"], "unknown setting moe-router-topk .*: no mixture of experts here"),
+    "of an old script": (["--no-async-tensor-model-parallel-allreduce"], "unknown setting .*: not there, leave it out"),
     "several": (
         ["--swiglu", "--no-bias-gelu-fusion", "--lr", "x", "--hiden-size", "3", "--swiglu"],
         r"^unknown setting swiglu \(command line\): always so here, leave it out; unknown setting no-bias-gelu-fusion "

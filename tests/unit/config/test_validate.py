@@ -95,7 +95,11 @@ REFUSED = {
         "lr-wsd-decay-iters=51 .*lr-warmup-iters=50",
         "use at most 50",
     ),
-    "two sources of data": ("--data-path a --valid-data-path b", "data-path and valid-data-path both", "or a file of"),
+    "two sources of data": (
+        "--data-path a --valid-data-path b",
+        "data-path and valid-data-path both",
+        "--data-path without",
+    ),
     "evaluation of nothing": ("--skip-train", "skip-train=True evaluates a checkpoint", "give --load"),
     "evaluation on nothing": (
         "--skip-train --load x --eval-iters 0",

@@ -161,9 +161,10 @@ def test_corpora_have_short_distinct_names() -> None:
 
 def test_a_corpus_that_is_read_several_times_is_named(numbers: list[str], tmp_path: Path) -> None:
     split = {"split": "97,3,0", "cache": tmp_path}  # 90 samples of 32 tokens in 97 of 100 documents of 30
-    once, often = (train(settings(numbers[0], **split), count) for count in (90, 300))
+    once, often, always = (train(settings(numbers[0], **split), count) for count in (90, 300, 90 * 1200))
     blend = train(settings("0.2", numbers[0], "0.8", numbers[1], **split), 360)
     assert (repetitions(once), repetitions(often)) == ([], [f"{numbers[0]} 3.33 times"])
+    assert repetitions(always) == [f"{numbers[0]} 1,200 times"]
     assert repetitions(blend) == [f"{numbers[1]} 3.22 times"]  # 288 samples and half a percent
 
 

@@ -128,9 +128,20 @@ def test_advice_on_the_vocabulary_is_right(vocab_size: int, model_type: str, adv
     source = write_jsonl(tmp_path / "few.jsonl", [f"the {i} elephants of giraffe {i * i}" for i in range(99)])
     with pytest.raises(ValueError, match=advice) as refusal:
         train_tokenizer([source], vocab_size, model_type, str(tmp_path / "t"))
+    assert "--character-coverage" not in str(refusal.value), "no coverage makes room for the bytes"
     advised = int(re.search(advice, str(refusal.value))[1])
     model = train_tokenizer([source], advised, model_type, str(tmp_path / "t"))
     assert build_tokenizer(TYPES[model_type], model).vocab_size == advised
+
+
+def test_less_coverage_is_advised_only_where_there_is_less(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "few.jsonl", ["the quick brown fox jumps over the lazy dog"] * 9)
+    for coverage, end in (
+        (0.9999, r"or more, or a --character-coverage below 0\.9999, down to 0\.98\."),
+        (0.98, "or more."),
+    ):
+        with pytest.raises(ValueError, match=rf"use --vocab-size \d+ {end}$"):
+            train_tokenizer([source], 262, "bpe", str(tmp_path / "t"), character_coverage=coverage)
 
 
 def test_characters_below_the_coverage_are_spelled_in_bytes(tmp_path: Path) -> None:
