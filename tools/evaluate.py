@@ -89,7 +89,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--data-path", nargs="+", default=[], help="indexed corpora: PREFIX .., or WEIGHT PREFIX ..")
     source.add_argument("--text", nargs="+", help="files of text or of records with a field `text`")
     data.add_argument("--split", help="of indexed data, whose second part is evaluated; 0,1,0: all of it")
-    data.add_argument("--seq-length", type=int, help="tokens of a sequence; default: the run's")
+    data.add_argument("--seq-length", type=int, help="tokens of a sequence; default: the run's, or all an export sees")
     data.add_argument("--seed", type=int, help="of the order of indexed data; default: the run's")
     data.add_argument("--sequences", type=int, default=500, help="to evaluate at most")
     tasks = parser.add_argument_group("tasks of lm-eval (pip install -r requirements-eval.txt)")

@@ -277,8 +277,9 @@ def _huggingface(model: str) -> Tokenizer:
     except (OSError, ValueError, KeyError, TypeError) as error:
         if (path / "tokenizer.json").exists():  # alone, or beside the config.json of a model transformers cannot know
             return _tokenizer_json(path / "tokenizer.json")
+        said = " ".join(str(error).split())  # the library takes several lines for it
         raise ValueError(
-            f"tokenizer-model={model} is not a Hugging Face tokenizer directory ({error}): it needs tokenizer.json, or "
+            f"tokenizer-model={model} is not a Hugging Face tokenizer directory ({said}): it needs tokenizer.json, or "
             "what AutoTokenizer reads."
         ) from error
     size = tokenizer.init_kwargs.get(TRAINED_SIZE)

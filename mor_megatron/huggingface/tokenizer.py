@@ -66,6 +66,8 @@ def export_tokenizer(
         exported = _rust(original, path)
     else:
         exported = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        for how_it_was_read in ("is_local", "local_files_only"):
+            exported.init_kwargs.pop(how_it_was_read, None)  # or it would be saved as a setting
     if original._eod is not None:
         exported.eos_token = exported.convert_ids_to_tokens(original._eod)
     if trained:

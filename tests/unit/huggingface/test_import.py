@@ -166,7 +166,10 @@ def test_command_line(llama, tmp_path: Path, monkeypatch, capsys):
         return import_hf.main()
 
     assert call("--output", tmp_path / "run", "--num-recursions", 2, "--initialization", "upper") == 0
-    assert "layer 1: layer 4" in capsys.readouterr().out
+    *sources, missing, last = capsys.readouterr().out.splitlines()
+    assert "layer 1: layer 4" in sources
+    assert missing.startswith("no tokenizer is imported: ")  # in one line, whatever the library says of it
+    assert last.endswith("iter_0000000")
     assert read_checkpoint(tmp_path / "run").config.recursion.num_recursions == 2
     words = ("--load", tmp_path / "run", "--as", "llama", "--depth", 1, "--verify", "--output", tmp_path / "again")
     monkeypatch.setattr(sys, "argv", ["export_hf.py", *map(str, words)])
@@ -203,6 +206,8 @@ def test_the_tokenizer_comes_along(llama, tmp_path: Path, monkeypatch, modules_o
         shutil.rmtree(tmp_path / source)
         kept.append(read_manifest(tmp_path / run / "iter_0000000").tokenizer["behaviour"])
         call(export_hf, "--load", tmp_path / run, "--output", tmp_path / output)
+        settings = json.loads((tmp_path / output / "tokenizer_config.json").read_text())
+        assert not {"is_local", "local_files_only"} & settings.keys()  # how we read it is no part of it
         got = AutoTokenizer.from_pretrained(tmp_path / output, trust_remote_code=True)
         assert got.chat_template == given.chat_template
         assert got.special_tokens_map == given.special_tokens_map
