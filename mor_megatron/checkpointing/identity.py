@@ -89,7 +89,7 @@ _REMEDIES = {
 
 
 def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return (" ".join(map(str, value)) or "None") if isinstance(value, tuple) else str(value)
 
 
 def layout(config: Config, vocab_size: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from mor_megatron.config.deepspeed_settings import check_engine
 from mor_megatron.config.layout import check_batch, check_layout, default_batch
-from mor_megatron.config.run_length import resolve_length
+from mor_megatron.config.run_length import global_batch_size, resolve_length
 from mor_megatron.config.schema import Config
 from mor_megatron.config.unread import ALPHAS, say, sections, warn_of_unread
 from mor_megatron.data.corpora import PATHS_PER_SPLIT
@@ -215,7 +215,14 @@ def _training(config: Config, world_size: int) -> Config:
     _check_kernels(config)
     check_layout(config, world_size)
     check_batch(config, world_size)
-    return replace(config, training=replace(training, global_batch_size=default_batch(config, world_size)))
+    training = replace(training, global_batch_size=default_batch(config, world_size))
+    first = global_batch_size(training, 0)
+    if training.train_samples is not None and training.train_samples < first:
+        raise ValueError(
+            f"train-samples={training.train_samples} is less than the first global batch, {first} sequences: give "
+            f"--train-samples {first} or more, or a smaller batch"
+        )
+    return replace(config, training=training)
 
 
 def _check_kernels(config: Config) -> None:
@@ -261,6 +268,12 @@ def _check_profile(config: Config, world_size: int) -> None:
         raise ValueError(
             f"profile-step-end={logging.profile_step_end} is not after profile-step-start="
             f"{logging.profile_step_start}: raise the one or lower the other"
+        )
+    iterations = config.training.train_iters
+    if iterations is not None and logging.profile_step_start >= iterations:
+        raise ValueError(
+            f"profile-step-start={logging.profile_step_start} is not before the end of the run, train-iters="
+            f"{iterations}: give a smaller --profile-step-start"
         )
     if logging.tensorboard_dir is None and config.checkpoint.save is None:
         raise ValueError("profile=True has no place for its trace: give --tensorboard-dir or --save")

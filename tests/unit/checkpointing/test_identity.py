@@ -122,3 +122,8 @@ def test_a_new_field_of_the_model_decides_its_function_unless_it_says_otherwise(
 def test_another_vocabulary_is_refused() -> None:
     with pytest.raises(ValueError, match="vocab-size=65 does not fit iter_1, written with vocab-size=64"):
         refuse(HERE, differences(validate(BASE), 64, validate(BASE), 65), {Change.FUNCTION})
+
+
+def test_corpora_that_have_moved_to_another_flag_are_told() -> None:
+    wanted = changed(data_path=(), train_data_path=("a",), valid_data_path=("b",))
+    assert "data-path was a, is now None" in [str(difference) for difference in found(wanted)]

@@ -111,6 +111,16 @@ REFUSED = {
         "profile-step-end=10 is not after profile-step-start=10",
         "raise the one",
     ),
+    "profile after the end": (
+        "--profile --save x --train-iters 10",
+        "profile-step-start=10 .*train-iters=10",
+        "give a smaller --profile-step-start",
+    ),
+    "less than a batch": (
+        "--train-samples 3 --global-batch-size 4 --micro-batch-size 2",
+        "train-samples=3 .* 4 sequences",
+        "give --train-samples 4 or more",
+    ),
     "profile nowhere": ("--profile", "profile=True has no place", "--tensorboard-dir or --save"),
     "profile of others": ("--profile --save x --profile-ranks 0 1", "profile-ranks=0 1", "ranks from 0 to 0"),
     "two lengths": ("--train-iters 5 --train-samples 50", "train-iters=5 and train-samples=50", "--train-iters None"),
