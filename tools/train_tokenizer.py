@@ -32,8 +32,13 @@ def main() -> int:
         model = train_tokenizer(
             args.input, args.vocab_size, args.model_type, args.output_prefix, args.json_key, args.character_coverage
         )
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        from mor_megatron.data.indexed import cannot_write  # which takes torch, and --help need not wait for it
+
+        print(f"error: {cannot_write(args.output_prefix, error)}", file=sys.stderr)
         return 1
     kind = "HuggingFaceTokenizer" if args.model_type == "hf-bpe" else "SentencePieceTokenizer"
     print(f"use it with --tokenizer-type {kind} --tokenizer-model {model}")

@@ -139,6 +139,7 @@ def test_tools_from_text_to_inspection(jsonl: str, texts, tmp_path: Path, monkey
     assert "ids below 600" in out
 
 
+UNWRITABLE = ["--input", Path(__file__).parents[3] / "README.md", "--vocab-size", 400, "--output-prefix", "/proc/x/y"]
 WORDS = ["--input", "no.txt", "--output-prefix", "o", "--tokenizer-type", "NullTokenizer", "--tokenizer-model", 9]
 
 
@@ -148,6 +149,11 @@ WORDS = ["--input", "no.txt", "--output-prefix", "o", "--tokenizer-type", "NullT
         ("inspect_data.py", ["absent"], "absent.idx does not exist"),
         ("merge_data.py", ["--input", "absent", "--output-prefix", "o"], "absent.idx does not exist"),
         ("train_tokenizer.py", ["--input", "no.txt", "--vocab-size", 400, "--output-prefix", "o"], "no.txt does not"),
+        (
+            "train_tokenizer.py",
+            UNWRITABLE,
+            "output-prefix=/proc/x/y cannot be written (No such file or directory): free",
+        ),
         ("preprocess_data.py", WORDS, "no.txt does not exist"),
         ("preprocess_data.py", [*WORDS, "--shard", "4/3"], "shard=4/3 is not I/N"),
         ("merge_data.py", ["--shards", 2, "--output-prefix", "o"], "shards=2: 1/2, 2/2 of o are missing"),
