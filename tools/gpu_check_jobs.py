@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "distributed"))
+sys.path[:0] = [str(ROOT / "tests" / "distributed"), str(ROOT / "tests")]
 
 from gpu_check import OUT_OF_MEMORY  # noqa: E402
 from layout_runs import FP32_LAYOUT_TOL, differences, train  # noqa: E402

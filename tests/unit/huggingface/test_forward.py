@@ -188,8 +188,9 @@ def test_no_cache_with_gradient_checkpointing():
 
 @pytest.mark.parametrize("name", ["token_loss_free", "expert"])
 def test_weights_begin_after_construction_on_the_meta_device(name: str):
+    config = pair(name)[1].config
     with torch.device("meta"):
-        model = MoRForCausalLM(pair(name)[1].config)
+        model = MoRForCausalLM(config)
     model.to_empty(device="cpu")
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data.fill_(float("nan"))
