@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from full_disk import room_for
 
 from mor_megatron.command import exit_status
 from mor_megatron.config.cli import save_config
 from mor_megatron.config.schema import Config
 from mor_megatron.data.tokenizer_training import train_tokenizer
 from mor_megatron.files import Unfailing, whole_file, write_whole
-
-
-@contextmanager
-def room_for(size: int):
-    """Files cannot grow beyond `size` bytes: write(2) fails as on a full disk, with another number."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_reader_finds_the_old_content_or_all_of_the_new(tmp_path):

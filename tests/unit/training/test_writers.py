@@ -1,10 +1,9 @@
 """metrics.jsonl and TensorBoard: what a resumed run shows, and what a full disk does."""
 
 import json
-import resource
-from contextlib import contextmanager
 from pathlib import Path
 
+from full_disk import room_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mor_megatron.config.schema import CheckpointConfig, Config, LoggingConfig
@@ -45,17 +44,6 @@ def test_tensorboard_shows_each_iteration_of_a_resumed_run_once(tmp_path):
             writer.write({"iteration": iteration, "lm_loss": attempt, "grad_norm": None})
         writer.close()
     assert scalars(tmp_path) == [(1, 2), (2, 2), (3, 2), (4, 3), (5, 3), (6, 3)]
-
-
-@contextmanager
-def room_for(size: int):
-    """What files may hold: write(2) fails beyond it as on a full disk, with another number."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def outputs(directory: Path) -> Config:
