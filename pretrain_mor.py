@@ -12,8 +12,8 @@ import os
 import sys
 
 from mor_megatron.config.cli import parse_config
+from mor_megatron.distributed.launch import adopt_srun, note_launcher
 from mor_megatron.files import Unfailing
-from mor_megatron.parallel.launch import adopt_srun, note_launcher
 
 
 def main() -> int:
@@ -25,9 +25,9 @@ def main() -> int:
     import torch.distributed as dist
 
     from mor_megatron.checkpointing.save import SaveError
-    from mor_megatron.parallel.consistency import RoutingMismatchError
-    from mor_megatron.parallel.distributed import RendezvousError
-    from mor_megatron.parallel.roll_call import hold_roll_call
+    from mor_megatron.distributed.consistency import RoutingMismatchError
+    from mor_megatron.distributed.initialize import RendezvousError
+    from mor_megatron.distributed.roll_call import hold_roll_call
     from mor_megatron.training.loop import NonFiniteError
     from mor_megatron.training.pretrain import pretrain
     from mor_megatron.training.stopping import EXIT_STOPPED

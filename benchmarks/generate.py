@@ -7,7 +7,7 @@ they keep the fractions of training (1, 2/3, 1/3), and tokens are sampled, so th
     OMP_NUM_THREADS=1 python benchmarks/generate.py --output generate.json
 
 Time is the process's CPU time unless `--clock wall`: with one thread the two are equal on an idle machine, and CPU time
-stays closer to that on one that others use as well. FLOPs are those of `mor_megatron.recursion.accounting`.
+stays closer to that on one that others use as well. FLOPs are those of `mor_megatron.planning.accounting`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mor_megatron.huggingface.cache_mor import MoRCache
 from mor_megatron.huggingface.configuration_mor import MoRConfig
 from mor_megatron.huggingface.convert_config import training_config
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
-from mor_megatron.recursion.accounting import head_flops_per_token, layer_flops_per_token, router_flops_per_token
+from mor_megatron.planning.accounting import head_flops_per_token, layer_flops_per_token, router_flops_per_token
 
 HF, VANILLA = "hf_llama", "vanilla"
 RECURSIONS = 3

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from mor_megatron.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, RecursionConfig, TrainingConfig
 from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
+from mor_megatron.distributed.initialize import initialize_distributed
 from mor_megatron.model import build_model
-from mor_megatron.parallel.distributed import initialize_distributed
-from mor_megatron.parallel.schedule import run_schedule
+from mor_megatron.pipeline.schedule import run_schedule
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.training.engine import Engine, build_engine, choose_driver
 from mor_megatron.training.gradients import is_sharded, sharded_gradients, whole_gradients

@@ -5,7 +5,7 @@ all alike; medians over rounds are compared. Every model sees the same tokens an
 
     python benchmarks/train_step.py --rounds 7 --threads 2 --dtype fp32 bf16 --output train_step.json
 
-Reads: executed FLOPs of `mor_megatron.recursion.accounting` (causal pairs once, head included) for the tokens as they
+Reads: executed FLOPs of `mor_megatron.planning.accounting` (causal pairs once, head included) for the tokens as they
 were routed. Peak memory comes from one fresh process per model (`--no-memory` leaves it out).
 """
 
@@ -26,10 +26,10 @@ from footprint import processor, resident_peak
 from mor_megatron.config.schema import Config, DataConfig, ModelConfig, RecursionConfig, TrainingConfig
 from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
+from mor_megatron.distributed.initialize import initialize_distributed
 from mor_megatron.model import build_model
-from mor_megatron.parallel.distributed import initialize_distributed
+from mor_megatron.planning.accounting import executed_flops_per_token
 from mor_megatron.recursion import context as names
-from mor_megatron.recursion.accounting import executed_flops_per_token
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.training.engine import build_engine
 from mor_megatron.training.peak import measure_gemm

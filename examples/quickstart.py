@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mor_megatron.config.cli import read_config
 from mor_megatron.data.tokenizers import build_tokenizer
-from mor_megatron.recursion.accounting import count_parameters
+from mor_megatron.planning.accounting import count_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "examples" / "configs"

@@ -21,7 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 def process_group():
     """A world of one process with Megatron-core's parallel state."""
     from mor_megatron.config.schema import Config
-    from mor_megatron.parallel.distributed import initialize_distributed
+    from mor_megatron.distributed.initialize import initialize_distributed
 
     initialize_distributed(Config())
 

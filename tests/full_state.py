@@ -15,9 +15,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from mor_megatron.distributed.cpu import device
+from mor_megatron.distributed.sharding import join
 from mor_megatron.model.mor_model import EMBEDDING, HEAD, MoRModel
-from mor_megatron.parallel.cpu import device
-from mor_megatron.parallel.sharding import join
 
 
 def gather_parameters(model: MoRModel) -> dict[str, Tensor]:

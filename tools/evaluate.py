@@ -16,8 +16,8 @@ from pathlib import Path
 from mor_megatron.command import DTYPES, exit_status
 from mor_megatron.config.schema import Config
 from mor_megatron.data.corpora import SOURCES
+from mor_megatron.distributed.launch import adopt_srun, is_launched
 from mor_megatron.files import write_whole
-from mor_megatron.parallel.launch import adopt_srun, is_launched
 
 
 def run(args: argparse.Namespace) -> None:
@@ -29,13 +29,13 @@ def run(args: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
+    from mor_megatron.distributed.initialize import initialize_distributed
     from mor_megatron.evaluation import harness
     from mor_megatron.evaluation.likelihood import likelihood
+    from mor_megatron.evaluation.modes import ways_of
     from mor_megatron.evaluation.report import summary, table
     from mor_megatron.evaluation.sequences import IndexedPieces, settings_of, text_pieces, token_bytes
-    from mor_megatron.evaluation.ways import ways_of
     from mor_megatron.inference.loading import load_model
-    from mor_megatron.parallel.distributed import initialize_distributed
 
     adopt_srun()
     if is_launched():

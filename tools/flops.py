@@ -5,7 +5,7 @@
     python tools/flops.py --budget 16.5e18
 
 Flags that are not listed below are settings of the run. Without --config, the paper's models at 360M and the
-iterations that the budget buys them, beside those that were published. See mor_megatron/recursion/accounting.py.
+iterations that the budget buys them, beside those that were published. See mor_megatron/planning/accounting.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Config
 from mor_megatron.config.validate import validate
 from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocab_size
-from mor_megatron.recursion.accounting import (
+from mor_megatron.planning.accounting import (
     count_parameters,
     dense_equivalent,
     executed_flops_per_token,

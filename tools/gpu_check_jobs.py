@@ -33,10 +33,10 @@ from mor_megatron.config.cli import read_config  # noqa: E402
 from mor_megatron.config.schema import Config, DataConfig, ModelConfig, RecursionConfig, TrainingConfig  # noqa: E402
 from mor_megatron.config.validate import validate  # noqa: E402
 from mor_megatron.data.batch import Batch  # noqa: E402
+from mor_megatron.distributed.cpu import device  # noqa: E402
+from mor_megatron.distributed.initialize import initialize_distributed  # noqa: E402
+from mor_megatron.distributed.launch import launched_world_size  # noqa: E402
 from mor_megatron.model import build_model  # noqa: E402
-from mor_megatron.parallel.cpu import device  # noqa: E402
-from mor_megatron.parallel.distributed import initialize_distributed  # noqa: E402
-from mor_megatron.parallel.launch import launched_world_size  # noqa: E402
 from mor_megatron.training.capabilities import capability_line  # noqa: E402
 from mor_megatron.training.engine import build_engine  # noqa: E402
 from mor_megatron.training.metrics import training_record  # noqa: E402

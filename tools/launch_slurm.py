@@ -20,7 +20,7 @@ from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Config
 from mor_megatron.data.corpora import read_blends
 from mor_megatron.files import write_whole
-from mor_megatron.parallel.layout import dry_run
+from mor_megatron.planning.report import dry_run
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = ROOT / "examples" / "slurm" / "pretrain.sbatch"

@@ -21,7 +21,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from mor_megatron.checkpointing.pieces import STEP, WEIGHT, is_copy
-from mor_megatron.parallel.cpu import device
+from mor_megatron.distributed.cpu import device
 from mor_megatron.training.gradients import Engine, sum_of_squares
 
 

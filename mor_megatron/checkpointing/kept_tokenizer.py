@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mor_megatron.checkpointing.identity import Difference
+from mor_megatron.checkpointing.compatibility import Difference
 from mor_megatron.checkpointing.manifest import KEPT_TOKENIZER, Manifest, StoredFile
 from mor_megatron.checkpointing.tensor_file import write_bytes
 from mor_megatron.config.schema import Change, Config

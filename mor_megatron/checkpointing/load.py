@@ -8,7 +8,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from mor_megatron.checkpointing.agreement import from_all_ranks, from_rank_0
+from mor_megatron.checkpointing.collectives import from_all_ranks, from_rank_0
+from mor_megatron.checkpointing.compatibility import (
+    Difference,
+    corpus_differences,
+    differences,
+    refuse,
+    require_same_parameters,
+)
 from mor_megatron.checkpointing.directory import REPLACED, candidates, checkpoint_name, checkpoints
 from mor_megatron.checkpointing.engine_state import (
     prepare_state,
@@ -16,13 +23,6 @@ from mor_megatron.checkpointing.engine_state import (
     set_loss_scaler_state,
     torch_optimizer,
     updated_runs,
-)
-from mor_megatron.checkpointing.identity import (
-    Difference,
-    corpus_differences,
-    differences,
-    refuse,
-    require_same_parameters,
 )
 from mor_megatron.checkpointing.kept_tokenizer import KeptTokenizer, tokenizer_differences
 from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, Manifest, damage, read_manifest
@@ -33,7 +33,7 @@ from mor_megatron.checkpointing.save import persistent_buffers, united_cuts
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Change, Config
 from mor_megatron.data.corpora import corpus_sizes
-from mor_megatron.parallel.distributed import print_rank_0
+from mor_megatron.distributed.initialize import print_rank_0
 from mor_megatron.training.gradients import Engine
 from mor_megatron.training.progress import Progress
 

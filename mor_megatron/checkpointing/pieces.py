@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from mor_megatron.distributed.sharding import cut, join
 from mor_megatron.model.mor_model import EMBEDDING, HEAD, MoRModel
-from mor_megatron.parallel.sharding import cut, join
 
 WEIGHT, STEP, BUFFER = "weight", "step", "buffer"
 """Kinds beside the optimizer's own names of its states (exp_avg, exp_avg_sq, momentum_buffer)."""

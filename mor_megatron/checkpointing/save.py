@@ -26,10 +26,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from mor_megatron.checkpointing.agreement import from_all_ranks, from_rank_0
+from mor_megatron.checkpointing.collectives import from_all_ranks, from_rank_0
+from mor_megatron.checkpointing.compatibility import layout, model_shape
 from mor_megatron.checkpointing.directory import PARTIAL, checkpoint_name, delete, publish, superfluous
 from mor_megatron.checkpointing.engine_state import loss_scaler_state, saved_runs, torch_optimizer
-from mor_megatron.checkpointing.identity import layout, model_shape
 from mor_megatron.checkpointing.kept_tokenizer import KeptTokenizer
 from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, Manifest, StoredFile
 from mor_megatron.checkpointing.pieces import BUFFER, STEP, Cut, Piece, cut_of, is_copy

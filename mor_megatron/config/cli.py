@@ -24,9 +24,9 @@ from mor_megatron.config.megatron_flags import answer
 from mor_megatron.config.schema import Config
 from mor_megatron.config.settings import COMMAND_LINE, Setting, flag_name, read_command_line, read_files
 from mor_megatron.config.validate import validate
+from mor_megatron.distributed.launch import launched_world_size
 from mor_megatron.files import write_whole
-from mor_megatron.parallel.launch import launched_world_size
-from mor_megatron.parallel.layout import dry_run
+from mor_megatron.planning.report import dry_run
 
 SECTION_OF: dict[str, str] = {
     entry.name: section for section, kind in get_type_hints(Config).items() for entry in fields(kind)

@@ -223,7 +223,7 @@ def default_batch(config: Config, world_size: int) -> int:
 
 
 def is_ring(config: Config) -> bool:
-    """Whether a micro-batch passes every pipeline rank once a recursion (see parallel/stages.py)."""
+    """Whether a micro-batch passes every pipeline rank once a recursion (see planning/stages.py)."""
     plan = plan_from_config(config)
     cyclic = plan.strategy in ("cycle", "middle_cycle")
     return config.parallel.pipeline_model_parallel_size > 1 and plan.num_recursions > 1 and cyclic

@@ -5,7 +5,7 @@ one, DeepSpeed's for ZeRO, and our own for Mixture-of-Recursions. This file only
 fields fit together and `cli.py` reads them. A field's docstring is its `--help` text.
 
 A field also says what its change means to a run that loads a checkpoint (`Change`), where that is not what its section
-says (see `Config`). `checkpointing/identity.py` goes by it.
+says (see `Config`). `checkpointing/compatibility.py` goes by it.
 """
 
 from __future__ import annotations

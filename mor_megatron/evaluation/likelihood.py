@@ -16,9 +16,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from mor_megatron.evaluation.modes import THRESHOLD, TOPK, Way
 from mor_megatron.evaluation.routing import Calibration, router_logits
 from mor_megatron.evaluation.sequences import IGNORED, Padded, Piece, pad
-from mor_megatron.evaluation.ways import THRESHOLD, TOPK, Way
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 
 

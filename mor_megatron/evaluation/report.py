@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from mor_megatron.evaluation.likelihood import Likelihood
 from mor_megatron.huggingface.configuration_mor import MoRConfig
 from mor_megatron.huggingface.convert_config import training_config
-from mor_megatron.recursion.accounting import count_parameters, executed_flops_per_token
+from mor_megatron.planning.accounting import count_parameters, executed_flops_per_token
 
 
 def summary(model: MoRConfig, found: Likelihood, seq_length: int) -> dict:

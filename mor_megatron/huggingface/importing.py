@@ -15,8 +15,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from mor_megatron.checkpointing.compatibility import model_shape
 from mor_megatron.checkpointing.directory import PARTIAL, checkpoint_name, publish
-from mor_megatron.checkpointing.identity import model_shape
 from mor_megatron.checkpointing.kept_tokenizer import KeptTokenizer
 from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, Manifest, StoredFile
 from mor_megatron.checkpointing.pieces import BUFFER, WEIGHT, Cut, Piece

@@ -16,7 +16,7 @@ from mor_megatron.config.schema import Config
 from mor_megatron.huggingface.export import special_tokens
 from mor_megatron.huggingface.published import LLAMA3
 from mor_megatron.huggingface.weights import layer_names, num_groups, outer_names, split
-from mor_megatron.recursion.accounting import count_parameters
+from mor_megatron.planning.accounting import count_parameters
 from mor_megatron.recursion.plan import VirtualLayer, plan_from_config
 
 

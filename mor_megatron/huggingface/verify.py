@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from mor_megatron.config.schema import Config, ParallelConfig, TrainingConfig
 from mor_megatron.data.batch import Batch
+from mor_megatron.distributed.initialize import initialize_distributed
 from mor_megatron.model import MoRModel, build_model
 from mor_megatron.model.mor_model import HEAD
-from mor_megatron.parallel.distributed import initialize_distributed
 from mor_megatron.recursion.context import RoutingContext
 
 TOLERANCE = 1e-5

@@ -11,7 +11,7 @@ import torch
 from megatron.core import parallel_state
 from torch import nn
 
-from mor_megatron.parallel.sharding import cut
+from mor_megatron.distributed.sharding import cut
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The model: embedding, unique first layer, passes over the shared block, unique last layer, head.
 
 Every physical layer is one module, however often the plan visits it. A pipeline rank holds the parts of its stage
-(`parallel.stages`), under the same names; `parallel.ring` runs them in turn. Without a pipeline, `forward` does.
+(`planning.stages`), under the same names; `pipeline.ring` runs them in turn. Without a pipeline, `forward` does.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from torch import Tensor, nn
 
 from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
+from mor_megatron.distributed.cpu import device
+from mor_megatron.distributed.row_exchange import ShardedRows
 from mor_megatron.model.attention import KeyValue, LayerCall, RotaryTable, Sequences
 from mor_megatron.model.initialization import initialize_weights
 from mor_megatron.model.layer_spec import MoRTransformerLayer, RMSNorm, layer_spec, transformer_config
 from mor_megatron.model.recompute import recompute
-from mor_megatron.parallel.cpu import device
-from mor_megatron.parallel.row_exchange import ShardedRows
-from mor_megatron.parallel.stages import PipelinePlan, pipeline_plan
+from mor_megatron.planning.accounting import padded_vocab_size
+from mor_megatron.planning.stages import PipelinePlan, pipeline_plan
 from mor_megatron.recursion import context as names
-from mor_megatron.recursion.accounting import padded_vocab_size
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.dispatch import ActiveTokens, LocalRows
 from mor_megatron.recursion.expert_choice import ExpertChoice
@@ -143,7 +143,7 @@ class MoRModel(MegatronModule):
         Raises:
             ValueError: the sequence is longer than max-position-embeddings.
         """
-        assert self.pipeline.num_stages == 1, "a pipeline runs through parallel.ring"
+        assert self.pipeline.num_stages == 1, "a pipeline runs through pipeline.ring"
         context = context or RoutingContext()
         sequences = self.sequences(batch)
         hidden = self.enter(batch, sequences)

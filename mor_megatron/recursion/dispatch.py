@@ -218,7 +218,7 @@ def take_rows(x: Tensor, local: Tensor | None) -> Tensor:
 
 
 class LocalRows:
-    """Moves rows that are all on this rank; `parallel.row_exchange` does the same where they are cut by sequence."""
+    """Moves rows that are all on this rank; `distributed.row_exchange` does the same where they are cut by sequence."""
 
     def gather(self, hidden: Tensor, active: ActiveTokens) -> Tensor:
         """Rows of the active tokens out of the residual stream; see `gather`."""

@@ -1,6 +1,6 @@
 """A family of isoFLOP runs: methods x sizes x seeds, each trained for several budgets of FLOPs.
 
-A budget counts forward FLOPs as the paper does (recursion/accounting.py). The learning rate is constant after warm-up
+A budget counts forward FLOPs as the paper does (planning/accounting.py). The learning rate is constant after warm-up
 and decays over the last fifth (WSD), so that runs of one model to different budgets have their beginnings in common:
 a *trunk* at constant rate is trained once, and from where the last fifth of each budget would begin, a *decay* branches
 off its checkpoint. Data, optimizer and iteration count go on, so a trunk and its decay are one WSD run, bit for bit.
@@ -24,7 +24,7 @@ from mor_megatron.config.cli import read_config, save_config
 from mor_megatron.config.schema import Config
 from mor_megatron.config.validate import validate
 from mor_megatron.files import write_whole
-from mor_megatron.recursion.accounting import iterations_for_budget
+from mor_megatron.planning.accounting import iterations_for_budget
 
 FAMILY = "family.json"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Config
 from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocab_size
-from mor_megatron.recursion.accounting import (
+from mor_megatron.planning.accounting import (
     count_parameters,
     dense_equivalent,
     measured_fractions,

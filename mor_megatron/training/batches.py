@@ -13,9 +13,9 @@ from mor_megatron.data.batch import Batch
 from mor_megatron.data.corpora import read_blends
 from mor_megatron.data.datasets import build_batches, build_datasets, has_tokens, repetitions
 from mor_megatron.data.tokenizers import Tokenizer
-from mor_megatron.parallel.distributed import print_rank_0
+from mor_megatron.distributed.initialize import print_rank_0
+from mor_megatron.training.lr_schedule import samples_left
 from mor_megatron.training.progress import Progress
-from mor_megatron.training.schedule import samples_left
 
 
 @dataclass(frozen=True)

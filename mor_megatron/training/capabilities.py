@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from mor_megatron.config.deepspeed_settings import overlaps_reduction
 from mor_megatron.config.schema import Config
+from mor_megatron.distributed.cpu import device
 from mor_megatron.model.kernels import uses_flash_attention, uses_transformer_engine
-from mor_megatron.parallel.cpu import device
-from mor_megatron.parallel.schedule import overlaps_messages
+from mor_megatron.pipeline.schedule import overlaps_messages
 from mor_megatron.training.engine import choose_driver
 from mor_megatron.training.optimizer import uses_fused_adam
 

@@ -49,8 +49,8 @@ from torch import Tensor, nn
 
 from mor_megatron.config.deepspeed_settings import deepspeed_settings
 from mor_megatron.config.schema import Config
-from mor_megatron.parallel.cpu import device
-from mor_megatron.parallel.mpu import ModelParallelUnit
+from mor_megatron.distributed.cpu import device
+from mor_megatron.distributed.mpu import ModelParallelUnit
 from mor_megatron.training.gradients import (
     Engine,
     ShardedClipping,

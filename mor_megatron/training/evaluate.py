@@ -15,10 +15,10 @@ from megatron.core import parallel_state
 
 from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
+from mor_megatron.distributed.cpu import device
+from mor_megatron.distributed.initialize import print_rank_0
 from mor_megatron.model.mor_model import MoRModel
-from mor_megatron.parallel.cpu import device
-from mor_megatron.parallel.distributed import print_rank_0
-from mor_megatron.parallel.schedule import MakeContext, run_schedule
+from mor_megatron.pipeline.schedule import MakeContext, run_schedule
 from mor_megatron.recursion.context import RoutingContext, Selection
 from mor_megatron.training.batches import Batches
 from mor_megatron.training.metrics import validation_line

@@ -19,7 +19,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpee
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from mor_megatron.parallel.cpu import device
+from mor_megatron.distributed.cpu import device
 
 Engine = deepspeed.DeepSpeedEngine
 Gradients = list[tuple[nn.Parameter, Tensor]]

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from datetime import datetime
 
 from mor_megatron.config.schema import Config
-from mor_megatron.recursion.accounting import measured_fractions, training_flops_per_token
+from mor_megatron.planning.accounting import measured_fractions, training_flops_per_token
 from mor_megatron.training.progress import Progress
 from mor_megatron.training.train_step import StepReport
 

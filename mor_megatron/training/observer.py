@@ -13,7 +13,7 @@ from torch.profiler import profile
 
 from mor_megatron.checkpointing.engine_state import weights_norm
 from mor_megatron.config.schema import Config
-from mor_megatron.parallel.distributed import print_rank_0
+from mor_megatron.distributed.initialize import print_rank_0
 from mor_megatron.training.gradients import Engine
 from mor_megatron.training.sections import IN_AN_ITERATION, Sections
 

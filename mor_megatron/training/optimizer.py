@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mor_megatron.config.schema import OptimizerConfig
-from mor_megatron.parallel.cpu import device
+from mor_megatron.distributed.cpu import device
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from mor_megatron.checkpointing.agreement import from_all_ranks
+from mor_megatron.checkpointing.collectives import from_all_ranks
 from mor_megatron.checkpointing.directory import candidates
 from mor_megatron.checkpointing.lock import Lock
 from mor_megatron.config.schema import CheckpointConfig, Config

@@ -7,7 +7,7 @@ import time
 import torch
 
 from mor_megatron.config.schema import Config
-from mor_megatron.parallel.cpu import device
+from mor_megatron.distributed.cpu import device
 
 # Dense bf16 tensor-core TFLOP/s from NVIDIA's data sheets; the first name found in the device's name counts.
 _BF16_TFLOPS = {

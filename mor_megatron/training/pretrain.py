@@ -11,11 +11,11 @@ from mor_megatron.checkpointing.load import load_checkpoint
 from mor_megatron.config.schema import Config
 from mor_megatron.config.validate import validate
 from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocab_size
+from mor_megatron.distributed.initialize import initialize_distributed, print_rank_0
+from mor_megatron.distributed.launch import launched_world_size
 from mor_megatron.model import build_model
-from mor_megatron.parallel.distributed import initialize_distributed, print_rank_0
-from mor_megatron.parallel.launch import launched_world_size
-from mor_megatron.parallel.layout import describe_layout
-from mor_megatron.recursion.accounting import count_parameters, executed_flops_per_token
+from mor_megatron.planning.accounting import count_parameters, executed_flops_per_token
+from mor_megatron.planning.report import describe_layout
 from mor_megatron.training.batches import build_data
 from mor_megatron.training.capabilities import capability_line
 from mor_megatron.training.engine import build_engine

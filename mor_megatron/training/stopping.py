@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 
 from mor_megatron.config.schema import FaultConfig
-from mor_megatron.parallel.cpu import device
-from mor_megatron.parallel.launch import has_lost_launcher
+from mor_megatron.distributed.cpu import device
+from mor_megatron.distributed.launch import has_lost_launcher
 
 EXIT_STOPPED = 85
 """Exit status of a run that stopped before its last iteration: the same command continues it."""

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
+from mor_megatron.distributed.consistency import check_decision
+from mor_megatron.distributed.cpu import device
+from mor_megatron.distributed.replicated import reduce_replicated
 from mor_megatron.model.mor_model import MoRModel
-from mor_megatron.parallel.consistency import check_decision
-from mor_megatron.parallel.cpu import device
-from mor_megatron.parallel.replicated import reduce_replicated
-from mor_megatron.parallel.schedule import run_schedule
+from mor_megatron.pipeline.schedule import run_schedule
 from mor_megatron.recursion.context import RoutingContext, routing_metrics
 from mor_megatron.training.engine import Driver, Engine, apply_step, choose_driver, loss_scale
 from mor_megatron.training.gradients import discard_gradients, gradients_are_finite, whole_gradients

@@ -15,8 +15,8 @@ from mor_megatron.checkpointing.engine_state import torch_optimizer, updated_run
 from mor_megatron.checkpointing.load import load_checkpoint
 from mor_megatron.checkpointing.save import Saver
 from mor_megatron.config.schema import CheckpointConfig, Config
+from mor_megatron.distributed.initialize import initialize_distributed
 from mor_megatron.model import build_model
-from mor_megatron.parallel.distributed import initialize_distributed
 from mor_megatron.training.engine import Engine, build_engine
 from mor_megatron.training.progress import Progress
 from mor_megatron.training.train_step import StepReport

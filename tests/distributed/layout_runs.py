@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from mor_megatron.checkpointing.engine_state import weights_norm
 from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
+from mor_megatron.distributed.initialize import initialize_distributed
 from mor_megatron.model import MoRModel, build_model
-from mor_megatron.parallel.distributed import initialize_distributed
 from mor_megatron.recursion.dispatch import TIE
 from mor_megatron.recursion.routers import score
 from mor_megatron.training.engine import Engine, build_engine, loss_scale

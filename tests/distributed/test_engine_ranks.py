@@ -10,8 +10,8 @@ from layout_runs import describe, differences, my_batches, run_steps, step_with_
 from table import VOCABULARY, Layout, build_config
 
 from mor_megatron.config.schema import Config
+from mor_megatron.distributed.initialize import initialize_distributed
 from mor_megatron.model import build_model
-from mor_megatron.parallel.distributed import initialize_distributed
 from mor_megatron.training.engine import build_engine
 from mor_megatron.training.evaluate import evaluate
 

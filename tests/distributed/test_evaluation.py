@@ -11,9 +11,9 @@ from megatron.core import parallel_state
 from table import LAYOUTS, ONE, VOCABULARY, Layout, build_config
 
 from mor_megatron.config.schema import Config
+from mor_megatron.distributed.consistency import RoutingMismatchError
+from mor_megatron.distributed.initialize import initialize_distributed
 from mor_megatron.model import build_model
-from mor_megatron.parallel.consistency import RoutingMismatchError
-from mor_megatron.parallel.distributed import initialize_distributed
 from mor_megatron.training.engine import build_engine
 from mor_megatron.training.evaluate import evaluate
 from mor_megatron.training.train_step import train_step

@@ -1,4 +1,4 @@
-"""The table of bytes in parallel/memory.py, and its count of parameters, against what real engines hold."""
+"""The table of bytes in planning/memory.py, and its count of parameters, against what real engines hold."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from table import LAYOUTS, VOCABULARY, build_config
 from torch import Tensor
 
 from mor_megatron.config.schema import Config
+from mor_megatron.distributed.initialize import initialize_distributed
 from mor_megatron.model import build_model
-from mor_megatron.parallel.distributed import initialize_distributed
-from mor_megatron.parallel.memory import rank_parameters, rank_state
-from mor_megatron.parallel.stages import pipeline_plan
+from mor_megatron.planning.memory import rank_parameters, rank_state
+from mor_megatron.planning.stages import pipeline_plan
 from mor_megatron.training.engine import build_engine
 from mor_megatron.training.train_step import train_step
 

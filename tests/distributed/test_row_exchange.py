@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mor_megatron.parallel.row_exchange import ShardedRows
+from mor_megatron.distributed.row_exchange import ShardedRows
 from mor_megatron.recursion.dispatch import ActiveTokens, LocalRows, select_mask, select_topk
 
 SEQ, BATCH, WIDTH = 24, 3, 5
@@ -74,7 +74,7 @@ def test_moves_equal_those_of_one_process(workers, ranks, kept, ragged):
 def moves_in_a_layout(ranks: int, kept: tuple[int, int], ragged: bool) -> list[float]:
     from table import Layout, build_config
 
-    from mor_megatron.parallel.distributed import initialize_distributed
+    from mor_megatron.distributed.initialize import initialize_distributed
 
     initialize_distributed(build_config("vanilla", Layout("tp", tp=ranks)))
     return moves(kept, ragged)

@@ -14,12 +14,12 @@ from transformers import AutoTokenizer
 
 from mor_megatron.config.schema import Config
 from mor_megatron.data.tokenizer_training import train_tokenizer
+from mor_megatron.distributed.initialize import initialize_distributed
 from mor_megatron.evaluation import harness
 from mor_megatron.huggingface.configuration_mor import MoRConfig
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 from mor_megatron.huggingface.tokenizer import SAMPLE
 from mor_megatron.inference.loading import load_model
-from mor_megatron.parallel.distributed import initialize_distributed
 from mor_megatron.training.pretrain import pretrain
 
 pytestmark = pytest.mark.usefixtures("modules_of_exports")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from small_runs import ROOT, VOCABULARY, read_metrics
 
-from mor_megatron.recursion.accounting import training_flops_per_token
+from mor_megatron.planning.accounting import training_flops_per_token
 from mor_megatron.scaling.family import plan_family, read_family, write_family
 from mor_megatron.scaling.results import read_result
 from mor_megatron.scaling.train import train_family

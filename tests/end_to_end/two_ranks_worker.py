@@ -15,8 +15,8 @@ import torch.distributed as dist
 from small_runs import MODES, RESUMED, VOCABULARY, mode_name, small_config
 
 from mor_megatron.config.validate import validate
+from mor_megatron.distributed.initialize import initialize_distributed
 from mor_megatron.model import build_model
-from mor_megatron.parallel.distributed import initialize_distributed
 from mor_megatron.training.batches import build_data
 from mor_megatron.training.engine import build_engine
 from mor_megatron.training.loop import NonFiniteError, train

@@ -16,11 +16,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mor_megatron.config.schema import Config, ModelConfig
+from mor_megatron.distributed.sharding import cut
 from mor_megatron.huggingface.authors import check_keys, parameter_names, recursion_config
 from mor_megatron.huggingface.weights import Names, fuse, split
 from mor_megatron.model import MoRModel, build_model
 from mor_megatron.model.mor_model import EMBEDDING, HEAD
-from mor_megatron.parallel.sharding import cut
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from authors import Case, gradients_of, load_case, model_of, unique_storages
 
 from mor_megatron.data.batch import Batch
-from mor_megatron.parallel.cpu import device
+from mor_megatron.distributed.cpu import device
 from mor_megatron.recursion import context as names
 from mor_megatron.recursion.context import RoutingContext
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mor_megatron.config.schema import ParallelConfig
 from mor_megatron.data.batch import Batch
-from mor_megatron.parallel.distributed import initialize_distributed
-from mor_megatron.parallel.replicated import reduce_replicated
-from mor_megatron.parallel.schedule import run_schedule
+from mor_megatron.distributed.initialize import initialize_distributed
+from mor_megatron.distributed.replicated import reduce_replicated
+from mor_megatron.pipeline.schedule import run_schedule
 from mor_megatron.recursion import context as names
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.plan import plan_from_config

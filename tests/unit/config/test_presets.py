@@ -9,7 +9,7 @@ import pytest
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Config
 from mor_megatron.config.validate import validate
-from mor_megatron.recursion.accounting import count_parameters, paper_flops_per_token
+from mor_megatron.planning.accounting import count_parameters, paper_flops_per_token
 
 CONFIGS = Path(__file__).parents[3] / "examples" / "configs"
 SIZES = ("tiny", "135m", "360m", "730m", "1.7b")

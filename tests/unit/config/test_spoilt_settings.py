@@ -13,7 +13,7 @@ from mor_megatron.config.cli import SECTION_OF, TYPE_OF, read_config, to_yaml
 from mor_megatron.config.schema import Config
 from mor_megatron.config.settings import flag_name
 from mor_megatron.config.validate import validate
-from mor_megatron.parallel.layout import dry_run
+from mor_megatron.planning.report import dry_run
 
 PRESETS = Path(__file__).parents[3] / "examples" / "configs"
 VARIANTS = sorted(path.name for path in PRESETS.glob("*or_*.yaml"))

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from pairs import VOCAB, pair, random_ids
 
 from mor_megatron.evaluation.likelihood import likelihood
+from mor_megatron.evaluation.modes import ways_of
 from mor_megatron.evaluation.report import summary, table
 from mor_megatron.evaluation.routing import BINS, Calibration
 from mor_megatron.evaluation.sequences import IGNORED, Piece
-from mor_megatron.evaluation.ways import ways_of
-from mor_megatron.recursion.accounting import executed_flops_per_token
+from mor_megatron.planning.accounting import executed_flops_per_token
 
 pytestmark = pytest.mark.usefixtures("process_group")
 LENGTHS = (31, 12, 20, 31, 5)

@@ -10,7 +10,7 @@ from torch import Tensor
 from mor_megatron.huggingface.attention_mor import Visibility
 from mor_megatron.huggingface.cache_mor import CHUNK, MoRCache, Window
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
-from mor_megatron.recursion.accounting import kv_bytes_per_token
+from mor_megatron.planning.accounting import kv_bytes_per_token
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

@@ -35,7 +35,7 @@ from mor_megatron.huggingface.export import export, read_checkpoint, to_model
 from mor_megatron.huggingface.importing import kind_of, read_export, read_llama, write_checkpoint
 from mor_megatron.huggingface.uptraining import source_layers
 from mor_megatron.huggingface.verify import training_model
-from mor_megatron.recursion.accounting import count_parameters
+from mor_megatron.planning.accounting import count_parameters
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.plan import build_plan
 

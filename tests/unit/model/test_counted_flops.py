@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mor_megatron.config.schema import Config
 from mor_megatron.model import build_model
-from mor_megatron.recursion.accounting import (
+from mor_megatron.planning.accounting import (
     measured_fractions,
     planned_fractions,
     router_flops_per_token,

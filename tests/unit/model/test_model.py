@@ -21,8 +21,8 @@ from models import (
 
 from mor_megatron.data.batch import Batch
 from mor_megatron.model import attention, build_model
+from mor_megatron.planning.accounting import count_parameters
 from mor_megatron.recursion import context as names
-from mor_megatron.recursion.accounting import count_parameters
 from mor_megatron.recursion.context import RoutingContext
 
 FP32_TOL = 2e-6  # logits of about 1 through eight layers, summed in another order

@@ -10,7 +10,7 @@ from models import VOCAB, small_config
 
 from mor_megatron.config.validate import validate
 from mor_megatron.model import build_model
-from mor_megatron.recursion.accounting import count_parameters
+from mor_megatron.planning.accounting import count_parameters
 from mor_megatron.training.engine import build_engine
 
 pytestmark = pytest.mark.usefixtures("process_group")

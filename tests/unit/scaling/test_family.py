@@ -12,7 +12,7 @@ import pytest
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.validate import validate
 from mor_megatron.scaling.family import Recipe, plan_family, read_family, write_family
-from mor_megatron.training.schedule import learning_rate
+from mor_megatron.training.lr_schedule import learning_rate
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "examples" / "configs"

@@ -9,7 +9,7 @@ import pytest
 
 from mor_megatron.config.schema import Config, DataConfig, ModelConfig, RecursionConfig, TrainingConfig
 from mor_megatron.config.validate import validate
-from mor_megatron.recursion.accounting import executed_flops_per_token
+from mor_megatron.planning.accounting import executed_flops_per_token
 from mor_megatron.training.metrics import log_line, training_record, validation_line
 from mor_megatron.training.progress import Progress
 from mor_megatron.training.train_step import StepReport

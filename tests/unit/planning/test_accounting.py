@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mor_megatron.config.schema import Config, DataConfig, ModelConfig, RecursionConfig, TrainingConfig
-from mor_megatron.recursion.accounting import (
+from mor_megatron.planning.accounting import (
     count_parameters,
     dense_equivalent,
     executed_flops_per_token,

@@ -17,9 +17,9 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from mor_megatron.config.schema import Config
-from mor_megatron.parallel.cpu import support_cpu
-from mor_megatron.parallel.launch import is_launched, start_name
-from mor_megatron.parallel.roll_call import answer_roll_calls
+from mor_megatron.distributed.cpu import support_cpu
+from mor_megatron.distributed.launch import is_launched, start_name
+from mor_megatron.distributed.roll_call import answer_roll_calls
 
 GRACE_SECONDS = 5.0
 """After the time in which ranks have to meet, for the library to say what is wrong."""

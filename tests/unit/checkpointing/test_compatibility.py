@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mor_megatron.checkpointing.identity import differences, model_shape, refuse
+from mor_megatron.checkpointing.compatibility import differences, model_shape, refuse
 from mor_megatron.config.cli import SECTION_OF
 from mor_megatron.config.schema import Change, Config, DataConfig, ModelConfig, OptimizerConfig, RecursionConfig
 from mor_megatron.config.unread import is_read

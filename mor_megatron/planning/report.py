@@ -9,9 +9,9 @@ from mor_megatron.config.layout import data_parallel_size
 from mor_megatron.config.schema import Config, TrainingConfig
 from mor_megatron.config.validate import validate
 from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocab_size
-from mor_megatron.parallel.memory import RankState, rank_parameters, rank_state
-from mor_megatron.parallel.stages import PipelinePlan, microbatch_group_size, pipeline_plan
-from mor_megatron.recursion.accounting import head_flops_per_token, layer_flops_per_token
+from mor_megatron.planning.accounting import head_flops_per_token, layer_flops_per_token
+from mor_megatron.planning.memory import RankState, rank_parameters, rank_state
+from mor_megatron.planning.stages import PipelinePlan, microbatch_group_size, pipeline_plan
 
 
 def dry_run(config: Config, world_size: int | None) -> str:

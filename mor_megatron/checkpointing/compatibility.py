@@ -13,7 +13,7 @@ from mor_megatron.checkpointing.pieces import Cut
 from mor_megatron.config.schema import CHANGE, Change, Config
 from mor_megatron.config.settings import flag_name
 from mor_megatron.config.unread import is_read
-from mor_megatron.parallel.stages import pipeline_plan
+from mor_megatron.planning.stages import pipeline_plan
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from mor_megatron.data.batch import Batch
 from mor_megatron.model.attention import Sequences
 from mor_megatron.model.mor_model import MoRModel
-from mor_megatron.parallel.carry import keep
-from mor_megatron.parallel.message import MessageFormat
+from mor_megatron.pipeline.carry import keep
+from mor_megatron.pipeline.message import MessageFormat
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.stream import EveryToken, Stream
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 from mor_megatron.config.layout import data_parallel_size
 from mor_megatron.config.schema import Config
-from mor_megatron.parallel.stages import PipelinePlan
-from mor_megatron.recursion.accounting import layer_parameters, padded_vocab_size, router_parameters
+from mor_megatron.planning.accounting import layer_parameters, padded_vocab_size, router_parameters
+from mor_megatron.planning.stages import PipelinePlan
 
 
 @dataclass(frozen=True)

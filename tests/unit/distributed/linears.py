@@ -8,8 +8,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor
 
 from mor_megatron.config.schema import Config
+from mor_megatron.distributed.initialize import initialize_distributed
 from mor_megatron.model.layer_spec import transformer_config
-from mor_megatron.parallel.distributed import initialize_distributed
 
 SEQ, WIDTH, INNER = 6, 8, 12
 

@@ -10,8 +10,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Config, OptimizerConfig, TrainingConfig
 from mor_megatron.config.validate import validate
+from mor_megatron.training.lr_schedule import last_iteration, learning_rate, next_iteration, samples_left
 from mor_megatron.training.progress import Progress
-from mor_megatron.training.schedule import last_iteration, learning_rate, next_iteration, samples_left
 
 
 def rates(iterations: int, **settings) -> list[float]:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from mor_megatron.parallel.cpu import device
+from mor_megatron.distributed.cpu import device
 
 
 class RoutingMismatchError(RuntimeError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mor_megatron.parallel.carry import keep
+from mor_megatron.pipeline.carry import keep
 
 
 def test_gradients_come_back_through_the_leaves():

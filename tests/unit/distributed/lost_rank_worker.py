@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mor_megatron.config.schema import CheckpointConfig, Config, ParallelConfig
-from mor_megatron.parallel.roll_call import answer_roll_calls, hold_roll_call, report_iteration
+from mor_megatron.distributed.roll_call import answer_roll_calls, hold_roll_call, report_iteration
 
 
 def main(fate: str, victim: int, directory: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mor_megatron.parallel import distributed
+from mor_megatron.distributed import initialize as distributed
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]

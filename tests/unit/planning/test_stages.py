@@ -9,7 +9,7 @@ import pytest
 
 from mor_megatron.config.schema import Config, ModelConfig, ParallelConfig, RecursionConfig
 from mor_megatron.config.validate import validate
-from mor_megatron.parallel.stages import balanced_split, microbatch_group_size, pipeline_plan
+from mor_megatron.planning.stages import balanced_split, microbatch_group_size, pipeline_plan
 
 STRATEGIES = ["cycle", "middle_cycle", "sequence", "middle_sequence"]
 

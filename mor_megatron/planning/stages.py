@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mor_megatron.config.schema import Config
-from mor_megatron.recursion.accounting import head_flops_per_token, layer_flops_per_token
+from mor_megatron.planning.accounting import head_flops_per_token, layer_flops_per_token
 from mor_megatron.recursion.plan import RecursionPlan, VirtualLayer, plan_from_config
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mor_megatron.parallel import launch
-from mor_megatron.parallel.launch import adopt_srun, first_host, is_launched, launched_world_size, start_name
+from mor_megatron.distributed import launch
+from mor_megatron.distributed.launch import adopt_srun, first_host, is_launched, launched_world_size, start_name
 
 TASK = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "HOME": "/root"}
 TASK |= {"SLURM_JOB_ID": "4321", "SLURM_STEP_ID": "0"}

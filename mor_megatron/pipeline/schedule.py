@@ -18,8 +18,8 @@ from mor_megatron.config.layout import is_ring
 from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
 from mor_megatron.model.mor_model import MoRModel
-from mor_megatron.parallel.ring import Chunk, MicroBatch
-from mor_megatron.parallel.stages import microbatch_group_size
+from mor_megatron.pipeline.ring import Chunk, MicroBatch
+from mor_megatron.planning.stages import microbatch_group_size
 from mor_megatron.recursion.context import RoutingContext
 
 MakeContext = Callable[[], RoutingContext]

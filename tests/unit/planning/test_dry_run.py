@@ -11,8 +11,8 @@ import pytest
 
 from mor_megatron.config.cli import parse_config, read_config
 from mor_megatron.config.validate import validate
-from mor_megatron.parallel.layout import describe_layout, stage_work
-from mor_megatron.parallel.stages import pipeline_plan
+from mor_megatron.planning.report import describe_layout, stage_work
+from mor_megatron.planning.stages import pipeline_plan
 
 MOR = (
     "--num-layers 14 --num-recursions 3 --routing expert_choice --hidden-size 64 --ffn-hidden-size 176 --seq-length 128"

@@ -1,1 +1,0 @@
-"""Process groups and what Megatron-core needs to run without CUDA."""
