@@ -28,9 +28,9 @@ def main() -> int:
     from mor_megatron.distributed.consistency import RoutingMismatchError
     from mor_megatron.distributed.initialize import RendezvousError
     from mor_megatron.distributed.roll_call import hold_roll_call
-    from mor_megatron.training.loop import NonFiniteError
-    from mor_megatron.training.pretrain import pretrain
-    from mor_megatron.training.stopping import EXIT_STOPPED
+    from mor_megatron.pretraining.loop import NonFiniteError
+    from mor_megatron.pretraining.pretrain import pretrain
+    from mor_megatron.pretraining.stopping import EXIT_STOPPED
 
     try:
         finished = pretrain(config)

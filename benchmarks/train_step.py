@@ -29,10 +29,10 @@ from mor_megatron.data.batch import Batch
 from mor_megatron.distributed.initialize import initialize_distributed
 from mor_megatron.model import build_model
 from mor_megatron.planning.accounting import executed_flops_per_token
+from mor_megatron.pretraining.peak import measure_gemm
 from mor_megatron.recursion import context as names
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.training.engine import build_engine
-from mor_megatron.training.peak import measure_gemm
 from mor_megatron.training.train_step import train_step
 
 HF = "hf_llama"

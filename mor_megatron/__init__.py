@@ -5,5 +5,5 @@ import warnings
 __version__ = "0.1.0"
 
 # Megatron-core and DeepSpeed tell every process that GPU packages are missing and calls are old. What is missing and
-# matters is told by training/capabilities.py.
+# matters is printed by pretraining/capabilities.py.
 warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|full scope|_tensor` is deprecated).*")

@@ -37,10 +37,10 @@ from mor_megatron.distributed.cpu import device  # noqa: E402
 from mor_megatron.distributed.initialize import initialize_distributed  # noqa: E402
 from mor_megatron.distributed.launch import launched_world_size  # noqa: E402
 from mor_megatron.model import build_model  # noqa: E402
-from mor_megatron.training.capabilities import capability_line  # noqa: E402
+from mor_megatron.pretraining.capabilities import capability_line  # noqa: E402
+from mor_megatron.pretraining.peak import device_peak  # noqa: E402
 from mor_megatron.training.engine import build_engine  # noqa: E402
 from mor_megatron.training.metrics import training_record  # noqa: E402
-from mor_megatron.training.peak import device_peak  # noqa: E402
 from mor_megatron.training.progress import Progress  # noqa: E402
 from mor_megatron.training.train_step import train_step  # noqa: E402
 

@@ -60,8 +60,8 @@ def run_train(args: argparse.Namespace) -> int:
     Raises:
         ValueError: there is no family, or a run's settings, data or checkpoint do not fit.
     """
+    from mor_megatron.pretraining.stopping import EXIT_STOPPED
     from mor_megatron.scaling.train import train_family  # loads Megatron-core
-    from mor_megatron.training.stopping import EXIT_STOPPED
 
     return 0 if train_family(read_family(args.directory)) else EXIT_STOPPED
 

@@ -6,8 +6,8 @@ import gc
 from collections.abc import Iterable
 
 from mor_megatron.config.cli import read_config
+from mor_megatron.pretraining.pretrain import pretrain
 from mor_megatron.scaling.family import Run, checkpoint_of
-from mor_megatron.training.pretrain import pretrain
 
 
 def train_family(runs: Iterable[Run]) -> bool:

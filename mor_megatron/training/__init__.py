@@ -1,1 +1,1 @@
-"""From a model and batches to trained weights: schedule, optimizer, engine, step, loop, checkpoints, metrics."""
+"""One iteration: DeepSpeed's engine in each of its modes, the step, its learning rate, its metrics; an evaluation."""

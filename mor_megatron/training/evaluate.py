@@ -16,12 +16,9 @@ from megatron.core import parallel_state
 from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
 from mor_megatron.distributed.cpu import device
-from mor_megatron.distributed.initialize import print_rank_0
 from mor_megatron.model.mor_model import MoRModel
 from mor_megatron.pipeline.schedule import MakeContext, run_schedule
 from mor_megatron.recursion.context import RoutingContext, Selection
-from mor_megatron.training.batches import Batches
-from mor_megatron.training.metrics import validation_line
 from mor_megatron.training.train_step import count_tokens, gather_values, masked_sum, num_microbatches
 
 VALIDATION_LOSSES: dict[str, Selection] = {
@@ -77,14 +74,6 @@ def evaluate(
             total = by_name.get(name, by_name[topk])[i]
             losses[CORPUS_LOSS.format(name, corpus)] = total / counts[i] if counts[i] else None
     return losses
-
-
-def evaluate_splits(model: MoRModel, config: Config, iteration: int, batches: Batches) -> None:
-    """Evaluate validation and test, those that there are, and print their losses; collective over all ranks."""
-    for name, split in (("validation", batches.validation), ("test", batches.test)):
-        if split is not None:
-            losses = evaluate(model, split.batches(), config, iteration, split.corpora)
-            print_rank_0(validation_line({"iteration": iteration} | losses, name))
 
 
 class _Sums:

@@ -1,4 +1,4 @@
-"""What is reported about a run, and under which names; writers.py says to where.
+"""What is reported about a run, and under which names.
 
 Every iteration makes one record; metrics.jsonl, TensorBoard and W&B get each, the log line the means since the last
 line. Router metrics keep the names they have in `recursion.context`; validation losses those of `evaluate`.

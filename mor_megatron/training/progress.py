@@ -20,7 +20,7 @@ class Progress:
     skipped_in_a_row: int = 0
     """Unapplied steps since the last applied one."""
     loss_average: float | None = None
-    """Moving average of the loss of applied iterations, nats (spikes.py)."""
+    """Moving average of the loss of applied iterations, nats."""
     rollbacks: int = 0
     """Times that the run went back to a checkpoint because of a loss spike."""
     left_out_samples: int = 0

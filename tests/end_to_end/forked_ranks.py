@@ -112,7 +112,7 @@ def running(flags: list[str], count: int, outputs: Path, environment: dict[str, 
 
 def _context():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mor_megatron.training.pretrain", "mor_megatron.config.cli", "forked_ranks"])
+    context.set_forkserver_preload(["mor_megatron.pretraining.pretrain", "mor_megatron.config.cli", "forked_ranks"])
     return context
 
 

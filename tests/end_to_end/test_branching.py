@@ -3,7 +3,7 @@
 import pytest
 from small_runs import assert_same_checkpoint, read_metrics, small_config
 
-from mor_megatron.training.pretrain import pretrain
+from mor_megatron.pretraining.pretrain import pretrain
 
 
 def test_trunk_and_decay_are_one_run(process_group, corpus, tmp_path, capsys):

@@ -30,7 +30,7 @@ from mor_megatron.checkpointing.directory import candidates
 from mor_megatron.checkpointing.manifest import read_manifest
 from mor_megatron.checkpointing.reader import open_checkpoint
 from mor_megatron.checkpointing.save import SaveError
-from mor_megatron.training.pretrain import pretrain
+from mor_megatron.pretraining.pretrain import pretrain
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -210,7 +210,7 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_where_a_run_cannot_write_it_does_not_begin(corpus, tmp_path, monkeypatch, name):
-    monkeypatch.setattr("mor_megatron.training.pretrain.configured_tokenizer", lambda data: pytest.fail("it began"))
+    monkeypatch.setattr("mor_megatron.pretraining.pretrain.configured_tokenizer", lambda data: pytest.fail("it began"))
     changes, message = OUTPUTS[name]
     changes = changes(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -266,7 +266,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(corpus, tmp_path, monkey
             release.set()
         return report
 
-    from mor_megatron.training import loop
+    from mor_megatron.pretraining import loop
 
     train_step = loop.train_step
     monkeypatch.setattr(saving, "write_tensors", slow)

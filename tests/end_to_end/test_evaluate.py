@@ -20,7 +20,7 @@ from mor_megatron.huggingface.configuration_mor import MoRConfig
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 from mor_megatron.huggingface.tokenizer import SAMPLE
 from mor_megatron.inference.loading import load_model
-from mor_megatron.training.pretrain import pretrain
+from mor_megatron.pretraining.pretrain import pretrain
 
 pytestmark = pytest.mark.usefixtures("modules_of_exports")
 

@@ -22,7 +22,7 @@ from mor_megatron.data.tokenizer_training import train_tokenizer
 from mor_megatron.data.tokenizers import build_tokenizer
 from mor_megatron.huggingface.export import read_run_config
 from mor_megatron.inference.loading import load_model
-from mor_megatron.training.pretrain import pretrain
+from mor_megatron.pretraining.pretrain import pretrain
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

@@ -7,7 +7,7 @@ import re
 import pytest
 from small_runs import read_metrics, read_weights, small_config, write_corpus
 
-from mor_megatron.training.pretrain import pretrain
+from mor_megatron.pretraining.pretrain import pretrain
 from mor_megatron.training.sections import IN_AN_ITERATION
 
 ITERATIONS = 6

@@ -7,7 +7,7 @@ import torch
 import wandb
 from small_runs import MODES, assert_same_checkpoint, mode_name, read_metrics, read_weights, small_config
 
-from mor_megatron.training.pretrain import pretrain
+from mor_megatron.pretraining.pretrain import pretrain
 
 SLOW_BUT_DEFAULT = [pytest.param(mode, marks=() if mode == (False, 1) else pytest.mark.slow) for mode in MODES]
 

@@ -12,9 +12,9 @@ import torch
 from small_runs import VOCABULARY, assert_same_checkpoint, read_metrics, small_config
 
 from mor_megatron.checkpointing.load import find_checkpoint
-from mor_megatron.training.pretrain import pretrain
+from mor_megatron.pretraining.pretrain import pretrain
+from mor_megatron.pretraining.spikes import WARMUP, is_spike, update_average
 from mor_megatron.training.progress import Progress
-from mor_megatron.training.spikes import WARMUP, is_spike, update_average
 
 SETTINGS = {
     "split": "1,0,0",

@@ -17,7 +17,7 @@ from small_runs import (
     small_config,
 )
 
-from mor_megatron.training.pretrain import pretrain
+from mor_megatron.pretraining.pretrain import pretrain
 
 LAYOUT_TOL = 2e-6  # two ranks add the same fp32 gradients in another order; eight SGD steps
 

@@ -13,8 +13,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from mor_megatron.data.batch import Batch
 from mor_megatron.huggingface.export import read_checkpoint, to_model
 from mor_megatron.huggingface.verify import training_model
+from mor_megatron.pretraining.pretrain import pretrain
 from mor_megatron.recursion.context import RoutingContext
-from mor_megatron.training.pretrain import pretrain
 
 sys.path.append(str(ROOT / "tools"))
 import import_hf

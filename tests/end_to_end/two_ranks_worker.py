@@ -17,12 +17,12 @@ from small_runs import MODES, RESUMED, VOCABULARY, mode_name, small_config
 from mor_megatron.config.validate import validate
 from mor_megatron.distributed.initialize import initialize_distributed
 from mor_megatron.model import build_model
-from mor_megatron.training.batches import build_data
+from mor_megatron.pretraining.batches import build_data
+from mor_megatron.pretraining.loop import NonFiniteError, train
+from mor_megatron.pretraining.pretrain import pretrain
+from mor_megatron.pretraining.stopping import Stopper
 from mor_megatron.training.engine import build_engine
-from mor_megatron.training.loop import NonFiniteError, train
-from mor_megatron.training.pretrain import pretrain
 from mor_megatron.training.progress import Progress
-from mor_megatron.training.stopping import Stopper
 from mor_megatron.training.train_step import train_step
 
 

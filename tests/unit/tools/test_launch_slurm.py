@@ -165,7 +165,7 @@ def test_every_job_can_come_back_and_training_stop_in_time(template):
 
 
 def test_exit_codes_are_the_programs():
-    from mor_megatron.training.stopping import EXIT_STOPPED
+    from mor_megatron.pretraining.stopping import EXIT_STOPPED
 
     (code,) = re.findall(r"^EXIT_STOPPED=(\d+)", (SLURM / "pretrain.sbatch").read_text(), re.MULTILINE)
     assert int(code) == EXIT_STOPPED

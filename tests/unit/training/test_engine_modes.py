@@ -10,9 +10,9 @@ from deepspeed.accelerator import get_accelerator
 from test_train_step import EXPERT, Tied, cut, global_batch, make_config, make_engine
 
 from mor_megatron.config.validate import validate
+from mor_megatron.pretraining.loop import NonFiniteError, advance
 from mor_megatron.training.engine import build_engine, choose_driver, loss_scale
 from mor_megatron.training.gradients import global_norm, sharded_gradients
-from mor_megatron.training.loop import NonFiniteError, advance
 from mor_megatron.training.progress import Progress
 from mor_megatron.training.train_step import train_step
 

@@ -12,10 +12,10 @@ from mor_megatron.config.schema import Config, DataConfig, ModelConfig, Optimize
 from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
 from mor_megatron.model import build_model
+from mor_megatron.pretraining.loop import NonFiniteError, advance
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.training.engine import apply_step, build_engine
 from mor_megatron.training.gradients import accumulated_gradients, discard_gradients, sum_of_squares
-from mor_megatron.training.loop import NonFiniteError, advance
 from mor_megatron.training.progress import Progress
 from mor_megatron.training.train_step import train_step
 

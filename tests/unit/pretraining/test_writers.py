@@ -7,8 +7,8 @@ from full_disk import room_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mor_megatron.config.schema import CheckpointConfig, Config, LoggingConfig
-from mor_megatron.training import writers
-from mor_megatron.training.writers import JsonLines, TensorBoard, open_writers
+from mor_megatron.pretraining import writers
+from mor_megatron.pretraining.writers import JsonLines, TensorBoard, open_writers
 
 
 def test_jsonl_is_continued_after_the_checkpoint_it_starts_from(tmp_path, capsys):

@@ -14,16 +14,18 @@ from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocab_siz
 from mor_megatron.distributed.initialize import initialize_distributed, print_rank_0
 from mor_megatron.distributed.launch import launched_world_size
 from mor_megatron.model import build_model
+from mor_megatron.model.mor_model import MoRModel
 from mor_megatron.planning.accounting import count_parameters, executed_flops_per_token
 from mor_megatron.planning.report import describe_layout
-from mor_megatron.training.batches import build_data
-from mor_megatron.training.capabilities import capability_line
+from mor_megatron.pretraining.batches import Batches, build_data
+from mor_megatron.pretraining.capabilities import capability_line
+from mor_megatron.pretraining.loop import train
+from mor_megatron.pretraining.outputs import claim_outputs
+from mor_megatron.pretraining.stopping import Stopper
+from mor_megatron.pretraining.writers import Writer
 from mor_megatron.training.engine import build_engine
-from mor_megatron.training.evaluate import evaluate_splits
-from mor_megatron.training.loop import train
-from mor_megatron.training.outputs import claim_outputs
-from mor_megatron.training.stopping import Stopper
-from mor_megatron.training.writers import Writer
+from mor_megatron.training.evaluate import evaluate
+from mor_megatron.training.metrics import validation_line
 
 
 def pretrain(config: Config) -> bool:
@@ -57,9 +59,17 @@ def _pretrain(config: Config, stopper: Stopper, writers: list[Writer]) -> bool:
     print_rank_0(_description(config, vocab_size))
     print_rank_0(describe_layout(config, vocab_size, dist.get_world_size()))
     if config.training.skip_train:
-        evaluate_splits(engine.module, config, progress.iteration, batches)
+        _evaluate_splits(engine.module, config, progress.iteration, batches)
         return True
     return train(engine, config, progress, batches, vocab_size, stopper, kept, writers)
+
+
+def _evaluate_splits(model: MoRModel, config: Config, iteration: int, batches: Batches) -> None:
+    """Evaluate validation and test, those that there are, and print their losses; collective over all ranks."""
+    for name, split in (("validation", batches.validation), ("test", batches.test)):
+        if split is not None:
+            losses = evaluate(model, split.batches(), config, iteration, split.corpora)
+            print_rank_0(validation_line({"iteration": iteration} | losses, name))
 
 
 def _description(config: Config, vocab_size: int) -> str:

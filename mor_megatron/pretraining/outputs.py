@@ -19,7 +19,7 @@ from mor_megatron.checkpointing.collectives import from_all_ranks
 from mor_megatron.checkpointing.directory import candidates
 from mor_megatron.checkpointing.lock import Lock
 from mor_megatron.config.schema import CheckpointConfig, Config
-from mor_megatron.training.writers import WeightsAndBiases, Writer
+from mor_megatron.pretraining.writers import WeightsAndBiases, Writer
 
 
 @contextlib.contextmanager

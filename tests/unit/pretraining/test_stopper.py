@@ -9,7 +9,7 @@ import time
 import pytest
 
 from mor_megatron.config.schema import FaultConfig
-from mor_megatron.training.stopping import SIGNALS, Stopper
+from mor_megatron.pretraining.stopping import SIGNALS, Stopper
 
 
 @pytest.fixture

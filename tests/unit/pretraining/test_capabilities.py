@@ -7,7 +7,7 @@ import torch
 
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.validate import validate
-from mor_megatron.training.capabilities import capabilities, capability_line
+from mor_megatron.pretraining.capabilities import capabilities, capability_line
 
 RING = "--num-layers 8 --num-recursions 3 --pipeline-model-parallel-size 2 --vocab-size 64"
 
@@ -57,6 +57,6 @@ def test_bf16_that_the_card_only_emulates_is_refused(process_group, monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    monkeypatch.setattr("mor_megatron.training.capabilities.uses_fused_adam", lambda optimizer: False)
+    monkeypatch.setattr("mor_megatron.pretraining.capabilities.uses_fused_adam", lambda optimizer: False)
     with pytest.raises(ValueError, match="bf16=True, but Tesla V100 has no bf16: use --fp16"):
         capabilities(config)

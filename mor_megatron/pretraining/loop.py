@@ -18,19 +18,19 @@ from mor_megatron.checkpointing.save import SaveError, Saver
 from mor_megatron.config.schema import CheckpointConfig, Config
 from mor_megatron.distributed.initialize import print_rank_0
 from mor_megatron.distributed.roll_call import report_iteration
-from mor_megatron.training.batches import Batches
+from mor_megatron.pretraining.batches import Batches
+from mor_megatron.pretraining.heartbeat import Heartbeat, State
+from mor_megatron.pretraining.observer import Observer
+from mor_megatron.pretraining.peak import device_peak
+from mor_megatron.pretraining.spikes import is_spike, update_average
+from mor_megatron.pretraining.stopping import Stopper
+from mor_megatron.pretraining.writers import Writer, open_writers
 from mor_megatron.training.engine import Engine
 from mor_megatron.training.evaluate import evaluate
-from mor_megatron.training.heartbeat import Heartbeat, State
 from mor_megatron.training.lr_schedule import last_iteration, next_iteration
 from mor_megatron.training.metrics import Record, log_line, training_record, validation_line
-from mor_megatron.training.observer import Observer
-from mor_megatron.training.peak import device_peak
 from mor_megatron.training.progress import Progress
-from mor_megatron.training.spikes import is_spike, update_average
-from mor_megatron.training.stopping import Stopper
 from mor_megatron.training.train_step import StepReport, train_step
-from mor_megatron.training.writers import Writer, open_writers
 
 
 class NonFiniteError(RuntimeError):

@@ -1,0 +1,1 @@
+"""A whole run: batches, the loop, when it stops, what it reports and where it writes."""
