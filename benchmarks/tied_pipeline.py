@@ -27,7 +27,6 @@ from mor_megatron.model.attention import LayerCall, RotaryTable, Sequences
 from mor_megatron.model.initialization import initialize_weights
 from mor_megatron.model.layer_spec import RMSNorm, layer_spec, transformer_config
 from mor_megatron.recursion.dispatch import ActiveTokens
-from mor_megatron.recursion.plan import plan_from_config
 from mor_megatron.training.engine import quiet
 from mor_megatron.training.optimizer import build_optimizer, set_learning_rate
 
@@ -74,7 +73,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def layer_specs(config: Config) -> list:
     """The unrolled network: tied where the recursion plan visits a layer more than once."""
-    plan = plan_from_config(config)
+    plan = config.plan
     names = [name for name, _ in Block(config).named_parameters()]
     uses = [layer.physical for layer in plan.layers]
     blocks = [
@@ -155,7 +154,7 @@ def around_instruction(instruction: type, wrap: Callable[[Callable], Callable]) 
 
 def _names_in_model(config: Config, module: PipelineModule) -> dict[str, str]:
     """Each parameter's name here -> the one under which `MoRModel` draws its weights."""
-    plan = plan_from_config(config)
+    plan = config.plan
     names = {}
     for name, _ in module.named_parameters():
         place, _, rest = name.removeprefix("tied_modules.").partition(".")

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     from mor_megatron.distributed.initialize import initialize_distributed
     from mor_megatron.evaluation import harness
     from mor_megatron.evaluation.likelihood import likelihood
-    from mor_megatron.evaluation.modes import ways_of
+    from mor_megatron.evaluation.modes import modes_of
     from mor_megatron.evaluation.report import summary, table
     from mor_megatron.evaluation.sequences import IndexedPieces, settings_of, text_pieces, token_bytes
     from mor_megatron.inference.loading import load_model
@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> None:
             pieces = text_pieces(args.text, tokenizer, vocab_size, length, args.sequences, eod)
         else:
             pieces = IndexedPieces(settings, args.sequences, vocab_size)
-        ways = ways_of(model.config, not args.no_fixed_depths)
+        modes = modes_of(model.config, not args.no_fixed_depths)
         nbytes = None if tokenizer is None else token_bytes(tokenizer, vocab_size)
-        found = likelihood(model, pieces, ways, args.batch_size, nbytes)
+        found = likelihood(model, pieces, modes, args.batch_size, nbytes)
         facts |= summary(model.config, found, length)
         if is_first:
             print(table(facts), flush=True)

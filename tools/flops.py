@@ -29,7 +29,6 @@ from mor_megatron.planning.accounting import (
     planned_fractions,
     training_flops_per_token,
 )
-from mor_megatron.recursion.plan import plan_from_config
 
 PRESETS = Path(__file__).resolve().parents[1] / "examples" / "configs"
 PAPER = ("vanilla", "recursive_nr4", "mor_expert_nr2", "mor_expert_nr3", "mor_expert_nr4", "mor_expert_nr3_kv_sharing")
@@ -89,7 +88,7 @@ def show_model(files: list[Path], settings: list[str], fractions: list[float] | 
     count = config.recursion.num_recursions
     if fractions is not None and (len(fractions) != count or not all(0 <= value <= 1 for value in fractions)):
         raise ValueError(f"fractions={fractions} must be as many as num-recursions={count}, from 0 to 1")
-    print(plan_from_config(config).table().splitlines()[0])
+    print(config.plan.table().splitlines()[0])
     shown = " ".join(f"{value:.3g}" for value in fractions or planned_fractions(config))
     recompute = config.training.recompute_granularity or "nothing"
     print(
@@ -104,7 +103,7 @@ def show_paper(budget: float) -> None:
     print(f"{'360M':28}{'layers':>7}{'unique':>7}{'MFLOP a token':>15}{'iterations':>12}{'published, 16.5e18':>20}")
     for name in PAPER:
         config, _ = load([PRESETS / f"{name}.yaml", PRESETS / "360m.yaml"], [])
-        plan = plan_from_config(config)
+        plan = config.plan
         print(
             f"{name:28}{plan.num_layers:>7}{plan.num_physical_layers:>7}{paper_flops_per_token(config) / 1e6:>15.1f}"
             f"{iterations_for_budget(config, budget):>12}{config.training.train_iters:>20}"

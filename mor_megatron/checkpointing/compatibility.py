@@ -10,10 +10,11 @@ from typing import Any
 from megatron.core import parallel_state
 
 from mor_megatron.checkpointing.pieces import Cut
-from mor_megatron.config.schema import CHANGE, Change, Config
+from mor_megatron.config.schema import CHANGE, Config
 from mor_megatron.config.settings import flag_name
 from mor_megatron.config.unread import is_read
 from mor_megatron.planning.stages import pipeline_plan
+from mor_megatron.recursion.setting import Change, rule_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def _settings(config: Config) -> Iterator[tuple[Field, Change, Any]]:
         part = getattr(config, section.name)
         for entry in fields(part):
             if is_read(config, entry.name):
-                yield entry, entry.metadata.get(CHANGE, section.metadata[CHANGE]), getattr(part, entry.name)
+                yield entry, rule_of(entry).change or section.metadata[CHANGE], getattr(part, entry.name)
 
 
 def _plain(config: Config, vocab_size: int) -> Config:

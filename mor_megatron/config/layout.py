@@ -9,7 +9,6 @@ import math
 from dataclasses import replace
 
 from mor_megatron.config.schema import Config
-from mor_megatron.recursion.plan import num_unique_ends, plan_from_config
 
 Problem = tuple[str, str]
 """Why something is refused, and which setting would help, to be read after "use"."""
@@ -104,11 +103,11 @@ def _fits(config: Config, world_size: int) -> bool:
 
 
 def _stages(config: Config) -> Problem | None:
-    plan, parallel = plan_from_config(config), config.parallel
+    plan, parallel = config.plan, config.parallel
     stages, layers, block = parallel.pipeline_model_parallel_size, parallel.pipeline_layers, plan.block_size
     if block < stages:
         count, strategy = plan.num_recursions, plan.strategy
-        depth = num_unique_ends(strategy, count) + stages * count
+        depth = len(plan.first) + len(plan.last) + stages * count
         return (
             f"pipeline-model-parallel-size={stages} does not fit a block of {block} "
             f"{'layer' if block == 1 else 'layers'} (num-layers={plan.num_layers}, num-recursions={count}, {strategy})",
@@ -224,6 +223,5 @@ def default_batch(config: Config, world_size: int) -> int:
 
 def is_ring(config: Config) -> bool:
     """Whether a micro-batch passes every pipeline rank once a recursion (see planning/stages.py)."""
-    plan = plan_from_config(config)
-    cyclic = plan.strategy in ("cycle", "middle_cycle")
-    return config.parallel.pipeline_model_parallel_size > 1 and plan.num_recursions > 1 and cyclic
+    plan = config.plan
+    return config.parallel.pipeline_model_parallel_size > 1 and plan.num_recursions > 1 and plan.is_cyclic

@@ -10,43 +10,19 @@ says (see `Config`). `checkpointing/compatibility.py` goes by it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, Literal
+from dataclasses import dataclass, field, make_dataclass
+from functools import cached_property
+from typing import Literal
 
-SharingStrategy = Literal["cycle", "sequence", "middle_cycle", "middle_sequence"]
-Routing = Literal["none", "expert_choice", "token_choice"]
-KVMode = Literal["caching", "sharing", "sharing_update"]
-
-
-class Change(Enum):
-    """What it means that a run has another value of a setting than the checkpoint that it loads."""
-
-    WEIGHTS = "the stored weights are those of another model"
-    FUNCTION = "the same weights would compute something else: fine-tuning may, a resumed run may not"
-    STATE = "the optimizer's stored state is of no use"
-    TOLD = "training goes on otherwise, and says so"
-    SILENT = "nothing that is computed depends on it"
-
+from mor_megatron.recursion.methods import METHODS, method_of
+from mor_megatron.recursion.plan import STRATEGIES, RecursionPlan, build_plan, effective_depth
+from mor_megatron.recursion.routing import RoutingMethod
+from mor_megatron.recursion.setting import Change, setting
 
 CHANGE = "change"
-"""Key of a field's metadata under which its `Change` stands."""
+"""Key of a section's metadata under which stands what most changes of its settings mean."""
 
-
-def _on_change(change: Change, default: Any) -> Any:
-    return field(default=default, metadata={CHANGE: change})
-
-
-def _weights(default: Any) -> Any:
-    return _on_change(Change.WEIGHTS, default)
-
-
-def _told(default: Any) -> Any:
-    return _on_change(Change.TOLD, default)
-
-
-def _silent(default: Any) -> Any:
-    return _on_change(Change.SILENT, default)
+_WITH_RECURSIONS = ("--num-recursions above 1", lambda sharing: sharing.num_recursions > 1)
 
 
 @dataclass(frozen=True)
@@ -55,19 +31,19 @@ class ModelConfig:
 
     num_layers: int = 8
     """Unrolled depth: virtual layers that a token of full depth passes."""
-    hidden_size: int = _weights(256)
+    hidden_size: int = setting(256, change=Change.WEIGHTS)
     """Width of the residual stream, H."""
-    ffn_hidden_size: int = _weights(704)
+    ffn_hidden_size: int = setting(704, change=Change.WEIGHTS)
     """Inner width of the SwiGLU feed-forward."""
-    num_attention_heads: int = _weights(4)
+    num_attention_heads: int = setting(4, change=Change.WEIGHTS)
     """Query heads."""
-    group_query_attention: bool = _weights(False)
+    group_query_attention: bool = setting(False, change=Change.WEIGHTS)
     """Use grouped-query attention with --num-query-groups key/value heads."""
-    num_query_groups: int | None = _weights(None)
+    num_query_groups: int | None = setting(None, change=Change.WEIGHTS)
     """Key/value heads when --group-query-attention is set."""
-    kv_channels: int | None = _weights(None)
+    kv_channels: int | None = setting(None, change=Change.WEIGHTS)
     """Width of one head; default hidden-size / num-attention-heads."""
-    max_position_embeddings: int = _told(2048)
+    max_position_embeddings: int = setting(2048, change=Change.TOLD)
     """Longest sequence the model may see."""
     norm_epsilon: float = 1e-5
     """RMSNorm epsilon."""
@@ -77,70 +53,50 @@ class ModelConfig:
     """Stretch the slow rotary frequencies as Llama 3.1 does, for sequences longer than its first 8192 positions."""
     rope_scaling_factor: float = 8.0
     """How far: 8 in Llama 3.1 and 3.3, 32 in Llama 3.2."""
-    add_qkv_bias: bool = _weights(False)
+    add_qkv_bias: bool = setting(False, change=Change.WEIGHTS)
     """Give the query, key and value projections a bias, as Qwen2 does; it starts at 0."""
-    init_method_std: float = _told(0.02)
+    init_method_std: float = setting(0.02, change=Change.TOLD)
     """Every linear, embedding and router weight starts from N(0, std^2) (MoR: no depth scaling)."""
-    untie_embeddings_and_output_weights: bool = _weights(False)
+    untie_embeddings_and_output_weights: bool = setting(False, change=Change.WEIGHTS)
     """Give the LM head its own weight instead of the embedding's."""
-    vocab_size: int | None = _weights(None)
+    vocab_size: int | None = setting(None, change=Change.WEIGHTS)
     """Vocabulary before padding; default: the tokenizer's."""
-    make_vocab_size_divisible_by: int = _told(128)
+    make_vocab_size_divisible_by: int = setting(128, change=Change.TOLD)
     """The embedding is padded to a multiple of this."""
 
 
 @dataclass(frozen=True)
-class RecursionConfig:
-    """What makes it Mixture-of-Recursions: sharing, routing, key/value strategy and router losses."""
+class SharingConfig:
+    """What makes it Mixture-of-Recursions: sharing, key/value strategy, and which routing method there is."""
 
-    num_recursions: int = 1
+    num_recursions: int = setting(1, least=1)
     """Nr: applications of the shared block; 1 with routing none is a vanilla Transformer."""
-    sharing_strategy: SharingStrategy = "middle_cycle"
+    sharing_strategy: str = "middle_cycle"
     """Which virtual layers share a physical one (paper, table 1); middle_* keeps the first and last layer unique."""
-    depth_rounding: Literal["error", "down", "up"] = _silent("error")
+    depth_rounding: Literal["error", "down", "up"] = setting("error", read_with=_WITH_RECURSIONS, change=Change.SILENT)
     """What to do when Nr does not divide the shared depth."""
-    routing: Routing = "none"
+    routing: str = "none"
     """expert_choice: each recursion picks tokens; token_choice: each token picks its depth; none: every token, every
     recursion."""
-    kv_mode: KVMode = "caching"
+    kv_mode: Literal["caching", "sharing", "sharing_update"] = "caching"
     """caching: keys/values of a recursion's own tokens; sharing: those of recursion 0 for all; sharing_update: those
     of recursion 0 with the active rows replaced."""
-    capacity: tuple[float, ...] | None = None
-    """expert_choice: fraction of tokens kept at each recursion, non-increasing; default (Nr-r)/Nr."""
-    capacity_warmup_iters: int = _told(0)
-    """Iterations over which capacities fall from 1 to their value along a cosine."""
-    router_type: Literal["linear", "mlp"] = "linear"
-    """linear: H->out; mlp: H->2H, GELU, 2H->out. Neither has biases."""
-    router_func: Literal["sigmoid", "tanh", "softmax", "none"] | None = None
-    """Score function; default sigmoid (expert_choice) or softmax (token_choice)."""
-    router_alpha: float | None = None
-    """Scale of the gate; default 0.1, or 1.0 for softmax."""
-    router_temperature: float = 1.0
-    """The router reads hidden / temperature."""
-    router_gating: Literal["weighted", "additive"] = "weighted"
-    """weighted: h + g*y; additive: h + y (the router then learns from its own losses only)."""
-    router_objective: Literal["aux_loss", "aux_router"] = "aux_loss"
-    """expert_choice: what learns the causal 0.5 threshold: the router itself, or a second, detached router."""
-    router_aux_loss_coeff: float = _told(0.001)
-    """expert_choice: coefficient of the binary cross entropy towards the top-k selection (sum over recursions)."""
-    router_aux_lr_mult: float = _told(10.0)
-    """Learning-rate multiplier of the auxiliary router (router-objective aux_router)."""
-    router_aux_loss_per_microbatch: bool = _told(False)
-    """Authors' scaling: sum the auxiliary loss over micro-batches instead of averaging it, so that its effective
-    coefficient grows with gradient accumulation."""
-    router_z_loss_coeff: float = _told(0.0)
-    """Coefficient of the router z-loss, mean(logsumexp(logits)^2)."""
-    router_balance: Literal["loss", "loss_free", "none"] = _told("loss")
-    """token_choice: balance depths by a loss, by a bias without gradient, or not at all."""
-    router_balance_coeff: float = _told(0.1)
-    """token_choice: coefficient of the balancing loss."""
-    router_balance_scope: Literal["sequence", "microbatch"] = _told("sequence")
-    """token_choice: over what the balancing loss counts depths. sequence does not depend on how a batch is cut;
-    microbatch is the authors'."""
-    router_bias_update_rate: float = _told(0.001)
-    """token_choice: step of the loss-free bias."""
-    router_balance_warmup_iters: int = _told(0)
-    """token_choice: first iterations in which every token takes full depth."""
+    extension: str | None = setting(None, change=Change.SILENT)
+    """Python file that registers further sharing strategies and routing methods (docs/extending.md)."""
+
+
+def recursion_config() -> type[SharingConfig]:
+    """`SharingConfig` with the settings of all registered routing methods, each of which knows its own."""
+    choices = [
+        ("sharing_strategy", Literal[tuple(STRATEGIES)], setting("middle_cycle", read_with=_WITH_RECURSIONS)),
+        ("routing", Literal[tuple(METHODS)], setting("none")),
+    ]
+    settings = dict.fromkeys(method.Settings for method in METHODS.values())
+    bases = (*reversed(settings), SharingConfig)
+    return make_dataclass("RecursionConfig", choices, bases=bases, frozen=True, namespace={"__module__": __name__})
+
+
+RecursionConfig = recursion_config()
 
 
 @dataclass(frozen=True)
@@ -161,7 +117,7 @@ class DataConfig:
     """Corpora for the test of --skip-train alone."""
     per_split_data_args_path: str | None = None
     """JSON file of the three: {"train": [...], "valid": [...], "test": [...]}."""
-    data_cache_path: str | None = _silent(None)
+    data_cache_path: str | None = setting(None, change=Change.SILENT)
     """Directory of the sample indexes; default: beside the data."""
     seq_length: int = 1024
     """Tokens of a training sample."""
@@ -175,7 +131,7 @@ class DataConfig:
     """Attend inside one document only."""
     eod_mask_loss: bool = False
     """Leave predictions made at an end-of-document token out of the loss."""
-    num_workers: int = _silent(0)
+    num_workers: int = setting(0, change=Change.SILENT)
     """Loader processes per rank."""
 
 
@@ -183,7 +139,7 @@ class DataConfig:
 class OptimizerConfig:
     """Optimizer and learning-rate schedule."""
 
-    optimizer: Literal["adam", "sgd"] = _on_change(Change.STATE, "adam")
+    optimizer: Literal["adam", "sgd"] = setting("adam", change=Change.STATE)
     """adam is AdamW (decoupled decay); sgd has momentum and serves tests of gradient scale."""
     lr: float = 3e-3
     """Peak learning rate."""
@@ -270,11 +226,11 @@ class TrainingConfig:
     """Reduce gradients while the backward pass goes on; ZeRO 2 and 3. auto: with CUDA."""
     deepspeed_config: str | None = None
     """JSON file of more DeepSpeed settings; one that contradicts a flag is refused."""
-    eval_interval: int = _silent(100)
+    eval_interval: int = setting(100, change=Change.SILENT)
     """Iterations between evaluations."""
     eval_iters: int = 10
     """Global batches per evaluation; 0 switches evaluation off."""
-    skip_train: bool = _silent(False)
+    skip_train: bool = setting(False, change=Change.SILENT)
     """Only evaluate the checkpoint of --load, on the validation split and on the test split, if there is one."""
     eval_fixed_depths: bool = False
     """Evaluate also with every token sent to each fixed depth 1..Nr (test-time scaling)."""
@@ -282,7 +238,7 @@ class TrainingConfig:
     """Stop after more than this many non-finite steps in a row."""
     distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
     """auto: nccl with CUDA, else gloo."""
-    distributed_timeout_minutes: float = _silent(10.0)
+    distributed_timeout_minutes: float = setting(10.0, change=Change.SILENT)
     """Limit of one collective; a rank that dies or hangs stops the others within it."""
 
 
@@ -301,7 +257,7 @@ class ParallelConfig:
     balanced by FLOPs, the head counted."""
     overlap_p2p_comm: Literal["auto", "on", "off"] = "auto"
     """Send and receive between the ranks of the ring while they compute. auto: in every ring."""
-    check_routing_consistency: int | None = _silent(None)
+    check_routing_consistency: int | None = setting(None, change=Change.SILENT)
     """Every so many iterations, compare routing decisions over tensor-parallel ranks, and stop if they differ."""
 
 
@@ -354,9 +310,9 @@ class FaultConfig:
     """Save and exit with status 85 after the first iteration that ends later than this."""
     exit_interval: int | None = None
     """Save and exit with status 85 after iterations that this divides."""
-    loss_spike_factor: float | None = _told(None)
+    loss_spike_factor: float | None = setting(None, change=Change.TOLD)
     """Report a loss above this many times its moving average; above 1. Default: none is looked for."""
-    max_rollbacks: int = _told(0)
+    max_rollbacks: int = setting(0, change=Change.TOLD)
     """After so many loss spikes, go back to the last checkpoint of --save and leave out the samples since."""
 
 
@@ -394,7 +350,7 @@ class Config:
     """A whole run. Sections group the fields, and say what most of their changes mean; flags and YAML keys are flat."""
 
     model: ModelConfig = field(default_factory=ModelConfig, metadata={CHANGE: Change.FUNCTION})
-    recursion: RecursionConfig = field(default_factory=RecursionConfig, metadata={CHANGE: Change.FUNCTION})
+    recursion: RecursionConfig = field(default_factory=lambda: RecursionConfig(), metadata={CHANGE: Change.FUNCTION})
     data: DataConfig = field(default_factory=DataConfig, metadata={CHANGE: Change.TOLD})
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig, metadata={CHANGE: Change.TOLD})
     training: TrainingConfig = field(default_factory=TrainingConfig, metadata={CHANGE: Change.TOLD})
@@ -402,3 +358,21 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata={CHANGE: Change.SILENT})
     faults: FaultConfig = field(default_factory=FaultConfig, metadata={CHANGE: Change.SILENT})
     logging: LoggingConfig = field(default_factory=LoggingConfig, metadata={CHANGE: Change.SILENT})
+
+    @cached_property
+    def plan(self) -> RecursionPlan:
+        """Which layer runs where, how often and for how many tokens.
+
+        Raises:
+            ValueError: depth, number of recursions and sharing strategy do not fit.
+        """
+        recursion = self.recursion
+        count, strategy = recursion.num_recursions, recursion.sharing_strategy
+        depth = effective_depth(self.model.num_layers, count, strategy, recursion.depth_rounding)
+        capacities = method_of(recursion.routing).capacities(recursion, count)
+        return build_plan(depth, count, strategy, recursion.kv_mode, capacities)
+
+    @property
+    def routing_method(self) -> RoutingMethod:
+        """The routing method without weights: what can be said of it from the settings alone."""
+        return method_of(self.recursion.routing)(self.recursion, self.plan)

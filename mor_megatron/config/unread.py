@@ -4,51 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from dataclasses import Field, fields
 from typing import Any
 
 from mor_megatron.config.schema import Config
 from mor_megatron.data.corpora import is_cut
+from mor_megatron.recursion.methods import METHODS, method_of
+from mor_megatron.recursion.setting import rule_of
 
 logger = logging.getLogger(__name__)
-
-ALPHAS = {"sigmoid": 0.1, "tanh": 0.1, "softmax": 1.0, "none": 1.0}
-"""Router function -> its default `router_alpha`."""
 
 # Who reads a setting: its names, the condition, and the condition in words.
 _READERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("split", lambda c: is_cut(c.data), "--data-path"),
     ("num_query_groups", lambda c: c.model.group_query_attention, "--group-query-attention"),
     ("rope_scaling_factor", lambda c: c.model.use_rope_scaling, "--use-rope-scaling"),
-    ("depth_rounding sharing_strategy", lambda c: c.recursion.num_recursions > 1, "--num-recursions above 1"),
-    (
-        "router_type router_func router_alpha router_temperature router_gating router_objective router_z_loss_coeff",
-        lambda c: c.recursion.routing != "none",
-        "--routing expert_choice or token_choice",
-    ),
-    (
-        "capacity capacity_warmup_iters router_aux_loss_coeff router_aux_loss_per_microbatch",
-        lambda c: c.recursion.routing == "expert_choice",
-        "--routing expert_choice",
-    ),
-    ("router_aux_lr_mult", lambda c: c.recursion.router_objective == "aux_router", "--router-objective aux_router"),
-    ("router_alpha", lambda c: c.recursion.router_func != "none", "a --router-func other than none"),
-    (
-        "router_balance router_balance_warmup_iters",
-        lambda c: c.recursion.routing == "token_choice",
-        "--routing token_choice",
-    ),
-    (
-        "router_balance_coeff router_balance_scope",
-        lambda c: c.recursion.routing == "token_choice" and c.recursion.router_balance == "loss",
-        "--routing token_choice --router-balance loss",
-    ),
-    (
-        "router_bias_update_rate",
-        lambda c: c.recursion.routing == "token_choice" and c.recursion.router_balance == "loss_free",
-        "--routing token_choice --router-balance loss_free",
-    ),
     ("sequence_parallel", lambda c: c.parallel.tensor_model_parallel_size > 1, "--tensor-model-parallel-size above 1"),
     (
         "pipeline_layers overlap_p2p_comm",
@@ -57,8 +28,8 @@ _READERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ),
     (
         "check_routing_consistency",
-        lambda c: c.recursion.routing != "none" and c.parallel.tensor_model_parallel_size > 1,
-        "--routing expert_choice or token_choice and --tensor-model-parallel-size above 1",
+        lambda c: method_of(c.recursion.routing).routes and c.parallel.tensor_model_parallel_size > 1,
+        "a --routing other than none and --tensor-model-parallel-size above 1",
     ),
     ("min_lr", lambda c: c.optimizer.lr_decay_style != "constant", "a --lr-decay-style other than constant"),
     ("lr_wsd_decay_iters lr_wsd_decay_style", lambda c: c.optimizer.lr_decay_style == "WSD", "--lr-decay-style WSD"),
@@ -91,36 +62,39 @@ _READERS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
 
 def is_read(config: Config, name: str) -> bool:
     """Whether this configuration reads a field."""
-    return all(holds(config) for names, holds, _ in _READERS if name in names.split())
+    return not list(_unread_because(config, name))
 
 
 def warn_of_unread(config: Config) -> None:
     """Warn about every setting that was changed and that this configuration does not read."""
-    changed = {
-        entry.name: getattr(part, entry.name)
-        for part in sections(config)
-        for entry in fields(part)
-        if getattr(part, entry.name) != entry.default
-    }
-    if config.recursion.router_func == "none" and config.recursion.router_alpha == ALPHAS["none"]:
-        changed.pop("router_alpha", None)
+    for part in sections(config):
+        for entry in fields(part):
+            value = getattr(part, entry.name)
+            if value != entry.default:
+                for condition in _unread_because(config, entry.name):
+                    say(f"{entry.name.replace('_', '-')}={value} is ignored: it is read only with {condition}")
+    for warning in method_of(config.recursion.routing).warnings(config.recursion):
+        say(warning)
+
+
+def _unread_because(config: Config, name: str) -> Iterator[str]:
+    """The conditions, in words, under which a field is read and which do not hold."""
     for names, holds, condition in _READERS:
-        for name in names.split():
-            if name in changed and not holds(config):
-                shown = f"{name.replace('_', '-')}={changed[name]}"
-                say(f"{shown} is ignored: it is read only with {condition}")
-    recursion = config.recursion
-    if recursion.routing == "expert_choice" and recursion.router_aux_loss_coeff == 0:
-        say(
-            "router-aux-loss-coeff=0 leaves the causal threshold untrained, so that threshold evaluation and "
-            "generation select at random: use a value above 0"
-        )
-    balanced = recursion.router_balance == "loss" and recursion.router_balance_coeff > 0
-    if recursion.routing == "token_choice" and recursion.router_gating == "additive" and not balanced:
-        say(
-            "router-gating=additive without a balancing loss leaves the depth router without a gradient: use "
-            "--router-gating weighted or --router-balance loss"
-        )
+        if name in names.split() and not holds(config):
+            yield condition
+    for entry in fields(config.recursion):
+        if entry.name == name:
+            yield from _unread_of_recursion(config, entry)
+
+
+def _unread_of_recursion(config: Config, entry: Field) -> Iterator[str]:
+    """A setting of routing methods is read by those that declare it; what its rule says comes on top."""
+    recursion, rule = config.recursion, rule_of(entry)
+    readers = [method for method in METHODS.values() if entry.name in {own.name for own in fields(method.Settings)}]
+    if readers and method_of(recursion.routing) not in readers:
+        yield f"--routing {' or '.join(method.name for method in readers)}"
+    elif rule.read_with is not None and not rule.read_with[1](recursion):
+        yield rule.read_with[0]
 
 
 def say(message: str) -> None:

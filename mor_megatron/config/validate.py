@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import fields, replace
-from itertools import pairwise
 
 from mor_megatron.config.deepspeed_settings import check_engine
 from mor_megatron.config.layout import check_batch, check_layout, default_batch
 from mor_megatron.config.run_length import global_batch_size, resolve_length
 from mor_megatron.config.schema import Config
-from mor_megatron.config.unread import ALPHAS, say, sections, warn_of_unread
+from mor_megatron.config.unread import say, sections, warn_of_unread
 from mor_megatron.data.corpora import PATHS_PER_SPLIT
-from mor_megatron.recursion.plan import default_capacities, effective_depth
+from mor_megatron.recursion.methods import method_of
+from mor_megatron.recursion.plan import effective_depth
+from mor_megatron.recursion.setting import rule_of
 
 FLASH_LARGEST_HEAD = 256
 """Widest head that flash-attn computes."""
@@ -49,15 +50,14 @@ def validate(config: Config, world_size: int = 1) -> Config:
 
 
 _AT_LEAST_1 = """num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels
-    max_position_embeddings vocab_size make_vocab_size_divisible_by num_recursions seq_length lr_decay_iters
+    max_position_embeddings vocab_size make_vocab_size_divisible_by seq_length lr_decay_iters
     train_samples lr_decay_samples micro_batch_size global_batch_size train_iters eval_interval save_interval keep_last
     keep_every log_interval tensor_model_parallel_size pipeline_model_parallel_size check_routing_consistency
     initial_loss_scale loss_scale_window min_loss_scale hysteresis exit_interval"""
-_AT_LEAST_0 = """init_method_std capacity_warmup_iters router_aux_loss_coeff router_aux_lr_mult router_z_loss_coeff
-    router_balance_coeff router_bias_update_rate router_balance_warmup_iters num_workers min_lr lr_warmup_iters
+_AT_LEAST_0 = """init_method_std num_workers min_lr lr_warmup_iters
     lr_wsd_decay_iters lr_warmup_samples lr_wsd_decay_samples weight_decay clip_grad seed eval_iters
     max_skipped_steps max_rollbacks ckpt_step profile_step_start"""
-_ABOVE_0 = """norm_epsilon rotary_base rope_scaling_factor router_alpha router_temperature lr adam_eps
+_ABOVE_0 = """norm_epsilon rotary_base rope_scaling_factor lr adam_eps
     distributed_timeout_minutes peak_tflops exit_duration_in_mins"""
 _BELOW_1 = "adam_beta1 adam_beta2 sgd_momentum"
 _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
@@ -76,6 +76,10 @@ def _check_ranges(config: Config) -> None:
             value = values[name]
             if value is not None and not (math.isfinite(value) and holds(value)):
                 raise ValueError(f"{name.replace('_', '-')}={value} is out of range: use {wanted}")
+    for entry in fields(config.recursion):
+        value, rule = getattr(config.recursion, entry.name), rule_of(entry)
+        if isinstance(value, int | float) and not rule.allows(value):
+            raise ValueError(f"{entry.name.replace('_', '-')}={value} is out of range: use {rule.range}")
 
 
 def _model(config: Config) -> Config:
@@ -115,16 +119,9 @@ def _model(config: Config) -> Config:
 def _recursion(config: Config) -> Config:
     recursion = config.recursion
     count, strategy = recursion.num_recursions, recursion.sharing_strategy
-    if recursion.routing != "none":
-        if count == 1:
-            raise ValueError(
-                f"routing={recursion.routing} needs num-recursions above 1: give --num-recursions 2 or more"
-            )
-        if strategy not in ("cycle", "middle_cycle"):
-            raise ValueError(
-                f"sharing-strategy={strategy} has no contiguous recursion to route to with routing="
-                f"{recursion.routing}: use cycle or middle_cycle"
-            )
+    method = method_of(recursion.routing)
+    if method.routes and count == 1:
+        raise ValueError(f"routing={recursion.routing} needs num-recursions above 1: give --num-recursions 2 or more")
     if recursion.kv_mode != "caching" and count == 1:
         raise ValueError(
             f"kv-mode={recursion.kv_mode} shares keys and values between recursions, and num-recursions=1 has one: "
@@ -136,47 +133,14 @@ def _recursion(config: Config) -> Config:
             f"num-layers={config.model.num_layers} becomes {depth} (depth-rounding={recursion.depth_rounding}, "
             f"num-recursions={count}, sharing-strategy={strategy})"
         )
-    recursion = _routing_defaults(recursion)
-    if recursion.routing == "expert_choice":
-        _check_capacity(recursion.capacity, count)
-    return replace(config, model=replace(config.model, num_layers=depth), recursion=recursion)
-
-
-_ROUTER_FUNCS = {"expert_choice": ("sigmoid", "tanh", "none"), "token_choice": ("softmax", "sigmoid")}
-
-
-def _routing_defaults(recursion):
-    if recursion.routing == "none":
-        return recursion
-    allowed = _ROUTER_FUNCS[recursion.routing]
-    func = recursion.router_func or allowed[0]
-    if func not in allowed:
-        raise ValueError(f"router-func={func} does not go with routing={recursion.routing}: use {' or '.join(allowed)}")
-    if recursion.router_objective == "aux_router" and recursion.routing != "expert_choice":
+    recursion = method.resolve(recursion, count)
+    config = replace(config, model=replace(config.model, num_layers=depth), recursion=recursion)
+    if method.routes and not config.plan.is_cyclic:
         raise ValueError(
-            f"router-objective=aux_router does not go with routing={recursion.routing}, which is causal already: "
-            "use router-objective=aux_loss or routing=expert_choice"
+            f"sharing-strategy={strategy} has no contiguous recursion to route to with routing="
+            f"{recursion.routing}: use cycle or middle_cycle"
         )
-    capacity = recursion.capacity
-    if recursion.routing == "expert_choice" and capacity is None:
-        capacity = default_capacities(recursion.num_recursions)
-    alpha = ALPHAS[func] if recursion.router_alpha is None else recursion.router_alpha
-    return replace(recursion, router_func=func, router_alpha=alpha, capacity=capacity)
-
-
-def _check_capacity(capacity: tuple[float, ...], count: int) -> None:
-    shown = f"capacity={' '.join(f'{value:g}' for value in capacity)}"
-    usual = " ".join(f"{value:.3g}" for value in default_capacities(count))
-    if len(capacity) != count:
-        raise ValueError(
-            f"{shown} has {len(capacity)} values for num-recursions={count}: give {count}, such as {usual}"
-        )
-    if not all(0 < value <= 1 for value in capacity):
-        raise ValueError(f"{shown} leaves the range above 0 to 1: use fractions of the tokens, such as {usual}")
-    if capacity[0] != 1:
-        raise ValueError(f"{shown} does not start with 1, but the first recursion takes every token: use {usual}")
-    if any(later > earlier for earlier, later in pairwise(capacity)):
-        raise ValueError(f"{shown} increases, but a recursion selects among the tokens of the one before: use {usual}")
+    return config
 
 
 def _data(config: Config) -> Config:

@@ -20,7 +20,8 @@ from mor_megatron.recursion.dispatch import ActiveTokens, AddRows, LocalRows
 class ShardedRows(LocalRows):
     """`LocalRows` over the ranks of a tensor-parallel group; tensors of rows are this rank's shares."""
 
-    def __init__(self, group: dist.ProcessGroup):
+    def __init__(self, group: dist.ProcessGroup, device: torch.device | str = "cpu"):
+        super().__init__(device)
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
@@ -28,11 +29,11 @@ class ShardedRows(LocalRows):
         """[S/T, B, H] -> this rank's share of the active rows, [ceil(k/T), B, H]."""
         return self._moved(hidden, ActiveTokens(active.seq_length, active.batch_size), active.rows)
 
-    def take(self, x: Tensor, active: ActiveTokens, local: Tensor | None) -> Tensor:
-        """This rank's share of the rows of `x` at `local`."""
-        return self._moved(x, active, local)
+    def take(self, rows: Tensor, active: ActiveTokens, index: Tensor | None) -> Tensor:
+        """This rank's share of the rows at `index`."""
+        return self._moved(rows, active, index)
 
-    def combine(self, hidden: Tensor, update: Tensor, gate: Tensor | None, active: ActiveTokens) -> Tensor:
+    def combine(self, hidden: Tensor, rows: Tensor, gate: Tensor | None, active: ActiveTokens) -> Tensor:
         """Every rank adds to its own part of the residual stream; the gate is that of all active tokens."""
         width = hidden.shape[-1]
         if gate is not None:
@@ -41,11 +42,11 @@ class ShardedRows(LocalRows):
         if active.rows is None:
             share = hidden.shape[0]
             gate = None if gate is None else gate[self.rank * share : (self.rank + 1) * share]
-            return super().combine(hidden, update, gate, ActiveTokens(*hidden.shape[:2]))
+            return super().combine(hidden, rows, gate, ActiveTokens(*hidden.shape[:2]))
         routes = self._routes(ActiveTokens(active.seq_length, active.batch_size), active.rows)
-        rows = _Move.apply(update.reshape(-1, width), routes.reversed(), self.group)
+        own = _Move.apply(rows.reshape(-1, width), routes.reversed(), self.group)
         gate = None if gate is None else gate.reshape(-1, 1)[routes.taken].to(hidden.dtype)
-        return AddRows.apply(hidden.reshape(-1, width), rows, gate, routes.source).view_as(hidden)
+        return AddRows.apply(hidden.reshape(-1, width), own, gate, routes.source).view_as(hidden)
 
     def collect(self, values: Tensor, active: ActiveTokens) -> Tensor:
         """[ceil(R/T), C, W] -> [R, C, W]. Every rank makes the same of it, so its gradient is cut, not summed."""

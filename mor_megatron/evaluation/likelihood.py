@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mor_megatron.evaluation.modes import THRESHOLD, TOPK, Way
+from mor_megatron.evaluation.modes import THRESHOLD, TOPK, Mode
 from mor_megatron.evaluation.routing import Calibration, router_logits
 from mor_megatron.evaluation.sequences import IGNORED, Padded, Piece, pad
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
@@ -24,9 +24,9 @@ from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 
 @dataclass(frozen=True)
 class Result:
-    """Of one way."""
+    """Of one mode."""
 
-    way: Way
+    mode: Mode
     nll: float
     """Mean over predictions, nats."""
     perplexity: float
@@ -60,11 +60,13 @@ class Likelihood:
 class _Sums:
     """What is added up over batches and ranks, in float64."""
 
-    def __init__(self, ways: Sequence[Way], num_recursions: int, calibration: Calibration | None, device: torch.device):
+    def __init__(
+        self, modes: Sequence[Mode], num_recursions: int, calibration: Calibration | None, device: torch.device
+    ):
         self.counts = torch.zeros(4, dtype=torch.float64, device=device)
-        """Sequences, predictions, bytes, tokens that two ways send equally deep."""
-        self.losses = torch.zeros(len(ways), dtype=torch.float64, device=device)
-        self.depths = torch.zeros(len(ways), num_recursions + 1, dtype=torch.float64, device=device)
+        """Sequences, predictions, bytes, tokens that two modes send equally deep."""
+        self.losses = torch.zeros(len(modes), dtype=torch.float64, device=device)
+        self.depths = torch.zeros(len(modes), num_recursions + 1, dtype=torch.float64, device=device)
         """Tokens by the recursions that they passed."""
         self.calibration = calibration
 
@@ -78,7 +80,7 @@ class _Sums:
 def likelihood(
     model: MoRForCausalLM,
     pieces: Sequence[Piece],
-    ways: Sequence[Way],
+    modes: Sequence[Mode],
     batch_size: int,
     nbytes: Tensor | None = None,
 ) -> Likelihood:
@@ -87,7 +89,7 @@ def likelihood(
     Args:
         model: in evaluation mode; the same on every rank.
         pieces: at least one; the same on every rank.
-        ways: from `ways_of`.
+        modes: from `modes_of`.
         batch_size: pieces in one pass.
         nbytes: bytes of each token, [V] (`sequences.token_bytes`).
     Raises:
@@ -96,19 +98,19 @@ def likelihood(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device, config = model.device, model.config
     calibration = None
-    if any(way.name == TOPK for way in ways):
+    if any(mode.name == TOPK for mode in modes):
         calibration = Calibration(config.capacity, config.router_threshold, device)
-    sums = _Sums(ways, config.num_recursions, calibration, device)
+    sums = _Sums(modes, config.num_recursions, calibration, device)
     mine = range(rank, len(pieces), world)
     for start in range(0, len(mine), batch_size):
         batch = pad([pieces[i] for i in mine[start : start + batch_size]])
-        _add(model, batch, ways, sums, nbytes)
+        _add(model, batch, modes, sums, nbytes)
     if world > 1:
         sums.over_ranks()
-    return _results(ways, sums, nbytes is not None)
+    return _results(modes, sums, nbytes is not None)
 
 
-def _add(model: MoRForCausalLM, batch: Padded, ways: Sequence[Way], sums: _Sums, nbytes: Tensor | None) -> None:
+def _add(model: MoRForCausalLM, batch: Padded, modes: Sequence[Mode], sums: _Sums, nbytes: Tensor | None) -> None:
     labels = batch.labels.to(model.device)
     counted = batch.labels[batch.labels != IGNORED]
     sums.counts[0] += len(batch.tokens)
@@ -116,23 +118,23 @@ def _add(model: MoRForCausalLM, batch: Padded, ways: Sequence[Way], sums: _Sums,
     if nbytes is not None:
         sums.counts[2] += nbytes[counted].sum().item()
     depths: dict[str, Tensor] = {}
-    for i, way in enumerate(ways):
-        if way.name == TOPK:
+    for i, mode in enumerate(modes):
+        if mode.name == TOPK:
             with router_logits(model) as logits:
-                losses, depths[way.name] = _run(model, batch, labels, way)
-            sums.calibration.add(logits, depths[way.name])
+                losses, depths[mode.name] = _run(model, batch, labels, mode)
+            sums.calibration.add(logits, depths[mode.name])
         else:
-            losses, depths[way.name] = _run(model, batch, labels, way)
+            losses, depths[mode.name] = _run(model, batch, labels, mode)
         sums.losses[i] += losses
-        passed = depths[way.name]
+        passed = depths[mode.name]
         sums.depths[i] += torch.bincount(passed[passed >= 0].long(), minlength=sums.depths.shape[1])
     if sums.calibration is not None:
         sums.counts[3] += (depths[TOPK] == depths[THRESHOLD])[depths[TOPK] >= 0].sum()
 
 
-def _run(model: MoRForCausalLM, batch: Padded, labels: Tensor, way: Way) -> tuple[Tensor, Tensor]:
+def _run(model: MoRForCausalLM, batch: Padded, labels: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
     """Sum of the losses, and depths [B, S]."""
-    output = model(batch.tokens.to(model.device), batch.mask.to(model.device), use_cache=False, **way.orders)
+    output = model(batch.tokens.to(model.device), batch.mask.to(model.device), use_cache=False, **mode.options)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     for logits, wanted in zip(output.logits, labels, strict=True):  # fp32 copies of one sequence's logits at a time
         losses = F.cross_entropy(logits.float(), wanted, ignore_index=IGNORED, reduction="none")
@@ -140,16 +142,16 @@ def _run(model: MoRForCausalLM, batch: Padded, labels: Tensor, way: Way) -> tupl
     return total, output.depths
 
 
-def _results(ways: Sequence[Way], sums: _Sums, has_bytes: bool) -> Likelihood:
+def _results(modes: Sequence[Mode], sums: _Sums, has_bytes: bool) -> Likelihood:
     sequences, tokens, total_bytes, same_depth = sums.counts.tolist()
     if tokens == 0:
         raise ValueError("no token counts as a prediction: give other data")
     results = []
-    for way, loss, by_depth in zip(ways, sums.losses.tolist(), sums.depths.cpu(), strict=True):
+    for mode, loss, by_depth in zip(modes, sums.losses.tolist(), sums.depths.cpu(), strict=True):
         nll = loss / tokens
         passing = by_depth.flip(0).cumsum(0).flip(0) / by_depth.sum()  # [Nr + 1]: at least so deep
         bits = loss / math.log(2) / total_bytes if has_bytes and total_bytes > 0 else None
-        results.append(Result(way, nll, math.exp(min(nll, 700.0)), bits, tuple(passing[1:].tolist())))
+        results.append(Result(mode, nll, math.exp(min(nll, 700.0)), bits, tuple(passing[1:].tolist())))
     seen = sums.depths[0].sum().item()
     return Likelihood(
         sequences=int(sequences),

@@ -21,10 +21,10 @@ def summary(model: MoRConfig, found: Likelihood, seq_length: int) -> dict:
     """
     config = training_config(model)
     config = replace(config, data=replace(config.data, seq_length=seq_length))
-    ways = {}
+    modes = {}
     for result in found.results:
-        ways[result.way.name] = {
-            "causal": result.way.causal,
+        modes[result.mode.name] = {
+            "causal": result.mode.causal,
             "nll": result.nll,
             "perplexity": result.perplexity,
             "bits_per_byte": result.bits_per_byte,
@@ -38,7 +38,7 @@ def summary(model: MoRConfig, found: Likelihood, seq_length: int) -> dict:
         "tokens": found.tokens,
         "bytes": found.nbytes,
         "parameters": asdict(count_parameters(config)),
-        "ways": ways,
+        "ways": modes,
         "same_depth": found.same_depth,
         "calibration": found.calibration,
     }
@@ -46,21 +46,21 @@ def summary(model: MoRConfig, found: Likelihood, seq_length: int) -> dict:
 
 def table(facts: dict) -> str:
     """The summary as text."""
-    ways = facts["ways"]
-    count = len(next(iter(ways.values()))["fractions"])
-    rows = [("", list(ways))]
-    rows.append(("causal", ["yes" if way["causal"] else "no" for way in ways.values()]))
+    modes = facts["ways"]
+    count = len(next(iter(modes.values()))["fractions"])
+    rows = [("", list(modes))]
+    rows.append(("causal", ["yes" if mode["causal"] else "no" for mode in modes.values()]))
     rows += [
-        ("negative log-likelihood (nats/token)", [f"{way['nll']:.4f}" for way in ways.values()]),
-        ("perplexity", [f"{way['perplexity']:.3f}" for way in ways.values()]),
+        ("negative log-likelihood (nats/token)", [f"{mode['nll']:.4f}" for mode in modes.values()]),
+        ("perplexity", [f"{mode['perplexity']:.3f}" for mode in modes.values()]),
     ]
     if facts["bytes"]:
-        rows.append(("bits per byte", [f"{way['bits_per_byte']:.4f}" for way in ways.values()]))
+        rows.append(("bits per byte", [f"{mode['bits_per_byte']:.4f}" for mode in modes.values()]))
     if count > 1:
-        rows.append(("mean depth", [f"{way['mean_depth']:.3f}" for way in ways.values()]))
+        rows.append(("mean depth", [f"{mode['mean_depth']:.3f}" for mode in modes.values()]))
         for r in range(count):
-            rows.append((f"tokens at recursion {r}", [f"{way['fractions'][r]:.1%}" for way in ways.values()]))
-    flops = [f"{way['executed_flops_per_token'] / 1e6:,.2f}" for way in ways.values()]
+            rows.append((f"tokens at recursion {r}", [f"{mode['fractions'][r]:.1%}" for mode in modes.values()]))
+    flops = [f"{mode['executed_flops_per_token'] / 1e6:,.2f}" for mode in modes.values()]
     rows.append(("executed forward FLOPs a token (1e6)", flops))
     size = f"{facts['bytes']:,} bytes, " if facts["bytes"] else ""
     parameters = facts["parameters"]

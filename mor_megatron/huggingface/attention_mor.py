@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mor_megatron.recursion.plan import VirtualLayer
+
 from .cache_mor import MoRCache
-from .configuration_mor import LayerUse, MoRConfig
+from .configuration_mor import MoRConfig
 from .rows_mor import Rows
 
 Pair = tuple[Tensor, Tensor]
@@ -173,7 +175,7 @@ class MoRAttention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=False)
 
     def forward(
-        self, hidden: Tensor, visibility: Visibility, use: LayerUse, source: Pair | None
+        self, hidden: Tensor, visibility: Visibility, use: VirtualLayer, source: Pair | None
     ) -> tuple[Tensor, Pair | None]:
         """[T, H] -> [T, H], and the rows' own keys and values [T, G, D] if there are any."""
         rows = visibility.rows

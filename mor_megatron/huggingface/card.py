@@ -6,13 +6,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from mor_megatron.huggingface.export import Checkpoint
 from mor_megatron.huggingface.verify import AnotherModelError, Comparison
-from mor_megatron.recursion.plan import plan_from_config
 
-_KINDS = {
-    "none": "no routing: every token passes every recursion",
-    "expert_choice": "expert-choice routing: before each recursion a router decides which tokens go on",
-    "token_choice": "token-choice routing: a router picks the number of recursions of each token",
-}
 _MOR = "A Transformer that runs a shared block of layers several times (arXiv 2507.10524)."
 _LLAMA = (
     "A Llama, unrolled from the model that was trained: where that ran a layer several times (arXiv 2507.10524), it is "
@@ -53,7 +47,7 @@ def write_card(model: PreTrainedModel, checkpoint: Checkpoint, verified: Compari
     if verified is not None and not verified.agrees:
         raise AnotherModelError(f"the export is not the model that was trained: {verified}")
     config, run = model.config, checkpoint.config
-    recursion, plan = run.recursion, plan_from_config(run)
+    recursion, plan = run.recursion, run.plan
     stored = sum(p.numel() for p in model.parameters())
     per_layer = sum(p.numel() for p in model.model.layers[0].parameters())
     positions, trained = len(model.model.layers), plan.num_physical_layers
@@ -71,7 +65,7 @@ def write_card(model: PreTrainedModel, checkpoint: Checkpoint, verified: Compari
         "parameters": parameters,
         "layers": layers,
         "recursions": f"{plan.num_recursions} ({plan.strategy})" if plan.num_recursions > 1 else "1",
-        "routing": _KINDS[recursion.routing],
+        "routing": run.routing_method.about,
         "keys and values": recursion.kv_mode,
         "width, feed-forward, heads, key/value heads": (
             f"{config.hidden_size}, {config.intermediate_size}, {config.num_attention_heads}, "
@@ -107,6 +101,6 @@ def _advice(config) -> str:
     lines = []
     if config.num_recursions > 1:
         lines.append(f"`depth=n` (1 to {config.num_recursions}), given to `generate`, fixes the depth of all tokens.")
-    if config.routing == "expert_choice":
+    if config.routing_method.looks_ahead:
         lines.append("`router_threshold=t` trades depth for speed: a token goes on if the router's sigmoid reaches t.")
     return " ".join(lines)

@@ -1,30 +1,24 @@
 """Configuration of a Mixture-of-Recursions model (arXiv 2507.10524), and the plan that follows from it.
 
-This file travels with an exported model: it needs torch and transformers and nothing else.
+This file travels with an exported model, as does what it imports; torch and transformers are all that they need.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+import re
+from dataclasses import fields
+from typing import Any
 
 import transformers
 
+from mor_megatron.recursion.methods import method_of
+from mor_megatron.recursion.plan import KV_MODES, RecursionPlan, build_plan
+from mor_megatron.recursion.routing import RoutingMethod
+from mor_megatron.recursion.setting import rule_of
+
+from .extensions_mor import NAMES  # noqa: F401 (what it imports registers itself)
 from .versions_mor import CACHE  # noqa: F401 (it asks for a version of transformers that has the names used here)
 
-STRATEGIES = ("cycle", "sequence", "middle_cycle", "middle_sequence")
-KV_MODES = ("caching", "sharing", "sharing_update")
-CHOICES = {
-    "sharing_strategy": STRATEGIES,
-    "kv_mode": KV_MODES,
-    "routing": ("none", "expert_choice", "token_choice"),
-    "router_type": ("linear", "mlp"),
-    "router_func": ("sigmoid", "tanh", "softmax", "none"),
-    "router_gating": ("weighted", "additive"),
-    "router_objective": ("aux_loss", "aux_router"),
-    "router_balance": ("loss", "loss_free", "none"),
-    "router_balance_scope": ("sequence", "microbatch"),
-}
 AUTO_MAP = {
     "AutoConfig": "configuration_mor.MoRConfig",
     "AutoModel": "modeling_mor.MoRModel",
@@ -33,81 +27,9 @@ AUTO_MAP = {
 }
 
 
-@dataclass(frozen=True)
-class LayerUse:
-    """One position of the unrolled network."""
-
-    index: int
-    """Position in the order of execution."""
-    physical: int
-    """Stored layer that runs here."""
-    recursion: int | None
-    """Recursion it belongs to; None for the layers that run once, first and last."""
-    kv_source: int
-    """Position whose keys and values are attended to."""
-
-
-@dataclass(frozen=True)
-class MoRPlan:
-    """The unrolled network: which stored layer runs when, and whose keys and values it reads."""
-
-    num_recursions: int
-    layers: tuple[LayerUse, ...]
-
-    @classmethod
-    def build(cls, num_layers: int, num_recursions: int, strategy: str, kv_mode: str) -> MoRPlan:
-        """Lay out `num_layers` positions; cycle repeats the block, sequence each layer; middle_* keeps the ends apart.
-
-        Raises:
-            ValueError: num_recursions does not divide what is shared.
-        """
-        lead = 1 if strategy.startswith("middle") and num_recursions > 1 else 0
-        block, rest = divmod(num_layers - 2 * lead, num_recursions)
-        if block < 1 or rest:
-            raise ValueError(
-                f"num_hidden_layers={num_layers} does not fit num_recursions={num_recursions} with "
-                f"sharing_strategy={strategy}: use {2 * lead} plus a multiple of {num_recursions}"
-            )
-        layers = [LayerUse(0, 0, None, 0)] if lead else []
-        for position in range(block * num_recursions):
-            if strategy.endswith("cycle"):
-                recursion, slot = divmod(position, block)
-                source = slot
-            else:
-                slot, recursion = divmod(position, num_recursions)
-                source = slot * num_recursions
-            index = lead + position
-            layers.append(LayerUse(index, lead + slot, recursion, index if kv_mode == "caching" else lead + source))
-        if lead:
-            layers.append(LayerUse(num_layers - 1, lead + block, None, num_layers - 1))
-        return cls(num_recursions, tuple(layers))
-
-    @property
-    def num_physical_layers(self) -> int:
-        """Stored layers."""
-        return 1 + max(layer.physical for layer in self.layers)
-
-    @cached_property
-    def first(self) -> tuple[LayerUse, ...]:
-        """The layer before the shared ones, if there is one."""
-        return tuple(layer for layer in self.layers[:1] if layer.recursion is None)
-
-    @cached_property
-    def last(self) -> tuple[LayerUse, ...]:
-        """The layer after the shared ones, if there is one."""
-        return tuple(layer for layer in self.layers[-1:] if layer.recursion is None)
-
-    def pass_layers(self, recursion: int) -> tuple[LayerUse, ...]:
-        """Uses of one recursion, in the order of execution."""
-        return self._passes[recursion]
-
-    @cached_property
-    def _passes(self) -> tuple[tuple[LayerUse, ...], ...]:
-        return tuple(tuple(x for x in self.layers if x.recursion == r) for r in range(self.num_recursions))
-
-    def shared(self, depth: int) -> tuple[LayerUse, ...]:
-        """Uses of the first `depth` recursions, in the order of execution."""
-        return tuple(layer for layer in self.layers if layer.recursion is not None and layer.recursion < depth)
+def exported_name(name: str) -> str:
+    """A routing method's setting as transformers would call it: coefficients are `coef` there."""
+    return name.removesuffix("f") if name.endswith("_coeff") else name
 
 
 class MoRConfig(transformers.PreTrainedConfig):
@@ -151,18 +73,6 @@ class MoRConfig(transformers.PreTrainedConfig):
     sharing_update: those of recursion 0 with the active tokens' own in their places."""
     routing: str = "none"
     """expert_choice: a recursion keeps tokens; token_choice: a token picks its depth."""
-    capacity: list[float] | None = None
-    """expert_choice: fraction of tokens at each recursion in training; default (Nr-r)/Nr."""
-    router_type: str = "linear"
-    router_func: str | None = None
-    router_alpha: float | None = None
-    router_temperature: float = 1.0
-    router_gating: str = "weighted"
-    router_objective: str = "aux_loss"
-    """aux_router: a second router of each recursion decides by threshold; the first one gives the gate."""
-    router_balance: str = "loss"
-    router_balance_scope: str = "sequence"
-
     depth: int | None = None
     """Recursions of every token; None lets the router decide. A call can say otherwise."""
     router_threshold: float = 0.5
@@ -170,48 +80,66 @@ class MoRConfig(transformers.PreTrainedConfig):
 
     router_losses: bool = True
     """Add the router's losses, times the coefficients below, to the loss in training mode."""
-    router_aux_loss_coef: float = 0.001
-    router_z_loss_coef: float = 0.0
-    router_balance_coef: float = 0.1
 
     def __post_init__(self, **kwargs):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.router_func is None:
-            self.router_func = "softmax" if self.routing == "token_choice" else "sigmoid"
-        if self.router_alpha is None:
-            self.router_alpha = 1.0 if self.router_func == "softmax" else 0.1
-        if self.routing == "expert_choice" and self.capacity is None:
-            self.capacity = [(self.num_recursions - r) / self.num_recursions for r in range(self.num_recursions)]
-        self._check()
-        kwargs.setdefault("auto_map", dict(AUTO_MAP))
-        super().__post_init__(**kwargs)
-
-    @property
-    def plan(self) -> MoRPlan:
-        """Derived, never stored."""
-        return MoRPlan.build(self.num_hidden_layers, self.num_recursions, self.sharing_strategy, self.kv_mode)
-
-    def _check(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)} is unknown: use one of {', '.join(choices)}")
-        if self.num_recursions < 1:
-            raise ValueError(f"num_recursions={self.num_recursions} must be at least 1")
+        if self.kv_mode not in KV_MODES:
+            raise ValueError(f"kv_mode={self.kv_mode} is unknown: use one of {', '.join(KV_MODES)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} does not divide "
                 f"num_attention_heads={self.num_attention_heads}"
             )
-        if self.routing != "none" and (self.num_recursions == 1 or not self.sharing_strategy.endswith("cycle")):
+        try:
+            self._resolve_routing(kwargs)
+        except ValueError as error:
+            raise ValueError(_in_our_words(str(error))) from None
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        super().__post_init__(**kwargs)
+
+    @property
+    def plan(self) -> RecursionPlan:
+        """Derived, never stored."""
+        capacities = self.routing_method.capacities(self.routing_settings, self.num_recursions)
+        return build_plan(self.num_hidden_layers, self.num_recursions, self.sharing_strategy, self.kv_mode, capacities)
+
+    @property
+    def routing_method(self) -> type[RoutingMethod]:
+        """What `routing` names."""
+        return method_of(self.routing)
+
+    @property
+    def routing_settings(self) -> Any:
+        """The routing method's settings; this configuration has them as attributes (`exported_name`)."""
+        values = {}
+        for entry in fields(self.routing_method.Settings):
+            value = getattr(self, exported_name(entry.name), entry.default)
+            values[entry.name] = tuple(value) if isinstance(value, list) else value
+        return self.routing_method.Settings(**values)
+
+    def _resolve_routing(self, kwargs: dict[str, Any]) -> None:
+        """Check how deep tokens go; keep the routing method's settings as attributes, defaults filled in."""
+        method = self.routing_method
+        own = [entry for entry in fields(method.Settings) if rule_of(entry).in_export]
+        for entry in own:
+            name = exported_name(entry.name)
+            setattr(self, name, kwargs.pop(name, entry.default))
+        settings = method.resolve(self.routing_settings, self.num_recursions)
+        for entry in own:
+            value = getattr(settings, entry.name)
+            setattr(self, exported_name(entry.name), list(value) if isinstance(value, tuple) else value)
+        if method.routes and (self.num_recursions == 1 or not self.plan.is_cyclic):
             raise ValueError(f"routing={self.routing} needs num_recursions above 1 and cycle or middle_cycle sharing")
-        if self.routing == "expert_choice" and (len(self.capacity) != self.num_recursions or self.capacity[0] != 1.0):
-            raise ValueError(f"capacity={self.capacity} must have num_recursions={self.num_recursions} values, first 1")
         self.plan  # noqa: B018 (raises if depth and recursions do not fit)
 
 
-MoRConfig.register_for_auto_class()
+def _in_our_words(message: str) -> str:
+    """A message about a run's setting, of this configuration: num-layers=8 is num_hidden_layers=8 here."""
+    message = message.replace("num-layers=", "num_hidden_layers=").replace(", or --depth-rounding down or up", "")
+    return re.sub(r"\b[a-z]+(-[a-z]+)+(?==)", lambda name: exported_name(name[0].replace("-", "_")), message)
 
-__all__ = ["LayerUse", "MoRConfig", "MoRPlan"]
+
+__all__ = ["MoRConfig"]

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from mor_megatron.config.schema import Config, DataConfig, ModelConfig, RecursionConfig
 from mor_megatron.config.validate import validate
-from mor_megatron.huggingface.configuration_mor import MoRConfig
+from mor_megatron.huggingface.configuration_mor import MoRConfig, exported_name
 from mor_megatron.huggingface.weights import num_groups
+from mor_megatron.recursion.methods import method_of
+from mor_megatron.recursion.setting import Rule, rule_of
 
-SAME_NAME = (
-    "num_recursions",
-    "sharing_strategy",
-    "kv_mode",
-    "routing",
-    "router_type",
-    "router_func",
-    "router_alpha",
-    "router_temperature",
-    "router_gating",
-    "router_objective",
-    "router_balance",
-    "router_balance_scope",
-)
-"""Settings of the recursion that have one name and meaning in both."""
-COEFFICIENTS = {
-    "router_aux_loss_coef": "router_aux_loss_coeff",
-    "router_z_loss_coef": "router_z_loss_coeff",
-    "router_balance_coef": "router_balance_coeff",
-}
+SHARING = ("num_recursions", "sharing_strategy", "kv_mode", "routing")
+"""Settings of every recursive model, of one name and meaning in both; those of its routing method come on top."""
 
 
 def export_config(config: Config, vocab_size: int, **tokens: int | None) -> MoRConfig:
@@ -38,12 +24,12 @@ def export_config(config: Config, vocab_size: int, **tokens: int | None) -> MoRC
         tokens: bos_token_id, eos_token_id, pad_token_id, padding_row.
     """
     model, recursion = config.model, config.recursion
-    settings = {name: getattr(recursion, name) for name in SAME_NAME}
-    settings |= {theirs: getattr(recursion, ours) for theirs, ours in COEFFICIENTS.items()}
+    settings = {name: getattr(recursion, name) for name in SHARING}
+    for name in _method_settings(recursion.routing):
+        value = getattr(recursion, name)
+        settings[exported_name(name)] = list(value) if isinstance(value, tuple) else value
     if recursion.num_recursions == 1:
         settings["sharing_strategy"] = "cycle"  # no layers are shared, so that no strategy applies
-    if recursion.routing == "none":
-        settings |= {"router_func": None, "router_alpha": None}
     return MoRConfig(
         vocab_size=vocab_size,
         hidden_size=model.hidden_size,
@@ -59,7 +45,6 @@ def export_config(config: Config, vocab_size: int, **tokens: int | None) -> MoRC
         qkv_bias=model.add_qkv_bias,
         initializer_range=model.init_method_std,
         tie_word_embeddings=not model.untie_embeddings_and_output_weights,
-        capacity=list(recursion.capacity) if recursion.routing == "expert_choice" else None,
         **settings,
         **tokens,
     )
@@ -113,24 +98,17 @@ def training_config(exported: MoRConfig) -> Config:
 
 
 def _recursion(exported: MoRConfig) -> RecursionConfig:
-    """Only what applies to this kind of model: a run refuses a setting that would do nothing."""
     if exported.num_recursions == 1:
         return RecursionConfig()
-    names = ["num_recursions", "sharing_strategy", "kv_mode", "routing"]
-    coefficients = []
-    if exported.routing != "none":
-        names += ["router_type", "router_func", "router_alpha", "router_temperature", "router_gating"]
-        coefficients += ["router_z_loss_coef"]
-    settings = {}
-    if exported.routing == "expert_choice":
-        names.append("router_objective")
-        coefficients.append("router_aux_loss_coef")
-        settings["capacity"] = tuple(exported.capacity)
-    elif exported.routing == "token_choice":
-        names.append("router_balance")
-        if exported.router_balance == "loss":
-            names.append("router_balance_scope")
-            coefficients.append("router_balance_coef")
-    settings |= {name: getattr(exported, name) for name in names}
-    settings |= {COEFFICIENTS[name]: getattr(exported, name) for name in coefficients}
+    settings = {name: getattr(exported, name) for name in SHARING}
+    stored = exported.routing_settings
+    for name, rule in _method_settings(exported.routing).items():
+        if rule.read_with is None or rule.read_with[1](stored):  # a run reports a setting that would do nothing
+            settings[name] = getattr(stored, name)
     return RecursionConfig(**settings)
+
+
+def _method_settings(routing: str) -> dict[str, Rule]:
+    """Names of the routing method's settings that an export has, and their rules."""
+    rules = {entry.name: rule_of(entry) for entry in fields(method_of(routing).Settings)}
+    return {name: rule for name, rule in rules.items() if rule.in_export}

@@ -32,7 +32,6 @@ from mor_megatron.huggingface.published import FAMILY, model_config, read_settin
 from mor_megatron.huggingface.uptraining import initial_weights, source_layers
 from mor_megatron.huggingface.weights import BALANCE_BIAS, export_names, layer_names, outer_names, to_ours
 from mor_megatron.model.mor_model import EMBEDDING, HEAD
-from mor_megatron.recursion.plan import plan_from_config
 from mor_megatron.training.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -102,7 +101,7 @@ def read_llama(
         prefix = f"layers.{number}."
         return {name.removeprefix(prefix): tensor for name, tensor in old.items() if name.startswith(prefix)}
 
-    sources = source_layers(plan_from_config(config), old_layers, initialization, seed)
+    sources = source_layers(config.plan, old_layers, initialization, seed)
     weights = {name: tensor for name, tensor in old.items() if not name.startswith("layers.")}
     return weights | initial_weights(sources, layer), config, sources
 
@@ -127,7 +126,7 @@ def read_authors(path: Path, settings_file: Path) -> Imported:
         tensors.pop("lm_head.weight", None)
     model = replace(model, num_layers=depth, untie_embeddings_and_output_weights=not tied)
     config = run_config(model, recursion)
-    plan = plan_from_config(config)
+    plan = config.plan
     stored = first_uses(tensors, plan, recursion.routing)
     names = parameter_names(plan, recursion, tied, stored.keys())
     return to_ours(stored, names, config.model), config

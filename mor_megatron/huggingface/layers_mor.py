@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mor_megatron.recursion.plan import VirtualLayer
+
 from .attention_mor import MoRAttention, Pair, Visibility
-from .configuration_mor import LayerUse, MoRConfig
+from .configuration_mor import MoRConfig
 
 
 class MoRRMSNorm(nn.Module):
@@ -51,7 +53,7 @@ class MoRDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = MoRRMSNorm(config)
 
     def forward(
-        self, hidden: Tensor, visibility: Visibility, use: LayerUse, source: Pair | None
+        self, hidden: Tensor, visibility: Visibility, use: VirtualLayer, source: Pair | None
     ) -> tuple[Tensor, Pair | None]:
         """[T, H] -> [T, H], and the rows' own keys and values if later recursions read them."""
         update, own = self.self_attn(self.input_layernorm(hidden), visibility, use, source)

@@ -1,9 +1,9 @@
 """Mixture-of-Recursions models (arXiv 2507.10524) for transformers: the backbone and its heads.
 
 A layer that runs at several recursions is one module, stored once; `config.plan` says when it runs. Tokens are packed
-rows throughout (`rows_mor.py`, `columns_mor.py`); who goes how deep is decided in `routing_mor.py`; keys and values
-between calls are kept in `cache_mor.py`. These files travel with an exported model, which loads with
-`trust_remote_code=True`.
+rows throughout (`rows_mor.py`, `columns_mor.py`); how deep each of them goes is decided by a routing method, the same
+code as in training (`routing.py`); keys and values between calls are kept in `cache_mor.py`. These files travel with an
+exported model, which loads with `trust_remote_code=True`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ from transformers import initialization as init
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
+from mor_megatron.recursion.context import RoutingContext
+from mor_megatron.recursion.plan import STRATEGIES, VirtualLayer
+from mor_megatron.recursion.routing import RoutingMethod, Stream, run_recursions
+
 from .attention_mor import Pair, Visibility, rotation_of
 from .cache_mor import MoRCache
+from .code_mor import write_code
 from .columns_mor import Columns, predictable
-from .configuration_mor import LayerUse, MoRConfig
+from .configuration_mor import MoRConfig
 from .layers_mor import MoRDecoderLayer, MoRRMSNorm
 from .outputs_mor import MoRHeadOutput, MoRModelOutput
-from .routing_mor import ROUTING, MoRTokenChoice, Orders
-from .rows_mor import Rows
+from .rows_mor import PackedRows, Rows
 from .serving_mor import NotServed, refuse_graphs
 from .versions_mor import CACHE
 
@@ -50,10 +54,17 @@ class MoRPreTrainedModel(NotServed, PreTrainedModel):
     _keep_in_fp32_modules = (".*router",)
     _keep_in_fp32_modules_strict = ("router",)
 
+    def save_pretrained(self, save_directory, *arguments, **options):
+        """As in transformers, and the code beside the weights, where transformers does not write it."""
+        super().save_pretrained(save_directory, *arguments, **options)
+        if self._auto_class is None:
+            write_code(save_directory, self.config.routing_method, STRATEGIES[self.config.sharing_strategy])
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, MoRTokenChoice):
-            init.zeros_(module.balance_bias)
+        if isinstance(module, RoutingMethod):
+            for buffer in module.buffers(recurse=False):
+                init.zeros_(buffer)
 
 
 class MoRModel(MoRPreTrainedModel):
@@ -65,7 +76,8 @@ class MoRModel(MoRPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MoRDecoderLayer(config) for _ in range(self.plan.num_physical_layers))
         self.norm = MoRRMSNorm(config)
-        self.router = ROUTING[config.routing](config) if config.routing in ROUTING else None
+        self.router: RoutingMethod = config.routing_method(config.routing_settings, self.plan, PackedRows())
+        self.router.build(config.hidden_size, torch.get_default_dtype())
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -106,13 +118,14 @@ class MoRModel(MoRPreTrainedModel):
             ValueError: an argument is unknown, out of range, or means nothing to this model.
         """
         config = self.config
-        refuse_graphs(config.routing)
+        if self.router.routes:
+            refuse_graphs()
         refuse_unknown({"output_attentions": config.output_attentions, **kwargs})
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         depth = config.depth if depth is None else depth
         router_threshold = config.router_threshold if router_threshold is None else router_threshold
-        orders = Orders(config, depth, router_threshold, selection, router_losses)
+        check_options(config, depth, router_threshold, selection)
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
         if not isinstance(cache, MoRCache | None):
@@ -123,7 +136,15 @@ class MoRModel(MoRPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         read: dict[int, Tensor] | None = {} if output_hidden_states else None
-        stream, passed = self._run(columns.pack(embedded), columns.rows, orders, cache, read)
+        options = RoutingContext(
+            selection=selection,
+            threshold=router_threshold,
+            fixed_depth=depth,
+            tokens=None if input_ids is None else columns.pack(input_ids),
+            losses="sum" if router_losses else "none",
+            metrics=None,
+        )
+        stream, passed = self._run(columns.pack(embedded), columns.rows, options, cache, read)
         hidden = columns.spread(self.norm(stream))
         depths = columns.mark(passed, padding=-1)
         if cache is not None:
@@ -134,7 +155,7 @@ class MoRModel(MoRPreTrainedModel):
                 stream = read.get(position, stream)
                 read[position] = stream
             states = (*(columns.spread(read[i]) for i in range(config.num_hidden_layers)), hidden)
-        return MoRModelOutput(hidden, cache, states, depths, orders.loss)
+        return MoRModelOutput(hidden, cache, states, depths, options.loss)
 
     def _cache(
         self, cache: MoRCache | None, use_cache: bool | None, is_packed: bool, selection: str
@@ -146,7 +167,7 @@ class MoRModel(MoRPreTrainedModel):
                 raise ValueError("several sequences in a row of position_ids cannot be continued: use_cache=False")
             return None
         if cache is not None and not cache.is_empty:
-            if selection == "capacity" and self.config.routing == "expert_choice":
+            if selection == "capacity" and self.router.looks_ahead:
                 raise ValueError("selection=capacity compares whole sequences: give it no cache of earlier tokens")
             if learning and self.is_gradient_checkpointing:
                 raise ValueError("a cache of earlier tokens does not go with gradient checkpointing: leave it out")
@@ -158,7 +179,12 @@ class MoRModel(MoRPreTrainedModel):
         return MoRCache(self.config) if wanted and cache is None else cache
 
     def _run(
-        self, hidden: Tensor, rows: Rows, orders: Orders, cache: MoRCache | None, read: dict[int, Tensor] | None
+        self,
+        hidden: Tensor,
+        rows: Rows,
+        options: RoutingContext,
+        cache: MoRCache | None,
+        read: dict[int, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         """All layers: [T, H] -> [T, H], and the recursions that each token passed, [T] int8.
 
@@ -166,34 +192,34 @@ class MoRModel(MoRPreTrainedModel):
         """
         config, shares = self.config, self.config.kv_mode != "caching"
         rotation = rotation_of(rows.position, config, hidden.dtype)
-        left: dict[int, Pair] = {}  # keys and values of recursion 0, which later recursions read
+        stored: dict[int, Pair] = {}  # keys and values of recursion 0, which later recursions read
         views: dict[int | None, Visibility] = {}
+        passed = torch.zeros(len(rows), dtype=torch.int8, device=hidden.device)
 
-        def layers(uses: tuple[LayerUse, ...], hidden: Tensor, active: Rows, stream: Tensor) -> Tensor:
-            for use in uses:
+        def run(layers: tuple[VirtualLayer, ...], hidden: Tensor, active: Rows, residual: Tensor) -> Tensor:
+            for layer in layers:
                 if read is not None:
-                    read[use.index] = active.put(stream, hidden)
-                reads = use.kv_source != use.index
-                if use.recursion not in views:
+                    read[layer.index] = active.put(residual, hidden)
+                reads = layer.kv_source != layer.index
+                if layer.recursion not in views:
                     own = rotation if active is rows else rotation_of(active.position, config, hidden.dtype)
-                    views[use.recursion] = Visibility(active, rows, use.recursion, reads, config, cache, own)
-                source = left[use.kv_source] if reads else None
-                hidden, own = self.layers[use.physical](hidden, views[use.recursion], use, source)
-                if use.recursion == 0 and shares:
-                    left[use.index] = own
+                    views[layer.recursion] = Visibility(active, rows, layer.recursion, reads, config, cache, own)
+                source = stored[layer.kv_source] if reads else None
+                hidden, own = self.layers[layer.physical](hidden, views[layer.recursion], layer, source)
+                if layer.recursion == 0 and shares:
+                    stored[layer.index] = own
             return hidden
 
-        hidden = layers(self.plan.first, hidden, rows, hidden)
-        if self.router is None:
-            hidden = layers(self.plan.shared(orders.num_recursions), hidden, rows, hidden)
-            passed = torch.full((len(rows),), orders.num_recursions, dtype=torch.int8, device=hidden.device)
-        else:
+        def run_pass(layers: tuple[VirtualLayer, ...], stream: Stream) -> Tensor:
+            nonlocal passed
+            active, recursions = stream.active, len({layer.recursion for layer in layers})
+            passed = active.put(passed, active.take(passed) + recursions)
+            return run(layers, stream.rows, active, stream.rows if stream.hidden is None else stream.hidden)
 
-            def block(recursion: int, x: Tensor, active: Rows, stream: Tensor) -> Tensor:
-                return layers(self.plan.pass_layers(recursion), x, active, stream)
-
-            hidden, passed = self.router(hidden, rows, block, orders)
-        return layers(self.plan.last, hidden, rows, hidden), passed
+        hidden = run(self.plan.first, hidden, rows, hidden)
+        stream = run_recursions(self.router, Stream(rows, rows, hidden), run_pass, options)
+        hidden = stream.merged(self.router.layout).hidden
+        return run(self.plan.last, hidden, rows, hidden), passed
 
 
 class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
@@ -351,6 +377,26 @@ class MoRForSequenceClassification(MoRPreTrainedModel):
         return MoRHeadOutput(loss, logits, outputs.cache, outputs.hidden_states, outputs.depths, outputs.router_loss)
 
 
+def check_options(config: MoRConfig, depth: int | None, threshold: float, selection: str) -> None:
+    """What one call asks of the routing.
+
+    Raises:
+        ValueError: a value is out of range, or means nothing to this kind of model.
+    """
+    count = config.num_recursions
+    if depth is not None and not 1 <= depth <= count:
+        raise ValueError(f"depth={depth} must be between 1 and num_recursions={count}")
+    if not 0.0 <= threshold <= 1.0:
+        raise ValueError(f"router_threshold={threshold} must be between 0 and 1")
+    if threshold != 0.5 and not config.routing_method.looks_ahead:
+        raise ValueError(
+            f"router_threshold={threshold} needs a model that selects by threshold, and this one has "
+            f"routing={config.routing}: leave it out"
+        )
+    if selection not in ("threshold", "capacity"):
+        raise ValueError(f"selection={selection} is unknown: use threshold or capacity")
+
+
 def refuse_unknown(kwargs: dict) -> None:
     """Nothing that is asked for is ignored.
 
@@ -361,9 +407,5 @@ def refuse_unknown(kwargs: dict) -> None:
         if value is not None and value is not False:
             raise ValueError(f"{name} is not known to MoR models: leave it out")
 
-
-MoRModel.register_for_auto_class("AutoModel")
-MoRForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-MoRForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
 __all__ = ["MoRForCausalLM", "MoRForSequenceClassification", "MoRModel", "MoRPreTrainedModel"]

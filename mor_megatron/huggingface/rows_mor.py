@@ -6,11 +6,14 @@ it costs nothing, is never routed, and is never stored. This file travels with a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from mor_megatron.recursion.routing import TIE, kept
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Rows:
     """Rows of each sequence of the batch; known to the host, so that no layer has to ask the device."""
     index: Tensor | None = None
     """[T] places among all rows of the call, ascending; None: these are all."""
+    of_call: tuple[int, ...] | None = None
+    """Rows of each sequence in the call, where these are not all."""
 
     @classmethod
     def of(cls, sequence: Tensor, past: tuple[int, ...], lengths: tuple[int, ...]) -> Rows:
@@ -37,6 +42,11 @@ class Rows:
         starts = torch.tensor(past, device=sequence.device) - _starts(lengths, sequence.device)
         return cls(sequence, starts[sequence] + torch.arange(len(sequence), device=sequence.device), lengths)
 
+    @property
+    def count(self) -> int:
+        """T."""
+        return len(self)
+
     def __len__(self) -> int:
         return self.sequence.shape[0]
 
@@ -46,7 +56,7 @@ class Rows:
             return self
         sequence = self.sequence[index]
         lengths = torch.bincount(sequence, minlength=len(self.lengths)).tolist()
-        return Rows(sequence, self.position[index], tuple(lengths), self.places(index))
+        return Rows(sequence, self.position[index], tuple(lengths), self.places(index), self.of_call or self.lengths)
 
     def places(self, index: Tensor) -> Tensor:
         """[T'] places of the rows at `index` among all rows of the call."""
@@ -114,10 +124,83 @@ class Rows:
         return totals / counts.unsqueeze(1)
 
 
+class PackedRows:
+    """The `Layout` of these rows: how a routing method moves them. Collected values are [T, W], an index is [T']."""
+
+    def gather(self, hidden: Tensor, active: Rows) -> Tensor:
+        """Of all rows [T, H], the active ones."""
+        return active.take(hidden)
+
+    def combine(self, hidden: Tensor, rows: Tensor, gate: Tensor | None, active: Rows) -> Tensor:
+        """All rows, with gate * rows, or rows, added to the active ones."""
+        own = active.take(hidden)
+        own = own + rows if gate is None else torch.addcmul(own, rows, gate.to(own.dtype))
+        return active.put(hidden, own)
+
+    def take(self, rows: Tensor, active: Rows, index: Tensor | None) -> Tensor:
+        """Of the active rows, those at `index`."""
+        return self.at(rows, index)
+
+    def collect(self, values: Tensor, active: Rows) -> Tensor:
+        """All rows are here."""
+        return values
+
+    def at(self, values: Tensor, index: Tensor | None) -> Tensor:
+        """Values at `index`; all for None."""
+        return values if index is None else values[index]
+
+    def of(self, values: Tensor, active: Rows) -> Tensor:
+        """Of a value for each row of the call, those of the active rows."""
+        return active.take(values)
+
+    def keep(self, active: Rows, mask: Tensor, regular: bool = False) -> tuple[Rows, Tensor | None]:
+        """The rows where `mask` is true, and their places; None for these: all of them."""
+        index = mask.nonzero().squeeze(1)
+        return (active, None) if len(index) == len(active) else (active.select(index), index)
+
+    def best(self, active: Rows, scores: Tensor, capacity: float) -> tuple[Rows, Tensor | None]:
+        """The highest scores [T] of each sequence: a fraction `capacity` of its rows in the call."""
+        lengths = active.of_call or active.lengths
+        wanted = torch.tensor([kept(capacity, lengths[b]) for b in active.present], device=scores.device)
+        padded = active.pad(scores.nan_to_num(), fill=-math.inf)
+        return self.keep(active, active.unpad(best(padded, wanted)))
+
+    def none(self, active: Rows) -> Rows:
+        """No rows."""
+        return active.select(active.sequence.new_empty(0))
+
+    def mask(self, active: Rows) -> Tensor:
+        """True at the active rows, for all rows of the call, [T]."""
+        if active.index is None:
+            return torch.ones_like(active.sequence, dtype=torch.bool)
+        everywhere = active.index.new_zeros(sum(active.of_call), dtype=torch.bool)
+        return everywhere.index_fill(0, active.index, True)
+
+    def means(self, values: Tensor, active: Rows, per_sequence: bool) -> Tensor:
+        """Mean of [T, W] over the rows of each present sequence, or over all."""
+        return active.per_sequence(values) if per_sequence else values.mean(0)
+
+
+def best(scores: Tensor, wanted: Tensor) -> Tensor:
+    """Mask of the highest scores of each sequence, [B, L]; among equal ones (`TIE`) at the cut, the earlier tokens.
+
+    Args:
+        scores: [B, L], -inf at padding.
+        wanted: how many of each sequence, [B], at least 1.
+    """
+    real = scores != -math.inf
+    size = scores.masked_fill(~real, 0.0).abs().sum(1, keepdim=True) / real.sum(1, keepdim=True)
+    wanted = wanted.unsqueeze(1).minimum(real.sum(1, keepdim=True))
+    cut, band = scores.sort(dim=1, descending=True).values.gather(1, wanted - 1), TIE * (1.0 + size)
+    above = scores > cut + band
+    tied = (scores >= cut - band) & ~above
+    return above | (tied & (tied.cumsum(1) <= wanted - above.sum(1, keepdim=True)))
+
+
 def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """[B]: first row of each sequence."""
     counts = torch.tensor(lengths, device=device)
     return counts.cumsum(0) - counts
 
 
-__all__ = ["Rows"]
+__all__ = ["PackedRows", "Rows"]

@@ -34,14 +34,14 @@ class NotServed:
         )
 
 
-def refuse_graphs(routing: str) -> None:
-    """Called by the model's forward.
+def refuse_graphs() -> None:
+    """Called by the forward of a model that routes.
 
     Raises:
         ValueError: a graph of operations is being recorded, in which the routes of one input would stay for all.
     """
     recorded = torch.jit.is_tracing() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
-    if routing != "none" and recorded:
+    if recorded:
         raise ValueError(f"ONNX, torch.export and torch.jit would record the routes of one input for all: {INSTEAD}")
 
 

@@ -17,7 +17,7 @@ from mor_megatron.huggingface.export import special_tokens
 from mor_megatron.huggingface.published import LLAMA3
 from mor_megatron.huggingface.weights import layer_names, num_groups, outer_names, split
 from mor_megatron.planning.accounting import count_parameters
-from mor_megatron.recursion.plan import VirtualLayer, plan_from_config
+from mor_megatron.recursion.plan import VirtualLayer
 
 
 def to_llama(
@@ -67,9 +67,9 @@ def unrolled_layers(config: Config, depth: int | None = None) -> tuple[VirtualLa
     Raises:
         ValueError: as `to_llama`.
     """
-    recursion, plan = config.recursion, plan_from_config(config)
+    recursion, plan = config.recursion, config.plan
     remedy = "export it without --as, for transformers with trust_remote_code"
-    if recursion.routing != "none":
+    if config.routing_method.routes:
         raise ValueError(
             f"routing={recursion.routing} sends tokens through different layers and weighs what comes of it, which no "
             f"Llama does: {remedy}"
@@ -88,7 +88,7 @@ def unrolled_layers(config: Config, depth: int | None = None) -> tuple[VirtualLa
 
 def unrolling(llama: LlamaForCausalLM, config: Config, vocab_size: int) -> str:
     """In one line, what became of the model."""
-    count, trained = len(llama.model.layers), plan_from_config(config).num_physical_layers
+    count, trained = len(llama.model.layers), config.plan.num_physical_layers
     line = f"LlamaForCausalLM of {count} layers"
     if count <= trained:
         return line

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mor_megatron.config.schema import Config, ModelConfig
 from mor_megatron.model.mor_model import EMBEDDING, HEAD
-from mor_megatron.recursion.plan import plan_from_config
+from mor_megatron.model.stored_names import stored_name
 
 FINAL_NORM = "final_layernorm.weight"
 BALANCE_BIAS = "router.balance_bias"
@@ -68,20 +68,14 @@ def export_names(config: Config) -> Names:
     Args:
         config: validated settings of the run.
     """
-    recursion = config.recursion
     names = outer_names(tied=not config.model.untie_embeddings_and_output_weights)
-    for physical in range(plan_from_config(config).num_physical_layers):
+    for physical in range(config.plan.num_physical_layers):
         names |= layer_names(physical, f"model.layers.{physical}", config.model.add_qkv_bias)
-    routers = []
-    if recursion.routing == "expert_choice":
-        kinds = ("routers", "aux_routers") if recursion.router_objective == "aux_router" else ("routers",)
-        routers = [f"router.{kind}.{r}" for kind in kinds for r in range(recursion.num_recursions)]
-    elif recursion.routing == "token_choice":
-        routers = ["router.router"]
-        names[BALANCE_BIAS] = (f"model.{BALANCE_BIAS}",)
-    for router in routers:
-        names |= router_names(router, f"model.{router}", recursion.router_type, ("inner", "out"))
-    return names
+    method = config.routing_method
+    with torch.device("meta"):
+        method.build(config.model.hidden_size, torch.float32)
+    own = [f"router.{name}" for name in method.state_dict()]
+    return names | {stored_name(name, own): (f"model.{name}",) for name in own}
 
 
 def to_theirs(parameters: Mapping[str, Tensor], names: Names, model: ModelConfig) -> dict[str, Tensor]:

@@ -65,13 +65,13 @@ class Sequences:
     """What later recursions attend to, by the index of the virtual layer that computed it."""
 
     @property
-    def everything(self) -> ActiveTokens:
+    def all_tokens(self) -> ActiveTokens:
         """All tokens."""
         return ActiveTokens(self.seq_length, self.batch_size)
 
     def pattern(self, active: ActiveTokens, keys_of_all: bool) -> AttentionPattern:
         """How the active tokens attend: to each other, or to the stored keys of all tokens."""
-        return AttentionPattern(self, active, keys_of_all and not active.everything)
+        return AttentionPattern(self, active, keys_of_all and not active.is_all)
 
     def rotation(self, active: ActiveTokens, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos, sin of the active tokens' original positions, [R, C or 1, 1, D/2]."""
@@ -110,7 +110,7 @@ class AttentionPattern:
         query_position, query_document = self._coordinates(self.active, documents)
         key_position, key_document = query_position, query_document
         if self.keys_of_all:
-            key_position, key_document = self._coordinates(self.sequences.everything, documents)
+            key_position, key_document = self._coordinates(self.sequences.all_tokens, documents)
         visible = query_position.unsqueeze(2) >= key_position.unsqueeze(1)  # [B or 1, Q, K]
         if documents is not None:
             visible = visible & (query_document.unsqueeze(2) == key_document.unsqueeze(1))

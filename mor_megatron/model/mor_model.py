@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state
@@ -30,16 +31,14 @@ from mor_megatron.model.attention import KeyValue, LayerCall, RotaryTable, Seque
 from mor_megatron.model.initialization import initialize_weights
 from mor_megatron.model.layer_spec import MoRTransformerLayer, RMSNorm, layer_spec, transformer_config
 from mor_megatron.model.recompute import recompute
+from mor_megatron.model.stored_names import stored_names
 from mor_megatron.planning.accounting import padded_vocab_size
 from mor_megatron.planning.stages import PipelinePlan, pipeline_plan
-from mor_megatron.recursion import context as names
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.dispatch import ActiveTokens, LocalRows
-from mor_megatron.recursion.expert_choice import ExpertChoice
+from mor_megatron.recursion.methods import method_of
 from mor_megatron.recursion.plan import RecursionPlan, VirtualLayer
-from mor_megatron.recursion.routers import Router
-from mor_megatron.recursion.stream import run_recursions
-from mor_megatron.recursion.token_choice import TokenChoice
+from mor_megatron.recursion.routing import RoutingMethod, Stream, run_recursions
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 """Parameter names; a tied head has a copy of the embedding under its own name where a pipeline parts them."""
@@ -59,7 +58,7 @@ class MoRModel(MegatronModule):
         config: a validated run configuration.
         vocab_size: vocabulary before padding.
     Raises:
-        ValueError: depth, Nr and sharing do not fit (see `plan_from_config`).
+        ValueError: depth, Nr and sharing do not fit (see `Config.plan`).
     """
 
     def __init__(self, config: Config, vocab_size: int):
@@ -75,9 +74,9 @@ class MoRModel(MegatronModule):
         )
         self.model_type = ModelType.encoder_or_decoder
         self.tied = not config.model.untie_embeddings_and_output_weights
-        self.rows = LocalRows()
+        self.rows = LocalRows(device())
         if layer_config.sequence_parallel:
-            self.rows = ShardedRows(parallel_state.get_tensor_model_parallel_group())
+            self.rows = ShardedRows(parallel_state.get_tensor_model_parallel_group(), device())
 
         spec = layer_spec(config)
         self.layers = PhysicalLayers(
@@ -88,7 +87,6 @@ class MoRModel(MegatronModule):
         )
         for layer in self.layers.values():
             layer.self_attention.recompute_core_attention = config.training.recompute_granularity == "selective"
-        self.router = None
         if self.is_first_stage:
             self.embedding = LanguageModelEmbedding(
                 layer_config,
@@ -96,7 +94,12 @@ class MoRModel(MegatronModule):
                 config.model.max_position_embeddings,
                 position_embedding_type="rope",
             )
-            self.router = self._build_router(config)
+        # After the embedding: the order of the modules is that of the optimizer's state.
+        self.router: RoutingMethod = method_of(config.recursion.routing)(config.recursion, self.plan, self.rows)
+        if self.is_first_stage:
+            self.router.build(layer_config.hidden_size, layer_config.params_dtype)
+            for weight in self.router.parameters():
+                weight.sequence_parallel = layer_config.sequence_parallel
         if self.is_last_stage:
             self.final_layernorm = RMSNorm(layer_config, layer_config.hidden_size, layer_config.layernorm_epsilon)
             self.output_layer = ColumnParallelLinear(
@@ -146,36 +149,32 @@ class MoRModel(MegatronModule):
         assert self.pipeline.num_stages == 1, "a pipeline runs through pipeline.ring"
         context = context or RoutingContext()
         sequences = self.sequences(batch)
-        hidden = self.enter(batch, sequences)
-        if self.router is None:
-            depth = context.depth(self.plan.num_recursions)
-            layers = tuple(layer for layer in self.plan.shared if layer.recursion < depth)
-            hidden = self.run(layers, hidden, sequences, sequences.everything)
-        else:
+        stream = self.embed(batch, sequences, context)
 
-            def block(recursion: int, rows: Tensor, active: ActiveTokens) -> Tensor:
-                return self.run(self.plan.pass_layers(recursion), rows, sequences, active)
+        def run(layers: tuple[VirtualLayer, ...], stream: Stream) -> Tensor:
+            return self.run_layers(layers, stream.rows, sequences, stream.active)
 
-            lockstep = self.run_config.training.zero_stage == 3
-            count = self.plan.num_recursions
-            stream = run_recursions(self.router, hidden, sequences.everything, block, count, context, lockstep)
-            hidden = stream.merged(self.rows).hidden
-        return self.leave(hidden, sequences, batch.labels)
+        def walk_along(layers: tuple[VirtualLayer, ...], stream: Stream) -> Stream:
+            """One row through the layers, forward and backward, without effect.
+
+            Under ZeRO-3, weights are gathered where a layer is entered, by all data-parallel ranks together."""
+            row = torch.zeros(1, 1, dtype=torch.int64, device=stream.hidden.device)
+            update = self.run_layers(layers, stream.hidden[:1, :1], sequences, stream.tokens.take(row, ragged=True))
+            return replace(stream, hidden=stream.hidden + 0.0 * update.sum())
+
+        idle = walk_along if self.run_config.training.zero_stage == 3 else None
+        stream = run_recursions(self.router, stream, run, context, idle)
+        return self.head(stream.merged(self.rows).hidden, sequences, batch.labels)
 
     def set_input_tensor(self, input_tensor) -> None:
         """Megatron-core's schedules hand over what the previous stage sent; a single stage receives nothing."""
         tensors = input_tensor if isinstance(input_tensor, list) else [input_tensor]
         assert all(tensor is None for tensor in tensors)
 
-    def finish_iteration(self, metrics: dict[str, Tensor | float], iteration: int) -> None:
-        """After an applied optimizer step: loss-free balancing from the global means of `context.metrics`."""
-        recursion = self.run_config.recursion
-        if not isinstance(self.router, TokenChoice) or recursion.router_balance != "loss_free":
-            return
-        if iteration <= recursion.router_balance_warmup_iters:
-            return  # every token was sent to full depth: the fractions say nothing about the router
-        fractions = [float(metrics[names.DEPTH_FRACTION.format(r)]) for r in range(self.plan.num_recursions)]
-        self.router.update_bias(torch.tensor(fractions))
+    def after_step(self, metrics: dict[str, Tensor | float], iteration: int) -> None:
+        """After an applied optimizer step, with the global means of `context.metrics`."""
+        if self.is_first_stage:
+            self.router.after_step(metrics, iteration)
 
     def sequences(self, batch: Batch) -> Sequences:
         """What attention has to know about a micro-batch.
@@ -191,12 +190,18 @@ class MoRModel(MegatronModule):
             self.rotary, seq_length, batch_size, self.config.params_dtype, batch.position_ids, batch.document_ids
         )
 
-    def enter(self, batch: Batch, sequences: Sequences) -> Tensor:
-        """Embedding and unique first layer: tokens [B, S] -> [S, B, H]."""
-        hidden = self.embedding(batch.tokens, position_ids=None)
-        return self.run(self.plan.first, hidden, sequences, sequences.everything)
+    def embed(self, batch: Batch, sequences: Sequences, context: RoutingContext) -> Stream:
+        """Embedding and unique first layers: tokens [B, S] -> the residual stream [S, B, H]."""
+        context.tokens = batch.tokens.transpose(0, 1)
+        if context.metrics is not None:
+            context.metrics.clear()
+        tokens = sequences.all_tokens
+        hidden = self.run_layers(self.plan.first, self.embedding(batch.tokens, position_ids=None), sequences, tokens)
+        return Stream(tokens, tokens, hidden)
 
-    def run(self, layers: tuple[VirtualLayer, ...], rows: Tensor, sequences: Sequences, active: ActiveTokens) -> Tensor:
+    def run_layers(
+        self, layers: tuple[VirtualLayer, ...], rows: Tensor, sequences: Sequences, active: ActiveTokens
+    ) -> Tensor:
         """Consecutive layers on the rows of the active tokens, [k, B, H] -> [k, B, H]."""
         kv_mode, training = self.plan.kv_mode, self.run_config.training
         own_keys = sequences.pattern(active, keys_of_all=False)
@@ -228,9 +233,9 @@ class MoRModel(MegatronModule):
         sequences.store.update(stored)
         return rows
 
-    def leave(self, hidden: Tensor, sequences: Sequences, labels: Tensor | None) -> Tensor:
-        """Unique last layer, final norm, head and loss: [S, B, H] -> [B, S] or logits [B, S, V]."""
-        hidden = self.run(self.plan.last, hidden, sequences, sequences.everything)
+    def head(self, hidden: Tensor, sequences: Sequences, labels: Tensor | None) -> Tensor:
+        """Unique last layers, final norm, head and loss: [S, B, H] -> [B, S] or logits [B, S, V]."""
+        hidden = self.run_layers(self.plan.last, hidden, sequences, sequences.all_tokens)
         hidden = self.final_layernorm(hidden)
         weight = self.embedding.word_embeddings.weight if self.output_layer.weight is None else None
         logits, _ = self.output_layer(hidden, weight=weight)  # [S, B, V/TP]
@@ -244,27 +249,6 @@ class MoRModel(MegatronModule):
             logits[..., real:] = float("-inf")
         losses = vocab_parallel_cross_entropy(logits.float(), labels.transpose(0, 1).contiguous())
         return losses.transpose(0, 1)
-
-    def _build_router(self, config: Config) -> nn.Module | None:
-        recursion, model = config.recursion, config.model
-
-        def make_router(num_outputs: int) -> Router:
-            router = Router(
-                recursion.router_type,
-                model.hidden_size,
-                num_outputs,
-                recursion.router_temperature,
-                self.config.params_dtype,
-            )
-            for weight in router.parameters():
-                weight.sequence_parallel = self.config.sequence_parallel
-            return router
-
-        if recursion.routing == "expert_choice":
-            return ExpertChoice(recursion, self.plan, make_router, self.rows)
-        if recursion.routing == "token_choice":
-            return TokenChoice(recursion, self.plan, make_router, self.rows)
-        return None
 
 
 def _run_layer(layer: MoRTransformerLayer, rows: Tensor, call: LayerCall) -> tuple[Tensor, KeyValue | None]:
@@ -280,6 +264,6 @@ def build_model(config: Config, vocab_size: int) -> MoRModel:
         ValueError: the configuration does not describe a model.
     """
     model = MoRModel(config, vocab_size)
-    aliases = {HEAD: EMBEDDING} if model.tied else {}
+    aliases = stored_names(model) | ({HEAD: EMBEDDING} if model.tied else {})
     initialize_weights(model, config.training.seed, config.model.init_method_std, vocab_size, aliases)
     return model.to(device())

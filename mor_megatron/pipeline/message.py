@@ -1,18 +1,18 @@
 """What travels between two ranks of the pipeline: one tensor [R, H] for each turn of a micro-batch.
 
-| part      | rows         | when                                                                                    |
-|-----------|--------------|-----------------------------------------------------------------------------------------|
-| working   | k_r * B      | always; all S * B without routing                                                       |
-| selection | S * B / H    | on the way out: the mask of chosen tokens (expert_choice), the depths once (token_choice) |
-| stream    | S * B        | in the last turn only: its last rank closes the recursion                               |
-| gate      | k_r * B / H  | with the stream                                                                         |
+| part     | rows                  | when                                                                 |
+|----------|-----------------------|----------------------------------------------------------------------|
+| working  | those of the active   | always                                                               |
+| decision | S * B / H             | on the way out, where the ranks cannot know which tokens are active  |
+| stream   | S * B                 | in the last turn only: its last rank closes the recursion            |
+| gate     | as working, / H       | with the stream                                                      |
 
 Before the last turn the first rank keeps stream and gate: it opens each recursion, and closes it when the rows have
-come round. Masks and depths are small whole numbers, exact in bf16. Under sequence parallelism, working rows and stream
-are shares.
+come round. A decision is small whole numbers, exact in bf16. Under sequence parallelism, working rows and stream are
+shares.
 
-Every rank knows beforehand how many rows will come: from the capacity, or from the depths that came in turn 0. Only the
-threshold of evaluation leaves it open; then the working rows are filled up to S * B.
+Every rank knows beforehand how many rows will come; the routing method says so (`RoutingMethod.incoming`). Where it
+cannot, the working rows are filled up to the most there can be.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from torch import Tensor
 
 from mor_megatron.model.mor_model import MoRModel
 from mor_megatron.recursion.context import RoutingContext
-from mor_megatron.recursion.dispatch import ActiveTokens, select_mask
-from mor_megatron.recursion.expert_choice import kept_tokens
-from mor_megatron.recursion.stream import Stream
+from mor_megatron.recursion.dispatch import ActiveTokens
+from mor_megatron.recursion.routing import Stream
 
 
 @dataclass
@@ -37,15 +36,15 @@ class MessageFormat:
 
     model: MoRModel
     context: RoutingContext
-    everything: ActiveTokens
-    depth: Tensor | None = None
-    """token_choice: depth of each token, [S, B], once it is known here."""
+    tokens: ActiveTokens
+    choice: Tensor | None = None
+    """What the routing method decided once for all recursions, [S, B], as soon as it is known here."""
 
     def __post_init__(self):
         self.shares = (
             parallel_state.get_tensor_model_parallel_world_size() if self.model.config.sequence_parallel else 1
         )
-        self.routing = self.model.run_config.recursion.routing
+        self.method = self.model.router
         self.num_turns = self.model.pipeline.num_chunks
 
     def num_rows(self, turn: int, to_first: bool) -> int:
@@ -59,9 +58,8 @@ class MessageFormat:
         for name, size in self._parts(turn, to_first).items():
             if name == "working":
                 part = stream.rows.reshape(-1, width)
-            elif name == "selection":
-                part = stream.depth if self.routing == "token_choice" else stream.active.mask()
-                part = _as_rows(part.to(stream.rows), width)
+            elif name == "decision":
+                part = _as_rows(self.method.decision(stream).to(stream.rows), width)
             elif name == "stream":
                 part = stream.hidden.reshape(-1, width)
             else:
@@ -74,13 +72,16 @@ class MessageFormat:
         """The open recursion out of a message that did not come back to the first rank."""
         sizes = self._parts(turn, to_first=False)
         parts = dict(zip(sizes, message[: sum(sizes.values())].split(list(sizes.values())), strict=True))
-        active = self._active(turn, parts.get("selection"))
+        decision = None
+        if "decision" in parts:
+            decision = parts["decision"].detach().reshape(-1)[: self.tokens.count].view(self.tokens.shape)
+        active, self.choice = self.method.receive(turn, self.tokens, self.choice, decision, self.context)
         hidden = gate = None
         if "stream" in parts:
-            hidden = parts["stream"].view(-1, self.everything.batch_size, message.shape[-1])
+            hidden = parts["stream"].view(-1, self.tokens.batch_size, message.shape[-1])
         if "gate" in parts:
             gate = parts["gate"].reshape(-1)[: active.count].view(*active.shape, 1)
-        return Stream(active, hidden, self.unpack_rows(message, active), gate, self.depth)
+        return Stream(self.tokens, active, hidden, self.unpack_rows(message, active), gate, self.choice)
 
     def unpack_rows(self, message: Tensor, active: ActiveTokens) -> Tensor:
         """Its working rows, [k, B, H] or [T, 1, H] or this rank's share of them."""
@@ -91,52 +92,18 @@ class MessageFormat:
     def _parts(self, turn: int, to_first: bool) -> dict[str, int]:
         """Rows of each part, in their order."""
         width = self.model.config.hidden_size
-        tokens, columns = self.everything.seq_length, self.everything.batch_size
-        rows, row_columns = self._largest(turn)
-        sizes = {"working": -(-rows // self.shares) * row_columns}
-        if to_first or self.routing == "none":
+        incoming = self.method.incoming(turn, self.tokens, self.choice, self.context)
+        rows, columns = incoming.shape
+        sizes = {"working": -(-rows // self.shares) * columns}
+        if to_first:
             return sizes
-        if self.routing == "token_choice":
-            selects = turn == 0
-        else:
-            selects = self.context.fixed_depth is None and (rows, row_columns) != (tokens, columns)
-        if selects:
-            sizes["selection"] = -(-tokens * columns // width)
-        if turn == self.num_turns - 1:
-            sizes["stream"] = tokens // self.shares * columns
-            if self.model.run_config.recursion.router_gating == "weighted" and rows > 0:
-                sizes["gate"] = -(-rows * row_columns // width)
+        if incoming.decides:
+            sizes["decision"] = -(-self.tokens.count // width)
+        if turn == self.num_turns - 1 and self.method.routes:
+            sizes["stream"] = self.tokens.seq_length // self.shares * self.tokens.batch_size
+            if self.method.weighs and rows > 0:
+                sizes["gate"] = -(-rows * columns // width)
         return sizes
-
-    def _largest(self, turn: int) -> tuple[int, int]:
-        """Shape of the active set of a turn; an upper bound where only the message itself will tell."""
-        tokens, columns = everything = self.everything.shape
-        if self.routing == "none" or (self.routing == "token_choice" and turn == 0):
-            return everything
-        if self.routing == "token_choice":
-            return int((self.depth >= turn).sum()), 1
-        if self.context.fixed_depth is not None:
-            return everything if turn < self.context.fixed_depth else (0, 1)
-        if self.context.selection == "threshold":
-            return everything if self.model.plan.capacities[turn] == 1.0 else (tokens * columns, 1)
-        recursion, plan = self.model.run_config.recursion, self.model.plan
-        return kept_tokens(recursion, plan, turn, tokens, self.context, self.model.training), columns
-
-    def _active(self, turn: int, selection: Tensor | None) -> ActiveTokens:
-        tokens, columns = self.everything.shape
-        if selection is not None:
-            selection = selection.detach().reshape(-1)[: tokens * columns].view(tokens, columns)
-        if self.routing == "token_choice":
-            if turn == 0:
-                self.depth = selection.round().long()
-                return self.everything
-            return self.everything.take(select_mask(self.depth >= turn), ragged=True)
-        if selection is None:
-            return self.everything if self._largest(turn)[0] > 0 else self.everything.none(self.model.rotary.cos.device)
-        rows = select_mask(selection > 0.5)
-        if self.context.selection == "threshold":
-            return self.everything.take(rows, ragged=True)
-        return self.everything.take(rows.view(columns, -1).transpose(0, 1).contiguous())
 
 
 def _as_rows(values: Tensor, width: int) -> Tensor:

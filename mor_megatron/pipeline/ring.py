@@ -17,7 +17,7 @@ from mor_megatron.model.mor_model import MoRModel
 from mor_megatron.pipeline.carry import keep
 from mor_megatron.pipeline.message import MessageFormat
 from mor_megatron.recursion.context import RoutingContext
-from mor_megatron.recursion.stream import EveryToken, Stream
+from mor_megatron.recursion.routing import Stream
 
 
 @dataclass
@@ -39,7 +39,7 @@ class MicroBatch:
             ValueError: the sequence is longer than max-position-embeddings.
         """
         sequences = model.sequences(batch)
-        return cls(batch, context, sequences, MessageFormat(model, context, sequences.everything))
+        return cls(batch, context, sequences, MessageFormat(model, context, sequences.all_tokens))
 
 
 class Chunk(nn.Module):
@@ -55,7 +55,6 @@ class Chunk(nn.Module):
         self.model = model
         self.turn = turn
         self.model_type, self.config = model.model_type, model.config  # the schedule asks for them
-        self.routing = model.router if model.router is not None else EveryToken()
         self.is_last_turn = turn == model.pipeline.num_chunks - 1
         self.received: Tensor | None = None
 
@@ -71,10 +70,10 @@ class Chunk(nn.Module):
         layers = model.pipeline.layers(model.stage, self.turn)
         layers = tuple(layer for layer in layers if layer.recursion is not None and layer.recursion < depth)
         if layers and stream.active.count > 0:
-            stream = replace(stream, rows=model.run(layers, stream.rows, sequences, stream.active))
+            stream = replace(stream, rows=model.run_layers(layers, stream.rows, sequences, stream.active))
         if model.is_last_stage and self.is_last_turn:
             sequences.store.clear()
-            return model.leave(stream.merged(model.rows).hidden, sequences, micro.batch.labels)
+            return model.head(stream.merged(model.rows).hidden, sequences, micro.batch.labels)
         message = micro.messages.pack(stream, self.turn, to_first=model.is_last_stage)
         return self._keep(micro, stream, message)
 
@@ -82,12 +81,12 @@ class Chunk(nn.Module):
         """First rank: the embedding, or the recursion that comes round closed; then the next one opened."""
         model, messages = self.model, micro.messages
         if self.turn == 0:
-            stream = Stream(micro.sequences.everything, model.enter(micro.batch, micro.sequences))
+            stream = model.embed(micro.batch, micro.sequences, micro.context)
         else:
             rows = messages.unpack_rows(self.received, micro.kept.active)
-            stream = self.routing.close(self.turn - 1, replace(micro.kept, rows=rows))
-        stream = self.routing.open(self.turn, stream, micro.context)
-        messages.depth = stream.depth
+            stream = model.router.close(self.turn - 1, replace(micro.kept, rows=rows))
+        stream = model.router.open(self.turn, stream, micro.context)
+        messages.choice = stream.choice
         return stream
 
     def _keep(self, micro: MicroBatch, stream: Stream, message: Tensor) -> Tensor:

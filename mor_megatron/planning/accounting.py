@@ -14,9 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from mor_megatron.config.schema import Config, RecursionConfig
 from mor_megatron.recursion.context import TOKENS_PER_RECURSION
-from mor_megatron.recursion.plan import RecursionPlan, VirtualLayer, default_capacities, plan_from_config
+from mor_megatron.recursion.plan import RecursionPlan, VirtualLayer
 
 FORWARDS_PER_STEP = 3
 """A backward pass multiplies twice what a forward pass does."""
@@ -82,16 +84,10 @@ def _vocabulary(config: Config, vocab_size: int | None) -> int:
 
 def router_parameters(config: Config) -> int:
     """Weights of all routers, auxiliary ones included."""
-    recursion, hidden = config.recursion, config.model.hidden_size
-
-    def one(outputs: int) -> int:
-        return hidden * outputs if recursion.router_type == "linear" else 2 * hidden * (hidden + outputs)
-
-    if recursion.routing == "token_choice":
-        return one(recursion.num_recursions)
-    if recursion.routing == "expert_choice":
-        return recursion.num_recursions * one(1) * (2 if recursion.router_objective == "aux_router" else 1)
-    return 0
+    method = config.routing_method
+    with torch.device("meta"):
+        method.build(config.model.hidden_size, torch.float32)
+    return sum(weight.numel() for weight in method.parameters())
 
 
 def count_parameters(config: Config, vocab_size: int | None = None) -> ParameterCount:
@@ -100,7 +96,7 @@ def count_parameters(config: Config, vocab_size: int | None = None) -> Parameter
     Raises:
         ValueError: neither vocab_size nor config.model.vocab_size is set.
     """
-    widths, plan = _widths(config), plan_from_config(config)
+    widths, plan = _widths(config), config.plan
     embedding = (
         _vocabulary(config, vocab_size) * widths.hidden * (2 if config.model.untie_embeddings_and_output_weights else 1)
     )
@@ -125,8 +121,7 @@ def padded_vocab_size(vocab_size: int, divisor: int, tensor_parallel_size: int =
 
 def planned_fractions(config: Config) -> tuple[float, ...]:
     """Expected fraction of tokens at each recursion: capacities, or balanced depths for token-choice."""
-    plan = plan_from_config(config)
-    return default_capacities(plan.num_recursions) if config.recursion.routing == "token_choice" else plan.capacities
+    return config.routing_method.planned_fractions()
 
 
 def measured_fractions(metrics: Mapping[str, float | None], num_recursions: int) -> tuple[float, ...] | None:
@@ -137,13 +132,13 @@ def measured_fractions(metrics: Mapping[str, float | None], num_recursions: int)
 
 def dense_equivalent(config: Config) -> Config:
     """The vanilla model of the same unrolled depth: every virtual layer has weights of its own, no token leaves."""
-    model = replace(config.model, num_layers=plan_from_config(config).num_layers)
+    model = replace(config.model, num_layers=config.plan.num_layers)
     return replace(config, model=model, recursion=RecursionConfig())
 
 
 def paper_flops_per_token(config: Config) -> float:
     """Forward FLOPs a token by the authors' accounting (docs/mor.md, sec. 7): sum over layers of c*lin + c^2*att."""
-    plan, hidden = plan_from_config(config), config.model.hidden_size
+    plan, hidden = config.plan, config.model.hidden_size
     fractions = planned_fractions(config)
     projection, ffn = 2 * hidden * hidden, 2 * 3 * hidden * config.model.ffn_hidden_size
     attention = 2 * config.data.seq_length * hidden
@@ -205,12 +200,9 @@ def layer_flops_per_token(config: Config, fractions: Sequence[float] | None = No
 
 
 def router_flops_per_token(config: Config, fractions: Sequence[float] | None = None) -> float:
-    """Executed forward FLOPs a token of all routers. One of expert-choice reads the tokens that the one before kept."""
-    if config.recursion.routing != "expert_choice":
-        return 2.0 * router_parameters(config)
+    """Executed forward FLOPs a token of all routers."""
     fractions = planned_fractions(config) if fractions is None else fractions
-    candidates = (1.0, *fractions[:-1])
-    return 2.0 * router_parameters(config) * sum(candidates) / len(candidates)
+    return config.routing_method.flops_per_token(router_parameters(config), fractions)
 
 
 def head_flops_per_token(config: Config, vocab_size: int | None = None) -> float:
@@ -230,7 +222,7 @@ def kv_bytes_per_token(config: Config, fractions: Sequence[float] | None = None,
         fractions: fraction of tokens active at each recursion, [Nr]; default: as planned.
         bytes_per_number: 2 for bf16 and fp16.
     """
-    plan, row = plan_from_config(config), 2 * _widths(config).key_value * bytes_per_number
+    plan, row = config.plan, 2 * _widths(config).key_value * bytes_per_number
     fractions = planned_fractions(config) if fractions is None else fractions
     return row * sum(_fraction(layer, fractions) for layer in plan.layers if not _skips_keys(plan, layer))
 
@@ -244,7 +236,7 @@ class _LayerWork:
 
 
 def _layer_work(config: Config, fractions: Sequence[float] | None) -> list[_LayerWork]:
-    widths, plan = _widths(config), plan_from_config(config)
+    widths, plan = _widths(config), config.plan
     fractions = planned_fractions(config) if fractions is None else fractions
     work = []
     for layer in plan.layers:

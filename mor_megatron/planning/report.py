@@ -9,7 +9,7 @@ from mor_megatron.config.layout import data_parallel_size
 from mor_megatron.config.schema import Config, TrainingConfig
 from mor_megatron.config.validate import validate
 from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocab_size
-from mor_megatron.planning.accounting import head_flops_per_token, layer_flops_per_token
+from mor_megatron.planning.accounting import head_flops_per_token, layer_flops_per_token, router_parameters
 from mor_megatron.planning.memory import RankState, rank_parameters, rank_state
 from mor_megatron.planning.stages import PipelinePlan, microbatch_group_size, pipeline_plan
 
@@ -96,8 +96,8 @@ def _holds(config: Config, pipeline: PipelinePlan, stage: int) -> str:
     parts = []
     if is_first:
         parts.append("embedding")
-        if config.recursion.routing != "none":
-            parts.append("router" if config.recursion.routing == "token_choice" else "routers")
+        if router_parameters(config) > 0:
+            parts.append("routers")
     layers = pipeline.physical_layers(stage)
     parts.append(f"{'layer' if len(layers) == 1 else 'layers'} {_span(layers)}")
     if is_last:

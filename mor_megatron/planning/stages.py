@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from mor_megatron.config.schema import Config
 from mor_megatron.planning.accounting import head_flops_per_token, layer_flops_per_token
-from mor_megatron.recursion.plan import RecursionPlan, VirtualLayer, plan_from_config
+from mor_megatron.recursion.plan import RecursionPlan, VirtualLayer
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PipelinePlan:
     @property
     def is_ring(self) -> bool:
         """A micro-batch passes every rank once a recursion."""
-        return self.num_stages > 1 and self.plan.num_recursions > 1 and self.plan.strategy in ("cycle", "middle_cycle")
+        return self.num_stages > 1 and self.plan.num_recursions > 1 and self.plan.is_cyclic
 
     @property
     def num_chunks(self) -> int:
@@ -71,7 +71,7 @@ def pipeline_plan(config: Config, vocab_size: int | None = None) -> PipelinePlan
     Raises:
         ValueError: no vocabulary size is known and the split has to be balanced.
     """
-    plan, parallel = plan_from_config(config), config.parallel
+    plan, parallel = config.plan, config.parallel
     stages = parallel.pipeline_model_parallel_size
     if stages == 1:
         return PipelinePlan(plan, (plan.block_size,))

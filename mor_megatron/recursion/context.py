@@ -1,76 +1,60 @@
 """What one forward pass is told about routing, and what it reports back.
 
-A `RoutingContext` lives for one micro-batch. The names of all router metrics are here and nowhere else.
+A `RoutingContext` lives for one micro-batch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from mor_megatron.config.schema import RecursionConfig
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:  # programs that only count must not wait for torch
-    from torch import Tensor
+from mor_megatron.recursion.losses import attach_loss
 
 Selection = Literal["capacity", "threshold"]
 
-AUX_LOSS = "aux_loss"
-"""expert_choice: binary cross entropy towards the selection, summed over recursions."""
-SELECTION_ACCURACY = "selection_accuracy"
-"""expert_choice: how often the causal threshold agrees with the selection, mean over recursions."""
-BALANCE_LOSS = "balance_loss"
-"""token_choice: balancing loss, 1 at uniform depths."""
 Z_LOSS = "z_loss"
 """Router z-loss, before its coefficient."""
 MEAN_DEPTH = "mean_depth"
 """Recursions a token passes, mean over tokens."""
 TOKENS_PER_RECURSION = "tokens_per_recursion_{}"
 """Fraction of tokens active at a recursion."""
-DEPTH_FRACTION = "depth_fraction_{}"
-"""token_choice: fraction of tokens that leave after exactly this recursion (0-based)."""
-
-
-def routing_metrics(recursion: RecursionConfig) -> tuple[str, ...]:
-    """Names of what a training pass reports, in the order of the log line; the same on every rank of a pipeline."""
-    if recursion.routing == "none":
-        return ()
-    names = []
-    if recursion.routing == "expert_choice":
-        names += [AUX_LOSS, SELECTION_ACCURACY]
-    elif recursion.router_balance == "loss":
-        names.append(BALANCE_LOSS)
-    if recursion.router_z_loss_coeff > 0.0:
-        names.append(Z_LOSS)
-    per_recursion = [TOKENS_PER_RECURSION] + ([DEPTH_FRACTION] if recursion.routing == "token_choice" else [])
-    names += [name.format(r) for name in per_recursion for r in range(recursion.num_recursions)]
-    return (*names, MEAN_DEPTH)
 
 
 @dataclass
 class RoutingContext:
-    """Orders for, and report of, one forward pass.
+    """Options of, and report from, one forward pass.
 
     Raises:
         ValueError: fixed_depth below 1.
     """
 
     iteration: int = 1
-    """Number of the iteration being run, counted from 1; drives capacity and balancing warm-up in training."""
+    """Number of the iteration being run, counted from 1; drives warm-ups in training."""
     selection: Selection = "capacity"
-    """expert_choice: whole-sequence top-k (not causal), or the causal threshold (sigmoid >= 0.5)."""
+    """Of a method that selects within a sequence: by capacity (looks ahead), or by a causal threshold."""
+    threshold: float = 0.5
+    """Selection by threshold: a token goes on if the sigmoid of its logit is at least this."""
     fixed_depth: int | None = None
     """Run every token to this many recursions, 1..Nr; None lets the router decide."""
+    tokens: Tensor | None = None
+    """Ids of all tokens, shaped like the residual stream without its width; None where the model was given none."""
+    losses: Literal["attach", "sum", "none"] = "attach"
+    """In training mode, router losses join the graph where they arise, are summed in `loss`, or are not computed."""
     router_loss_scale: float = 1.0
-    """Factor on router losses in the graph: 1 / number of micro-batches makes them a mean over the global batch."""
+    """Factor on attached router losses: 1 / number of micro-batches makes them a mean over the global batch."""
     loss_scale: float = 1.0
-    """Factor on every loss of the backward pass (fp16); router losses join the graph with it."""
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Report: 0-d fp32 detached means over this micro-batch."""
+    """Factor on every loss of the backward pass (fp16); attached router losses have it."""
+    loss: Tensor | None = None
+    """Report: the sum of router losses times their coefficients."""
+    metrics: dict[str, Tensor] | None = field(default_factory=dict)
+    """Report: 0-d fp32 detached means over this micro-batch; None: no report is wanted."""
     trace: dict[str, Tensor] | None = None
     """Set to {} to receive router logits, selections and depths (tests, analysis)."""
-
     on_decision: Callable[[str, Tensor], None] | None = None
     """Called with the name of each routing decision (a mask or depths, [S, B]) before anything is done by it."""
 
@@ -78,14 +62,12 @@ class RoutingContext:
         if self.fixed_depth is not None and self.fixed_depth < 1:
             raise ValueError(f"fixed_depth={self.fixed_depth} must be between 1 and num-recursions")
 
-    def loss_factor(self, coefficient: float, per_microbatch: bool = False) -> float:
-        """What a router loss is multiplied by where it joins the graph.
-
-        Args:
-            coefficient: of the loss.
-            per_microbatch: sum it over micro-batches instead of averaging.
-        """
-        return coefficient * self.loss_scale * (1.0 if per_microbatch else self.router_loss_scale)
+    @property
+    def threshold_logit(self) -> float:
+        """The logit whose sigmoid is the threshold."""
+        if self.threshold in (0.0, 1.0):
+            return math.copysign(math.inf, self.threshold - 0.5)
+        return math.log(self.threshold / (1.0 - self.threshold))
 
     def depth(self, num_recursions: int) -> int:
         """Recursions to run: all, or the fixed depth.
@@ -99,18 +81,45 @@ class RoutingContext:
             raise ValueError(f"fixed_depth={self.fixed_depth} exceeds num-recursions={num_recursions}")
         return self.fixed_depth
 
+    def add_loss(self, rows: Tensor, loss: Tensor, coefficient: float, per_microbatch: bool = False) -> Tensor:
+        """Take a router loss into account; returns `rows`, to which it is attached.
+
+        Args:
+            rows: hidden state that the pass goes on with.
+            loss: scalar.
+            coefficient: of the loss.
+            per_microbatch: sum it over micro-batches instead of averaging.
+        """
+        if self.losses == "sum":
+            if coefficient > 0.0:
+                self.loss = coefficient * loss if self.loss is None else self.loss + coefficient * loss
+            return rows
+        return attach_loss(
+            rows, loss, coefficient * self.loss_scale * (1.0 if per_microbatch else self.router_loss_scale)
+        )
+
     def report(self, name: str, value: Tensor) -> None:
         """Record one metric of this micro-batch; what is reported more than once (each recursion its part) adds up."""
+        if self.metrics is None:
+            return
         value = value.detach().float()
         self.metrics[name] = self.metrics[name] + value if name in self.metrics else value
+
+    def report_fraction(self, name: str, fraction: float, device: torch.device) -> None:
+        """Record a metric that the host knows."""
+        if self.metrics is not None:
+            self.report(name, torch.tensor(fraction, device=device))
 
     def record(self, name: str, value: Tensor) -> None:
         """Record a tensor for analysis if a trace was asked for."""
         if self.trace is not None:
             self.trace[name] = value.detach()
 
-    def decide(self, name: str, decision: Tensor) -> None:
-        """Record a routing decision and let others look at it."""
-        self.record(name, decision)
+    def decide(self, name: str, decision: Callable[[], Tensor]) -> None:
+        """Record a routing decision and let others look at it; it is computed only where someone does."""
+        if self.trace is None and self.on_decision is None:
+            return
+        value = decision()
+        self.record(name, value)
         if self.on_decision is not None:
-            self.on_decision(name, decision)
+            self.on_decision(name, value)

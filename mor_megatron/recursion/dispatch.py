@@ -15,10 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TIE = 1e-5
-"""Router logits count as equal within TIE * (1 + their mean size in the sequence). A run of one token at the start of a
-sequence has equal hidden states but for rounding, and rounding depends on device and layout. It moves fp32 logits by
-less than a tenth of this; a gate of sigmoid with alpha 0.1 changes by 2.5e-7 within it."""
+from mor_megatron.recursion.routing import TIE, kept
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class ActiveTokens:
     ragged: bool = False
 
     @property
-    def everything(self) -> bool:
+    def is_all(self) -> bool:
         """All tokens are active."""
         return self.rows is None
 
@@ -65,10 +62,6 @@ class ActiveTokens:
     def shape(self) -> tuple[int, int]:
         """Leading dimensions of the rows' tensor: (S, B), (k, B) or (T, 1)."""
         return (self.seq_length, self.batch_size) if self.rows is None else tuple(self.rows.shape)
-
-    def none(self, device: torch.device) -> ActiveTokens:
-        """The empty set."""
-        return self.take(torch.empty(0, 1, dtype=torch.int64, device=device), ragged=True)
 
     def mask(self) -> Tensor:
         """True at the active tokens, [S, B] bool (on the CPU when all are active)."""
@@ -185,7 +178,7 @@ def gather(hidden: Tensor, active: ActiveTokens) -> Tensor:
         hidden: residual stream, [S, B, H].
         active: the tokens to take.
     Returns:
-        [k, B, H] (regular), [T, 1, H] (ragged) or `hidden` itself (everything).
+        [k, B, H] (regular), [T, 1, H] (ragged) or `hidden` itself (all tokens).
     """
     if active.rows is None:
         return hidden
@@ -218,23 +211,66 @@ def take_rows(x: Tensor, local: Tensor | None) -> Tensor:
 
 
 class LocalRows:
-    """Moves rows that are all on this rank; `distributed.row_exchange` does the same where they are cut by sequence."""
+    """The `Layout` of training, with all rows on this rank; `distributed.row_exchange` has the one of rows that are cut
+    by sequence. Collected values are [S, B, W], [k, B, W] or [T, 1, W]; an index is flat, [k, B] or [T, 1].
+
+    Args:
+        device: where the rows are.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
 
     def gather(self, hidden: Tensor, active: ActiveTokens) -> Tensor:
         """Rows of the active tokens out of the residual stream; see `gather`."""
         return gather(hidden, active)
 
-    def take(self, x: Tensor, active: ActiveTokens, local: Tensor | None) -> Tensor:
-        """Rows of `x`, which has those of `active`, at flat indexes `local`; see `take_rows`."""
-        return take_rows(x, local)
-
-    def combine(self, hidden: Tensor, update: Tensor, gate: Tensor | None, active: ActiveTokens) -> Tensor:
+    def combine(self, hidden: Tensor, rows: Tensor, gate: Tensor | None, active: ActiveTokens) -> Tensor:
         """Rows back into the residual stream; see `combine`. The gate is that of all active tokens."""
-        return combine(hidden, update, gate, active)
+        return combine(hidden, rows, gate, active)
+
+    def take(self, rows: Tensor, active: ActiveTokens, index: Tensor | None) -> Tensor:
+        """Of `rows`, which are those of `active`, the ones at `index`; see `take_rows`."""
+        return take_rows(rows, index)
 
     def collect(self, values: Tensor, active: ActiveTokens) -> Tensor:
         """Something small computed from the rows of `active`, of all tokens on every rank."""
         return values
+
+    def at(self, values: Tensor, index: Tensor | None) -> Tensor:
+        """Collected values at `index`."""
+        return take_rows(values, index)
+
+    def of(self, values: Tensor, active: ActiveTokens) -> Tensor:
+        """Of values [S, B], those of the active tokens."""
+        return values if active.rows is None else values.view(-1)[active.rows]
+
+    def keep(self, active: ActiveTokens, mask: Tensor, regular: bool = False) -> tuple[ActiveTokens, Tensor]:
+        """The subset where `mask` is true, ragged or regular."""
+        index = select_mask(mask)
+        if regular:
+            index = index.view(active.batch_size, -1).transpose(0, 1).contiguous()
+        return active.take(index, ragged=not regular), index
+
+    def best(self, active: ActiveTokens, scores: Tensor, capacity: float) -> tuple[ActiveTokens, Tensor | None]:
+        """The k highest of the scores [k_prev, B] of each sequence, k = capacity * S; see `select_topk`."""
+        k = kept(capacity, active.seq_length)
+        if k == scores.shape[0]:
+            return active, None
+        index = select_topk(scores, k)
+        return active.take(index), index
+
+    def none(self, active: ActiveTokens) -> ActiveTokens:
+        """The empty set."""
+        return active.take(torch.empty(0, 1, dtype=torch.int64, device=self.device), ragged=True)
+
+    def mask(self, active: ActiveTokens) -> Tensor:
+        """True at the active tokens, [S, B]."""
+        return active.mask()
+
+    def means(self, values: Tensor, active: ActiveTokens, per_sequence: bool) -> Tensor:
+        """Mean of [S, B, W] over tokens: [B, W], or [W]."""
+        return values.mean((0,) if per_sequence else (0, 1))
 
 
 def select_topk(scores: Tensor, k: int) -> Tensor:

@@ -11,144 +11,207 @@ Training selects by capacity. The threshold is causal and is what inference uses
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from mor_megatron.config.schema import RecursionConfig
-from mor_megatron.recursion import context as names
-from mor_megatron.recursion.context import RoutingContext
-from mor_megatron.recursion.dispatch import ActiveTokens, LocalRows, select_mask, select_topk, take_rows
-from mor_megatron.recursion.losses import attach_loss, selection_loss, z_loss
-from mor_megatron.recursion.plan import RecursionPlan
-from mor_megatron.recursion.routers import Router, score
-from mor_megatron.recursion.stream import Stream
+from mor_megatron.recursion.context import MEAN_DEPTH, TOKENS_PER_RECURSION, Z_LOSS, RoutingContext
+from mor_megatron.recursion.losses import selection_loss, z_loss
+from mor_megatron.recursion.plan import default_capacities
+from mor_megatron.recursion.routers import Router, RouterSettings, resolve_router, score
+from mor_megatron.recursion.routing import Active, Incoming, Index, RoutingMethod, Stream, kept
+from mor_megatron.recursion.setting import Change, setting
+
+AUX_LOSS = "aux_loss"
+"""Binary cross entropy towards the selection, summed over recursions."""
+SELECTION_ACCURACY = "selection_accuracy"
+"""How often the causal threshold agrees with the selection, mean over recursions."""
 
 
-def kept_tokens(
-    config: RecursionConfig, plan: RecursionPlan, r: int, seq_length: int, context: RoutingContext, training: bool
-) -> int:
-    """k_r, the tokens of a sequence that recursion r keeps by capacity.
+@dataclass(frozen=True)
+class ExpertChoiceSettings(RouterSettings):
+    """Settings of expert-choice routing."""
 
-    In training, capacities fall from 1 along a cosine during the first `capacity_warmup_iters` iterations.
-    """
-    capacity = plan.capacities[r]
-    if training and config.capacity_warmup_iters > 0:
-        progress = min(1.0, context.iteration / config.capacity_warmup_iters)
-        capacity += (1.0 - capacity) * 0.5 * (1.0 + math.cos(math.pi * progress))
-    return max(1, int(capacity * seq_length))
+    capacity: tuple[float, ...] | None = None
+    """expert_choice: fraction of tokens kept at each recursion, non-increasing; default (Nr-r)/Nr."""
+    capacity_warmup_iters: int = setting(0, least=0, change=Change.TOLD, in_export=False)
+    """Iterations over which capacities fall from 1 to their value along a cosine."""
+    router_objective: Literal["aux_loss", "aux_router"] = "aux_loss"
+    """expert_choice: what learns the causal 0.5 threshold: the router itself, or a second, detached router."""
+    router_aux_loss_coeff: float = setting(0.001, least=0, change=Change.TOLD)
+    """expert_choice: coefficient of the binary cross entropy towards the top-k selection (sum over recursions)."""
+    router_aux_lr_mult: float = setting(
+        10.0,
+        least=0,
+        read_with=("--router-objective aux_router", lambda settings: settings.router_objective == "aux_router"),
+        change=Change.TOLD,
+        in_export=False,
+    )
+    """Learning-rate multiplier of the auxiliary router (router-objective aux_router)."""
+    router_aux_loss_per_microbatch: bool = setting(False, change=Change.TOLD, in_export=False)
+    """Authors' scaling: sum the auxiliary loss over micro-batches instead of averaging it, so that its effective
+    coefficient grows with gradient accumulation."""
 
 
-class ExpertChoice(nn.Module):
-    """Routers of all recursions, and what happens before and after the block.
+class ExpertChoice(RoutingMethod):
+    """A router for each recursion."""
 
-    Args:
-        config: routing settings.
-        plan: gives Nr and the capacities.
-        make_router: number of outputs -> Router.
-        rows: moves rows between the residual stream and the compact tensors.
-    """
+    name = "expert_choice"
+    about = "expert-choice routing: before each recursion a router decides which tokens go on"
+    Settings = ExpertChoiceSettings
+    looks_ahead = True
 
-    def __init__(
-        self,
-        config: RecursionConfig,
-        plan: RecursionPlan,
-        make_router: Callable[[int], Router],
-        rows: LocalRows | None = None,
-    ):
-        super().__init__()
-        self.config = config
-        self.plan = plan
-        self.rows = rows or LocalRows()
-        self.routers = nn.ModuleList(make_router(1) for _ in range(plan.num_recursions))
+    @classmethod
+    def resolve(cls, settings: ExpertChoiceSettings, num_recursions: int) -> ExpertChoiceSettings:
+        """With score function, alpha and capacities filled in.
+
+        Raises:
+            ValueError: the score function is not one of expert-choice, or the capacities are none.
+        """
+        router = resolve_router(settings, ("sigmoid", "tanh", "none"), cls.name)
+        capacity = settings.capacity or default_capacities(num_recursions)
+        _check_capacity(capacity, num_recursions)
+        return replace(settings, capacity=capacity, **router)
+
+    @classmethod
+    def capacities(cls, settings: ExpertChoiceSettings, num_recursions: int) -> tuple[float, ...]:
+        """The capacities that are set, or (Nr-r)/Nr."""
+        return tuple(settings.capacity or default_capacities(num_recursions))
+
+    @classmethod
+    def warnings(cls, settings: ExpertChoiceSettings) -> list[str]:
+        """The threshold may be left untrained."""
+        if settings.router_aux_loss_coeff > 0:
+            return []
+        return [
+            "router-aux-loss-coeff=0 leaves the causal threshold untrained, so that threshold evaluation and "
+            "generation select at random: use a value above 0"
+        ]
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Losses and accuracy of the selection, and the tokens of each recursion."""
+        z = (Z_LOSS,) if self.settings.router_z_loss_coeff > 0.0 else ()
+        return (AUX_LOSS, SELECTION_ACCURACY, *z, *super().metric_names())
+
+    def flops_per_token(self, parameters: int, fractions: Sequence[float]) -> float:
+        """The router of a recursion reads the tokens that the one before kept."""
+        candidates = (1.0, *fractions[:-1])
+        return 2.0 * parameters * sum(candidates) / len(candidates)
+
+    def build(self, hidden_size: int, dtype: torch.dtype) -> None:
+        """One router a recursion, and with aux_router a second one."""
+        settings, count = self.settings, self.plan.num_recursions
+        self.routers = nn.ModuleList(Router(settings, hidden_size, 1, dtype) for _ in range(count))
         self.aux_routers = None
-        if config.router_objective == "aux_router":
-            self.aux_routers = nn.ModuleList(make_router(1) for _ in range(plan.num_recursions))
+        if settings.router_objective == "aux_router":
+            self.aux_routers = nn.ModuleList(Router(settings, hidden_size, 1, dtype) for _ in range(count))
             for parameter in self.aux_routers.parameters():
-                parameter.lr_mult = config.router_aux_lr_mult
+                parameter.lr_mult = settings.router_aux_lr_mult
 
     def open(self, r: int, stream: Stream, context: RoutingContext) -> Stream:
-        """Select among the candidates and take out their rows; reports metrics to `context`."""
-        candidates, hidden = stream.active, stream.hidden
-        if r == 0:
-            context.metrics.clear()
+        """Select among the candidates and take out their rows."""
+        candidates, hidden, layout = stream.active, stream.hidden, self.layout
         if r >= context.depth(self.plan.num_recursions):
-            return self._take(stream, candidates.none(hidden.device), hidden[:0], None)
-        x = self.rows.gather(hidden, candidates)  # [k_prev, B, H]
-        logits = self.rows.collect(self.routers[r](x), candidates)  # [k_prev, B, 1]
+            return replace(stream, active=layout.none(candidates), rows=hidden[:0], gate=None)
+        x = layout.gather(hidden, candidates)  # [.., H]
+        logits = layout.collect(self.routers[r](x), candidates)  # [.., 1]
         threshold_logits = logits
         if self.aux_routers is not None:
-            threshold_logits = self.rows.collect(self.aux_routers[r](x.detach()), candidates)
-        local = self._select(r, logits.detach(), threshold_logits.detach(), candidates, context)
-        if self.training and context.selection == "capacity":
-            x = self._attach_losses(r, x, logits, threshold_logits, local, context)
-        active = candidates
-        if local is not None:
-            active = active.take(local, ragged=context.selection == "threshold")
+            threshold_logits = layout.collect(self.aux_routers[r](x.detach()), candidates)
+        active, index = self._select(r, logits.detach(), threshold_logits.detach(), candidates, context)
+        if self.training and context.losses != "none":
+            x = self._add_losses(r, x, logits, threshold_logits, index, context)
         context.record(f"router_logits_{r}", logits)
-        context.decide(f"active_{r}", active.mask())
-        self._count(r, active, context, hidden.device)
+        context.decide(f"active_{r}", lambda: layout.mask(active))
+        context.report_fraction(TOKENS_PER_RECURSION.format(r), active.count / stream.tokens.count, hidden.device)
+        context.report_fraction(MEAN_DEPTH, active.count / stream.tokens.count, hidden.device)
         gate = None
-        if self.config.router_gating == "weighted":
-            gate = take_rows(score(logits, self.config.router_func, self.config.router_alpha), local)
-        return self._take(stream, active, self.rows.take(x, candidates, local), gate)
-
-    def close(self, r: int, stream: Stream) -> Stream:
-        """Bring the rows back; the active tokens are the candidates of the next recursion."""
-        return stream.merged(self.rows)
+        if self.settings.router_gating == "weighted":
+            gate = layout.at(score(logits, self.settings), index)
+        return replace(stream, active=active, rows=layout.take(x, candidates, index), gate=gate)
 
     def _select(
-        self, r: int, logits: Tensor, threshold_logits: Tensor, candidates: ActiveTokens, context: RoutingContext
-    ) -> Tensor | None:
-        """Which candidates recursion r keeps, as flat local indexes; None keeps all."""
-        if context.fixed_depth is not None:
-            return None
+        self, r: int, logits: Tensor, threshold_logits: Tensor, candidates: Active, context: RoutingContext
+    ) -> tuple[Active, Index | None]:
+        """The tokens that recursion r keeps, and their places among the candidates."""
+        # A recursion of capacity 1 keeps everyone in training, so it must keep everyone by threshold as well.
+        if context.fixed_depth is not None or self.plan.capacities[r] == 1.0:
+            return candidates, None
         if context.selection == "capacity":
-            k = kept_tokens(self.config, self.plan, r, candidates.seq_length, context, self.training)
-            return None if k == logits.shape[0] else select_topk(logits.squeeze(-1), k)
-        # A recursion of capacity 1 keeps everyone in training, so it must keep everyone here.
-        if self.plan.capacities[r] == 1.0:
-            return None
-        return select_mask(threshold_logits.squeeze(-1) >= 0.0)  # sigmoid >= 0.5
+            return self.layout.best(candidates, logits.squeeze(-1), self._capacity(r, context))
+        return self.layout.keep(candidates, threshold_logits.squeeze(-1) >= context.threshold_logit)
 
-    def _attach_losses(
+    def _capacity(self, r: int, context: RoutingContext) -> float:
+        """In training, capacities fall from 1 along a cosine during the first `capacity_warmup_iters` iterations."""
+        capacity, warmup = self.plan.capacities[r], self.settings.capacity_warmup_iters
+        if self.training and warmup > 0:
+            progress = min(1.0, context.iteration / warmup)
+            capacity += (1.0 - capacity) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        return capacity
+
+    def _add_losses(
         self,
         r: int,
         x: Tensor,
         logits: Tensor,
         threshold_logits: Tensor,
-        local: Tensor | None,
+        index: Index | None,
         context: RoutingContext,
     ) -> Tensor:
-        """x with this recursion's router losses attached (docs/mor.md, sec. 3.2)."""
-        config = self.config
-        if local is None:
+        """x with this recursion's router losses (docs/mor.md, sec. 3.2)."""
+        settings = self.settings
+        if index is None:
             target = torch.ones_like(threshold_logits)
         else:
             target = torch.zeros_like(threshold_logits)
-            target.view(-1)[local.view(-1)] = 1.0
+            target.view(-1)[index.view(-1)] = 1.0
         aux = selection_loss(threshold_logits, target)
         accuracy = ((threshold_logits >= 0.0) == target.bool()).float().mean()
-        context.report(names.AUX_LOSS, aux)
-        context.report(names.SELECTION_ACCURACY, accuracy / self.plan.num_recursions)
+        context.report(AUX_LOSS, aux)
+        context.report(SELECTION_ACCURACY, accuracy / self.plan.num_recursions)
         context.record(f"aux_loss_{r}", aux)
         context.record(f"selection_accuracy_{r}", accuracy)
-        factor = context.loss_factor(config.router_aux_loss_coeff, config.router_aux_loss_per_microbatch)
-        x = attach_loss(x, aux, factor)
-        if config.router_z_loss_coeff > 0.0:
+        x = context.add_loss(x, aux, settings.router_aux_loss_coeff, settings.router_aux_loss_per_microbatch)
+        if settings.router_z_loss_coeff > 0.0:
             z = z_loss(logits)
-            context.report(names.Z_LOSS, z)
-            x = attach_loss(x, z, context.loss_factor(config.router_z_loss_coeff))
+            context.report(Z_LOSS, z)
+            x = context.add_loss(x, z, settings.router_z_loss_coeff)
         return x
 
-    @staticmethod
-    def _take(stream: Stream, active: ActiveTokens, rows: Tensor, gate: Tensor | None) -> Stream:
-        return replace(stream, active=active, rows=rows, gate=gate)
+    def incoming(self, r, tokens, choice, context) -> Incoming:
+        """A capacity says how many rows come; only the threshold of evaluation leaves it open."""
+        length, batch_size = tokens.shape
+        if context.fixed_depth is not None:
+            return Incoming(tokens.shape if r < context.fixed_depth else (0, 1), decides=False)
+        if self.plan.capacities[r] == 1.0:
+            return Incoming(tokens.shape, decides=False)
+        if context.selection == "threshold":
+            return Incoming((tokens.count, 1), decides=True)
+        rows = kept(self._capacity(r, context), length)
+        return Incoming((rows, batch_size), decides=rows < length)
 
-    @staticmethod
-    def _count(r: int, active: ActiveTokens, context: RoutingContext, device: torch.device) -> None:
-        fraction = torch.tensor(active.count / (active.seq_length * active.batch_size), device=device)
-        context.report(names.TOKENS_PER_RECURSION.format(r), fraction)
-        context.report(names.MEAN_DEPTH, fraction)
+    def receive(self, r, tokens, choice, decision, context):
+        """The mask tells which; without one, all tokens are active, or none behind the fixed depth."""
+        if decision is None:
+            is_open = r < context.depth(self.plan.num_recursions)
+            return tokens if is_open else self.layout.none(tokens), choice
+        return self.layout.keep(tokens, decision > 0.5, regular=context.selection == "capacity")[0], choice
+
+
+def _check_capacity(capacity: tuple[float, ...], count: int) -> None:
+    shown = f"capacity={' '.join(f'{value:g}' for value in capacity)}"
+    usual = " ".join(f"{value:.3g}" for value in default_capacities(count))
+    if len(capacity) != count:
+        raise ValueError(
+            f"{shown} has {len(capacity)} values for num-recursions={count}: give {count}, such as {usual}"
+        )
+    if not all(0 < value <= 1 for value in capacity):
+        raise ValueError(f"{shown} leaves the range above 0 to 1: use fractions of the tokens, such as {usual}")
+    if capacity[0] != 1:
+        raise ValueError(f"{shown} does not start with 1, but the first recursion takes every token: use {usual}")
+    if any(later > earlier for earlier, later in pairwise(capacity)):
+        raise ValueError(f"{shown} increases, but a recursion selects among the tokens of the one before: use {usual}")

@@ -45,17 +45,11 @@ def z_loss(logits: Tensor) -> Tensor:
     return torch.logsumexp(logits, dim=-1).square().mean()
 
 
-def balance_loss(probabilities: Tensor, depth: Tensor, num_recursions: int, scope: str) -> Tensor:
+def balance_loss(probabilities: Tensor, frequencies: Tensor) -> Tensor:
     """Balancing of depths, Nr * sum_i P_i f_i, 1 when uniform; gradient through P only (docs/mor.md, sec. 4).
 
     Args:
-        probabilities: router scores, alpha included, [S, B, Nr].
-        depth: 0-based depth of each token, [S, B].
-        num_recursions: Nr.
-        scope: `sequence` computes P and f per sequence and averages the product, which does not depend on how a batch
-            is cut; `microbatch` pools the micro-batch as the authors do.
+        probabilities: mean router scores, alpha included, over each sequence or over the micro-batch, [.., Nr].
+        frequencies: fraction of tokens that chose each depth, over the same, [.., Nr].
     """
-    one_hot = F.one_hot(depth, num_recursions).to(probabilities.dtype)  # [S, B, Nr]
-    over = (0,) if scope == "sequence" else (0, 1)
-    products = (probabilities.mean(over) * one_hot.mean(over)).sum(-1)
-    return num_recursions * products.mean()
+    return probabilities.shape[-1] * (probabilities * frequencies).sum(-1).mean()

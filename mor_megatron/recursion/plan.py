@@ -1,14 +1,65 @@
 """The recursion plan: which physical layer runs at each virtual position, at which recursion, for how many tokens.
 
-Model, parameter count, FLOPs count and pipeline split read this one frozen object; none of them works it out again.
-Sharing strategies are those of the paper's table 1 (arXiv 2507.10524). `pretrain_mor.py --dry-run` prints a run's plan.
+Model, parameter count, FLOPs count, pipeline split and export read this one frozen object; none of them works it out
+again. `pretrain_mor.py --dry-run` prints a run's plan.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
-from mor_megatron.config.schema import Config, KVMode, SharingStrategy
+SharingStrategy = Callable[[int, int], list[tuple[int, int | None]]]
+"""(depth, Nr) -> for each virtual layer its physical layer, numbered in the order of first use, and its recursion; None
+for a unique layer before or after the shared ones. Empty where the depth does not fit."""
+
+STRATEGIES: dict[str, SharingStrategy] = {}
+"""Every sharing strategy, by the name that users write."""
+
+KV_MODES = ("caching", "sharing", "sharing_update")
+
+
+def sharing_strategy(function: SharingStrategy) -> SharingStrategy:
+    """Register a sharing strategy under the function's name."""
+    STRATEGIES[function.__name__] = function
+    return function
+
+
+@sharing_strategy
+def cycle(depth: int, num_recursions: int) -> list[tuple[int, int | None]]:
+    """The block is repeated: A B C, A B C (MoR paper, table 1)."""
+    block, rest = divmod(depth, num_recursions)
+    return [] if rest else [(slot, r) for r in range(num_recursions) for slot in range(block)]
+
+
+@sharing_strategy
+def sequence(depth: int, num_recursions: int) -> list[tuple[int, int | None]]:
+    """Each layer is repeated: A A, B B, C C (MoR paper, table 1)."""
+    block, rest = divmod(depth, num_recursions)
+    return [] if rest else [(slot, r) for slot in range(block) for r in range(num_recursions)]
+
+
+@sharing_strategy
+def middle_cycle(depth: int, num_recursions: int) -> list[tuple[int, int | None]]:
+    """`cycle` between a unique first and a unique last layer."""
+    return _between_unique_layers(cycle, depth, num_recursions)
+
+
+@sharing_strategy
+def middle_sequence(depth: int, num_recursions: int) -> list[tuple[int, int | None]]:
+    """`sequence` between a unique first and a unique last layer."""
+    return _between_unique_layers(sequence, depth, num_recursions)
+
+
+def _between_unique_layers(inner: SharingStrategy, depth: int, num_recursions: int) -> list[tuple[int, int | None]]:
+    if num_recursions == 1:  # nothing is shared, and every layer is unique
+        return inner(depth, 1)
+    shared = inner(max(depth - 2, 0), num_recursions)
+    if not shared:
+        return []
+    last = 2 + max(slot for slot, _ in shared)
+    return [(0, None), *((1 + slot, r) for slot, r in shared), (last, None)]
 
 
 @dataclass(frozen=True)
@@ -20,20 +71,20 @@ class VirtualLayer:
     physical: int
     """Unique layer that runs here, numbered in the order of first use."""
     recursion: int | None
-    """Recursion it belongs to; None for the unique first and last layer."""
+    """Recursion it belongs to; None for a unique layer before or after the shared ones."""
     kv_source: int
     """Virtual layer whose keys and values are attended to; itself unless kv_mode shares those of recursion 0."""
 
 
 @dataclass(frozen=True)
 class RecursionPlan:
-    """The whole unrolled network; build it with `build_plan` or `plan_from_config`."""
+    """The whole unrolled network; build it with `build_plan`."""
 
-    strategy: SharingStrategy
+    strategy: str
     num_recursions: int
-    kv_mode: KVMode
+    kv_mode: str
     capacities: tuple[float, ...]
-    """Fraction of tokens at each recursion, non-increasing; all 1 without expert-choice routing."""
+    """Fraction of tokens at each recursion, non-increasing; all 1 unless the routing method sets capacities."""
     layers: tuple[VirtualLayer, ...]
 
     @property
@@ -41,34 +92,47 @@ class RecursionPlan:
         """Unrolled depth L."""
         return len(self.layers)
 
-    @property
+    @cached_property
     def num_physical_layers(self) -> int:
         """Unique layers."""
         return 1 + max(layer.physical for layer in self.layers)
 
-    @property
+    @cached_property
     def block_size(self) -> int:
         """K: unique layers inside the shared block."""
         return len({layer.physical for layer in self.shared})
 
-    @property
+    @cached_property
     def shared(self) -> tuple[VirtualLayer, ...]:
         """Virtual layers of the shared part, in the order of execution."""
         return tuple(layer for layer in self.layers if layer.recursion is not None)
 
-    @property
+    @cached_property
     def first(self) -> tuple[VirtualLayer, ...]:
-        """The unique layer before the shared part: one for middle_*, none otherwise."""
-        return tuple(layer for layer in self.layers[:1] if layer.recursion is None)
+        """Unique layers before the shared part: one for middle_*, none for cycle and sequence."""
+        return self.layers[: self.shared[0].index]
 
-    @property
+    @cached_property
     def last(self) -> tuple[VirtualLayer, ...]:
-        """The unique layer after the shared part: one for middle_*, none otherwise."""
-        return tuple(layer for layer in self.layers[-1:] if layer.recursion is None)
+        """Unique layers after the shared part: one for middle_*, none for cycle and sequence."""
+        return self.layers[self.shared[-1].index + 1 :]
+
+    @cached_property
+    def is_cyclic(self) -> bool:
+        """Whether each recursion runs the same layers as the one before, and ends before the next one begins.
+
+        Only then can tokens be routed to a recursion, and the pipeline be a ring."""
+        passes = [[layer.physical for layer in self.pass_layers(r)] for r in range(self.num_recursions)]
+        order = [layer.recursion for layer in self.shared]
+        return order == sorted(order) and all(layers == passes[0] for layers in passes)
 
     def pass_layers(self, recursion: int) -> tuple[VirtualLayer, ...]:
         """Virtual layers of one recursion, in the order of execution."""
-        return tuple(layer for layer in self.layers if layer.recursion == recursion)
+        return self._passes[recursion]
+
+    @cached_property
+    def _passes(self) -> tuple[tuple[VirtualLayer, ...], ...]:
+        return tuple(tuple(x for x in self.layers if x.recursion == r) for r in range(self.num_recursions))
 
     def capacity(self, layer: VirtualLayer) -> float:
         """Fraction of tokens that a virtual layer processes."""
@@ -92,36 +156,36 @@ class RecursionPlan:
         return "\n".join([head, *lines])
 
 
-def num_unique_ends(strategy: SharingStrategy, num_recursions: int) -> int:
-    """Layers outside the shared part: 2 for middle_cycle and middle_sequence, else 0. With Nr=1 nothing is shared."""
-    return 2 if strategy.startswith("middle") and num_recursions > 1 else 0
-
-
-def effective_depth(num_layers: int, num_recursions: int, strategy: SharingStrategy, rounding: str = "error") -> int:
-    """Unrolled depth at which Nr divides the shared part.
+def effective_depth(num_layers: int, num_recursions: int, strategy: str, rounding: str = "error") -> int:
+    """Unrolled depth that the sharing strategy can divide among the recursions.
 
     Args:
         num_layers: wanted unrolled depth L.
         num_recursions: Nr.
-        strategy: sharing strategy; middle_* leaves two layers out of the division.
+        strategy: name of a sharing strategy; middle_* leaves two layers out of the division.
         rounding: `error`, `down` (what the authors' code builds) or `up` (what their FLOP budgets assume for Nr=4).
     Returns:
         The depth to build.
     Raises:
-        ValueError: Nr does not divide the shared part and rounding is `error`, or too few layers are left.
+        ValueError: the strategy is unknown, too few layers are left, or the depth does not fit and rounding is `error`.
     """
-    ends = num_unique_ends(strategy, num_recursions)
+    if strategy not in STRATEGIES:
+        raise ValueError(f"sharing-strategy={strategy} is unknown: use one of {', '.join(STRATEGIES)}")
     if num_recursions < 1:
         raise ValueError(f"num-recursions={num_recursions} must be at least 1")
-    if num_layers < ends + num_recursions:
-        raise ValueError(
-            f"num-layers={num_layers} is too few for {strategy} with num-recursions={num_recursions}: "
-            f"use at least {ends + num_recursions}"
-        )
-    rest = (num_layers - ends) % num_recursions
-    if rest == 0:
+    share = STRATEGIES[strategy]
+    if share(num_layers, num_recursions):
         return num_layers
-    down, up = num_layers - rest, num_layers - rest + num_recursions
+    down = next((depth for depth in range(num_layers, 0, -1) if share(depth, num_recursions)), None)
+    up = next(
+        depth
+        for depth in range(max(num_layers, 1), 2 * (num_layers + num_recursions) + 64)
+        if share(depth, num_recursions)
+    )
+    if down is None:
+        raise ValueError(
+            f"num-layers={num_layers} is too few for {strategy} with num-recursions={num_recursions}: use at least {up}"
+        )
     if rounding == "error":
         raise ValueError(
             f"num-layers={num_layers} does not fit num-recursions={num_recursions} with sharing-strategy={strategy}: "
@@ -138,59 +202,30 @@ def default_capacities(num_recursions: int) -> tuple[float, ...]:
 def build_plan(
     num_layers: int,
     num_recursions: int,
-    strategy: SharingStrategy = "middle_cycle",
-    kv_mode: KVMode = "caching",
+    strategy: str = "middle_cycle",
+    kv_mode: str = "caching",
     capacities: tuple[float, ...] | None = None,
 ) -> RecursionPlan:
-    """Lay out the virtual layers (MoR paper, table 1).
+    """Lay out the virtual layers.
 
     Args:
-        num_layers: unrolled depth L; Nr must divide its shared part.
+        num_layers: unrolled depth L, one that fits the strategy.
         num_recursions: Nr >= 1.
-        strategy: cycle repeats the block, sequence repeats each layer; middle_* keeps the two ends unique.
+        strategy: name of a sharing strategy.
         kv_mode: with `sharing` and `sharing_update`, later uses of a layer read the first use's keys and values.
         capacities: fraction of tokens per recursion; default all 1.
     Raises:
         ValueError: depth and Nr do not fit, or there is not one capacity per recursion.
     """
     effective_depth(num_layers, num_recursions, strategy)
-    ends = num_unique_ends(strategy, num_recursions)
-    lead = ends // 2
-    shared_depth = num_layers - ends
-    block = shared_depth // num_recursions
     capacities = capacities or (1.0,) * num_recursions
     if len(capacities) != num_recursions:
         raise ValueError(
             f"capacity={list(capacities)} has {len(capacities)} values: give num-recursions={num_recursions}"
         )
-
-    layers = [VirtualLayer(0, 0, None, 0)] if lead else []
+    layers: list[VirtualLayer] = []
     first_use: dict[int, int] = {}
-    for position in range(shared_depth):
-        index = lead + position
-        if strategy in ("cycle", "middle_cycle"):
-            recursion, slot = divmod(position, block)
-        else:
-            slot, recursion = divmod(position, num_recursions)
-        physical = lead + slot
+    for index, (physical, recursion) in enumerate(STRATEGIES[strategy](num_layers, num_recursions)):
         source = first_use.setdefault(physical, index)
         layers.append(VirtualLayer(index, physical, recursion, index if kv_mode == "caching" else source))
-    if lead:
-        layers.append(VirtualLayer(num_layers - 1, lead + block, None, num_layers - 1))
     return RecursionPlan(strategy, num_recursions, kv_mode, tuple(capacities), tuple(layers))
-
-
-def plan_from_config(config: Config) -> RecursionPlan:
-    """The plan of a run; capacities apply to expert-choice routing only.
-
-    Raises:
-        ValueError: see `effective_depth` and `build_plan`.
-    """
-    recursion = config.recursion
-    capacities = None
-    if recursion.routing == "expert_choice":
-        capacities = recursion.capacity or default_capacities(recursion.num_recursions)
-    depth = effective_depth(
-        config.model.num_layers, recursion.num_recursions, recursion.sharing_strategy, recursion.depth_rounding
-    )
-    return build_plan(depth, recursion.num_recursions, recursion.sharing_strategy, recursion.kv_mode, capacities)

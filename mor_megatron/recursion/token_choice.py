@@ -9,80 +9,138 @@ Depths depend on the token's own state only, so the routing is causal and the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from mor_megatron.config.schema import RecursionConfig
-from mor_megatron.recursion import context as names
-from mor_megatron.recursion.context import RoutingContext
-from mor_megatron.recursion.dispatch import LocalRows, select_mask, take_rows
-from mor_megatron.recursion.losses import attach_loss, balance_loss, z_loss
-from mor_megatron.recursion.plan import RecursionPlan
-from mor_megatron.recursion.routers import Router, score
-from mor_megatron.recursion.stream import Stream
+from mor_megatron.recursion.context import MEAN_DEPTH, TOKENS_PER_RECURSION, Z_LOSS, RoutingContext
+from mor_megatron.recursion.losses import balance_loss, z_loss
+from mor_megatron.recursion.plan import default_capacities
+from mor_megatron.recursion.routers import Router, RouterSettings, resolve_router, score
+from mor_megatron.recursion.routing import Incoming, RoutingMethod, Stream
+from mor_megatron.recursion.setting import Change, setting
+
+BALANCE_LOSS = "balance_loss"
+"""Balancing loss, 1 at uniform depths."""
+DEPTH_FRACTION = "depth_fraction_{}"
+"""Fraction of tokens that leave after exactly this recursion (0-based)."""
+
+_WITH_LOSS = ("--router-balance loss", lambda settings: settings.router_balance == "loss")
 
 
-class TokenChoice(nn.Module):
-    """One router, and what happens before the first recursion and after each.
+@dataclass(frozen=True)
+class TokenChoiceSettings(RouterSettings):
+    """Settings of token-choice routing."""
 
-    Args:
-        config: routing settings.
-        plan: gives Nr.
-        make_router: number of outputs -> Router.
-        rows: moves rows between the residual stream and the compact tensors.
-    """
+    router_balance: Literal["loss", "loss_free", "none"] = setting("loss", change=Change.TOLD)
+    """token_choice: balance depths by a loss, by a bias without gradient, or not at all."""
+    router_balance_coeff: float = setting(0.1, least=0, read_with=_WITH_LOSS, change=Change.TOLD)
+    """token_choice: coefficient of the balancing loss."""
+    router_balance_scope: Literal["sequence", "microbatch"] = setting(
+        "sequence", read_with=_WITH_LOSS, change=Change.TOLD
+    )
+    """token_choice: over what the balancing loss counts depths. sequence does not depend on how a batch is cut;
+    microbatch is the authors'."""
+    router_bias_update_rate: float = setting(
+        0.001,
+        least=0,
+        read_with=("--router-balance loss_free", lambda settings: settings.router_balance == "loss_free"),
+        change=Change.TOLD,
+        in_export=False,
+    )
+    """token_choice: step of the loss-free bias."""
+    router_balance_warmup_iters: int = setting(0, least=0, change=Change.TOLD, in_export=False)
+    """token_choice: first iterations in which every token takes full depth."""
 
-    def __init__(
-        self,
-        config: RecursionConfig,
-        plan: RecursionPlan,
-        make_router: Callable[[int], Router],
-        rows: LocalRows | None = None,
-    ):
-        super().__init__()
-        self.config = config
-        self.plan = plan
-        self.rows = rows or LocalRows()
-        self.router = make_router(plan.num_recursions)
-        # Loss-free balancing: added to the scores for the choice, never to the weight (docs/mor.md, sec. 4)
-        self.register_buffer("balance_bias", torch.zeros(plan.num_recursions, dtype=torch.float32))
+
+class TokenChoice(RoutingMethod):
+    """One router."""
+
+    name = "token_choice"
+    about = "token-choice routing: a router picks the number of recursions of each token"
+    Settings = TokenChoiceSettings
+
+    @classmethod
+    def resolve(cls, settings: TokenChoiceSettings, num_recursions: int) -> TokenChoiceSettings:
+        """With score function and alpha filled in.
+
+        Raises:
+            ValueError: the score function is not one of token-choice.
+        """
+        return replace(settings, **resolve_router(settings, ("softmax", "sigmoid"), cls.name))
+
+    @classmethod
+    def warnings(cls, settings: TokenChoiceSettings) -> list[str]:
+        """The router may be left without a gradient."""
+        balanced = settings.router_balance == "loss" and settings.router_balance_coeff > 0
+        if balanced or settings.router_gating == "weighted":
+            return []
+        return [
+            "router-gating=additive without a balancing loss leaves the depth router without a gradient: use "
+            "--router-gating weighted or --router-balance loss"
+        ]
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Losses, and the tokens and exits of each recursion."""
+        settings, count = self.settings, self.plan.num_recursions
+        names = [BALANCE_LOSS] if settings.router_balance == "loss" else []
+        names += [Z_LOSS] if settings.router_z_loss_coeff > 0.0 else []
+        names += [name.format(r) for name in (TOKENS_PER_RECURSION, DEPTH_FRACTION) for r in range(count)]
+        return (*names, MEAN_DEPTH)
+
+    def planned_fractions(self) -> tuple[float, ...]:
+        """Of balanced depths."""
+        return default_capacities(self.plan.num_recursions)
+
+    def build(self, hidden_size: int, dtype: torch.dtype) -> None:
+        """The router, and the bias of loss-free balancing."""
+        count = self.plan.num_recursions
+        self.router = Router(self.settings, hidden_size, count, dtype)
+        # Added to the scores for the choice, never to the weight (docs/mor.md, sec. 4)
+        self.register_buffer("balance_bias", torch.zeros(count, dtype=torch.float32))
 
     def open(self, r: int, stream: Stream, context: RoutingContext) -> Stream:
-        """Before the first recursion, choose depths and report metrics to `context`; later there is nothing to do."""
+        """Before the first recursion, choose depths; later there is nothing to do."""
         if r > 0:
             return stream
-        context.metrics.clear()
-        hidden, everything = stream.hidden, stream.active
-        logits = self.rows.collect(self.router(hidden), everything)  # [S, B, Nr]
-        scores = score(logits, self.config.router_func, self.config.router_alpha)
-        depth = self._choose(scores.detach(), context)  # [S, B]
+        hidden, tokens = stream.hidden, stream.tokens
+        logits = self.layout.collect(self.router(hidden), tokens)  # [.., Nr]
+        scores = score(logits, self.settings)
+        depth = self._choose(scores.detach(), context)  # [..]
         context.record("router_logits", logits)
-        context.decide("depth", depth)
+        context.decide("depth", lambda: depth)
         self._report_depths(depth, context)
         y = hidden
-        if self.training:
-            y = self._attach_losses(y, logits, scores, depth, context)
+        if self.training and context.losses != "none":
+            y = self._add_losses(y, logits, scores, depth, stream, context)
         gate = None
-        if self.config.router_gating == "weighted":
-            gate = scores.gather(-1, depth.unsqueeze(-1))  # [S, B, 1]
-        return replace(stream, rows=y, gate=gate, depth=depth)
+        if self.settings.router_gating == "weighted":
+            gate = scores.gather(-1, depth.unsqueeze(-1))  # [.., 1]
+        return replace(stream, rows=y, gate=gate, choice=depth)
 
     def close(self, r: int, stream: Stream) -> Stream:
         """Tokens of depth r leave for good; the others stay in the rows."""
-        active, y = stream.active, stream.rows
-        depth = stream.depth if active.rows is None else stream.depth.view(-1)[active.rows]
-        out, stay = select_mask(depth == r), select_mask(depth > r)
+        layout, active, y = self.layout, stream.active, stream.rows
+        depth = layout.of(stream.choice, active)
+        leaving, out = layout.keep(active, depth == r)
+        staying, stay = layout.keep(active, depth > r)
         hidden, gates = stream.hidden, (None, None)
         if stream.gate is not None:
-            gates = take_rows(stream.gate, out), take_rows(stream.gate, stay)
-        if out.numel() > 0:
-            leaving = active.take(out, ragged=True)
-            hidden = self.rows.combine(hidden, self.rows.take(y, active, out), gates[0], leaving)
-        rows = self.rows.take(y, active, stay)
-        return replace(stream, active=active.take(stay, ragged=True), hidden=hidden, rows=rows, gate=gates[1])
+            gates = layout.at(stream.gate, out), layout.at(stream.gate, stay)
+        if leaving.count > 0:
+            hidden = layout.combine(hidden, layout.take(y, active, out), gates[0], leaving)
+        return replace(stream, active=staying, hidden=hidden, rows=layout.take(y, active, stay), gate=gates[1])
+
+    def after_step(self, metrics: dict[str, Tensor | float], iteration: int) -> None:
+        """Loss-free balancing by the depths of the global batch."""
+        settings = self.settings
+        # In the warm-up every token was sent to full depth: the fractions say nothing about the router.
+        if settings.router_balance == "loss_free" and iteration > settings.router_balance_warmup_iters:
+            fractions = [float(metrics[DEPTH_FRACTION.format(r)]) for r in range(self.plan.num_recursions)]
+            self.update_bias(torch.tensor(fractions))
 
     @torch.no_grad()
     def update_bias(self, depth_fractions: Tensor) -> None:
@@ -92,36 +150,57 @@ class TokenChoice(nn.Module):
             depth_fractions: fraction of the global batch's tokens at each depth, [Nr].
         """
         fractions = depth_fractions.to(self.balance_bias)
-        self.balance_bias += self.config.router_bias_update_rate * torch.sign(fractions.mean() - fractions)
+        self.balance_bias += self.settings.router_bias_update_rate * torch.sign(fractions.mean() - fractions)
 
     def _choose(self, scores: Tensor, context: RoutingContext) -> Tensor:
-        num_recursions = self.plan.num_recursions
+        count = self.plan.num_recursions
         if context.fixed_depth is not None:
-            return torch.full_like(scores[..., 0], context.depth(num_recursions) - 1, dtype=torch.long)
-        if self.training and context.iteration <= self.config.router_balance_warmup_iters:
-            return torch.full_like(scores[..., 0], num_recursions - 1, dtype=torch.long)
-        if self.config.router_balance == "loss_free":
+            return torch.full_like(scores[..., 0], context.depth(count) - 1, dtype=torch.long)
+        if self.training and context.iteration <= self.settings.router_balance_warmup_iters:
+            return torch.full_like(scores[..., 0], count - 1, dtype=torch.long)
+        if self.settings.router_balance == "loss_free":
             scores = scores + self.balance_bias
         return scores.argmax(-1)
 
     def _report_depths(self, depth: Tensor, context: RoutingContext) -> None:
+        if context.metrics is None:
+            return
         fractions = torch.bincount(depth.view(-1), minlength=self.plan.num_recursions).float() / depth.numel()
         reaching = fractions.flip(0).cumsum(0).flip(0)
         for r in range(self.plan.num_recursions):
-            context.report(names.DEPTH_FRACTION.format(r), fractions[r])
-            context.report(names.TOKENS_PER_RECURSION.format(r), reaching[r])
-        context.report(names.MEAN_DEPTH, reaching.sum())
+            context.report(DEPTH_FRACTION.format(r), fractions[r])
+            context.report(TOKENS_PER_RECURSION.format(r), reaching[r])
+        context.report(MEAN_DEPTH, reaching.sum())
 
-    def _attach_losses(
-        self, x: Tensor, logits: Tensor, scores: Tensor, depth: Tensor, context: RoutingContext
+    def _add_losses(
+        self, x: Tensor, logits: Tensor, scores: Tensor, depth: Tensor, stream: Stream, context: RoutingContext
     ) -> Tensor:
-        config = self.config
-        if config.router_balance == "loss":
-            balance = balance_loss(scores, depth, self.plan.num_recursions, config.router_balance_scope)
-            context.report(names.BALANCE_LOSS, balance)
-            x = attach_loss(x, balance, context.loss_factor(config.router_balance_coeff))
-        if config.router_z_loss_coeff > 0.0:
+        settings = self.settings
+        if settings.router_balance == "loss":
+            per_sequence = settings.router_balance_scope == "sequence"
+            chosen = F.one_hot(depth, self.plan.num_recursions).to(scores.dtype)  # [.., Nr]
+            means = [self.layout.means(values, stream.tokens, per_sequence) for values in (scores, chosen)]
+            balance = balance_loss(*means)
+            context.report(BALANCE_LOSS, balance)
+            x = context.add_loss(x, balance, settings.router_balance_coeff)
+        if settings.router_z_loss_coeff > 0.0:
             z = z_loss(logits)
-            context.report(names.Z_LOSS, z)
-            x = attach_loss(x, z, context.loss_factor(config.router_z_loss_coeff))
+            context.report(Z_LOSS, z)
+            x = context.add_loss(x, z, settings.router_z_loss_coeff)
         return x
+
+    def incoming(self, r, tokens, choice, context) -> Incoming:
+        """The depths come once, and say how many rows each later recursion has."""
+        if r == 0:
+            return Incoming(tokens.shape, decides=True)
+        return Incoming((int((choice >= r).sum()), 1), decides=False)
+
+    def decision(self, stream: Stream) -> Tensor:
+        """The depths."""
+        return stream.choice
+
+    def receive(self, r, tokens, choice, decision, context):
+        """All tokens pass recursion 0; later ones those that are deep enough."""
+        if r == 0:
+            return tokens, decision.round().long()
+        return self.layout.keep(tokens, choice >= r)[0], choice

@@ -95,7 +95,7 @@ class _Sums:
 
 def _orders(config: Config) -> dict[str, dict]:
     """Metric name -> what its `RoutingContext` is told; without expert-choice one selection serves both names."""
-    names = list(VALIDATION_LOSSES) if config.recursion.routing == "expert_choice" else ["validation_loss_topk"]
+    names = list(VALIDATION_LOSSES) if config.routing_method.looks_ahead else ["validation_loss_topk"]
     orders: dict[str, dict] = {name: {"selection": VALIDATION_LOSSES[name]} for name in names}
     if config.training.eval_fixed_depths:
         depths = range(1, config.recursion.num_recursions + 1)

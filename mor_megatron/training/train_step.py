@@ -26,7 +26,7 @@ from mor_megatron.distributed.cpu import device
 from mor_megatron.distributed.replicated import reduce_replicated
 from mor_megatron.model.mor_model import MoRModel
 from mor_megatron.pipeline.schedule import run_schedule
-from mor_megatron.recursion.context import RoutingContext, routing_metrics
+from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.training.engine import Driver, Engine, apply_step, choose_driver, loss_scale
 from mor_megatron.training.gradients import discard_gradients, gradients_are_finite, whole_gradients
 from mor_megatron.training.sections import UNTIMED, Sections
@@ -108,7 +108,7 @@ def train_step(
         return report
     outcome = apply_step(engine, lr, config.optimizer.clip_grad, sections)
     if outcome.applied:
-        engine.module.finish_iteration(report.routing, iteration)
+        engine.module.after_step(report.routing, iteration)
     return replace(report, grad_norm=outcome.grad_norm, applied=outcome.applied, overflow=outcome.overflow)
 
 
@@ -144,7 +144,7 @@ class _Forward:
 
         Losses are known to the last ranks of the pipelines, router metrics to the first ones.
         """
-        names = routing_metrics(self.model.run_config.recursion)
+        names = self.model.run_config.routing_method.metric_names()
         counts = parallel_state.get_tensor_model_parallel_rank() == 0
         has_loss, has_routing = counts and self.model.is_last_stage, counts and self.model.is_first_stage
         routing = [self.loss_sum.new_zeros(())] * len(names)

@@ -41,7 +41,7 @@ def unreduced_norm_gradient(model: MoRModel) -> None:
 
 def unreduced_router_gradient(model: MoRModel) -> None:
     """The same of a router of one output."""
-    model.router.routers[1].weights[0].sequence_parallel = False
+    model.router.routers[1].out.weight.sequence_parallel = False
 
 
 def copy_counted_twice(model: MoRModel) -> None:

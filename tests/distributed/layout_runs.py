@@ -21,8 +21,8 @@ from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
 from mor_megatron.distributed.initialize import initialize_distributed
 from mor_megatron.model import MoRModel, build_model
-from mor_megatron.recursion.dispatch import TIE
 from mor_megatron.recursion.routers import score
+from mor_megatron.recursion.routing import TIE
 from mor_megatron.training.engine import Engine, build_engine, loss_scale
 from mor_megatron.training.train_step import StepReport, train_step
 
@@ -64,7 +64,7 @@ class Margins:
             self._note((distance - band).abs())
 
     def _of_depth(self, router: nn.Module, args: tuple[Tensor], logits: Tensor) -> None:
-        scores = score(logits.detach(), self.recursion.router_func, self.recursion.router_alpha)
+        scores = score(logits.detach(), self.recursion)
         best = (scores + self.model.router.balance_bias).topk(2, dim=-1).values
         self._note(best[..., 0] - best[..., 1])
 

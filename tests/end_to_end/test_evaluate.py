@@ -46,10 +46,10 @@ def run(process_group, corpus, tmp_path_factory) -> Path:
 def test_a_checkpoint_gets_the_losses_that_its_run_reported(run: Path, tmp_path: Path):
     facts = evaluate_here("--model", run, "--sequences", 16, "--batch-size", 5, "--output", tmp_path / "facts.json")
     reported = read_metrics(run)[-1]
-    for name, way in facts["ways"].items():
+    for name, mode in facts["ways"].items():
         expected = reported[f"validation_loss_{name.replace(' ', '_')}"]
-        assert way["nll"] == pytest.approx(expected, rel=FP32_TOL), name
-    assert len({way["nll"] for way in facts["ways"].values()}) == 5
+        assert mode["nll"] == pytest.approx(expected, rel=FP32_TOL), name
+    assert len({mode["nll"] for mode in facts["ways"].values()}) == 5
     assert facts["sequences"] == 16
     assert facts["bytes"] is None  # a run without tokenizer
     assert facts["parameters"]["unique"] == sum(p.numel() for p in load_model(run)[0].parameters())
@@ -68,10 +68,10 @@ def test_ranks_share_the_work_and_agree(workers, run: Path, corpus: str, tmp_pat
     workers.run(3, ("evaluate", 3), evaluate_on_a_rank, ["--model", str(run), *words, *output])
     together = json.loads((tmp_path / "three.json").read_text())
     assert together["sequences"] == 11
-    for name, way in alone["ways"].items():
+    for name, mode in alone["ways"].items():
         other = together["ways"][name]
-        assert other["nll"] == pytest.approx(way["nll"], rel=FP32_TOL), name
-        assert other["fractions"] == pytest.approx(way["fractions"]), name
+        assert other["nll"] == pytest.approx(mode["nll"], rel=FP32_TOL), name
+        assert other["fractions"] == pytest.approx(mode["fractions"]), name
     assert together["same_depth"] == pytest.approx(alone["same_depth"])
     for one, three in zip(alone["calibration"], together["calibration"], strict=True):
         assert three["candidates"] == one["candidates"]
@@ -217,9 +217,11 @@ def test_text_bits_per_byte(export: Path, tmp_path: Path, capsys):
     facts = evaluate_here("--model", export, *words)
     assert facts["bytes"] == (tmp_path / "text.txt").stat().st_size
     printed = capsys.readouterr().out
-    for way in facts["ways"].values():
-        assert way["bits_per_byte"] == pytest.approx(way["nll"] * facts["tokens"] / facts["bytes"] / 0.693147, rel=1e-5)
-        assert f"{way['bits_per_byte']:.4f}" in printed
+    for mode in facts["ways"].values():
+        assert mode["bits_per_byte"] == pytest.approx(
+            mode["nll"] * facts["tokens"] / facts["bytes"] / 0.693147, rel=1e-5
+        )
+        assert f"{mode['bits_per_byte']:.4f}" in printed
     lengths = AutoTokenizer.from_pretrained(export, trust_remote_code=True)((tmp_path / "text.txt").read_text())
     assert facts["tokens"] == len(lengths["input_ids"]) + 1  # and the end of the document
 
@@ -259,8 +261,8 @@ def test_command_lines(export: Path, tasks: Path, tmp_path: Path, monkeypatch):
         assert done.stdout.count("negative log-likelihood") == 1
         results.append(json.loads((tmp_path / name).read_text()))
     one, two = results
-    for name, way in one["ways"].items():
-        assert two["ways"][name]["nll"] == pytest.approx(way["nll"], rel=FP32_TOL)
+    for name, mode in one["ways"].items():
+        assert two["ways"][name]["nll"] == pytest.approx(mode["nll"], rel=FP32_TOL)
     assert values(two["tasks"]) == pytest.approx(values(one["tasks"]), rel=1e-5)
     command = [python, "-m", "lm_eval", "--model", "hf", "--model_args"]
     command += [f"pretrained={export},trust_remote_code=True,dtype=float32", "--tasks", "mor_choice,mor_text"]

@@ -13,8 +13,9 @@ from authors import Case, gradients_of, load_case, model_of, unique_storages
 
 from mor_megatron.data.batch import Batch
 from mor_megatron.distributed.cpu import device
-from mor_megatron.recursion import context as names
-from mor_megatron.recursion.context import RoutingContext
+from mor_megatron.recursion.context import Z_LOSS, RoutingContext
+from mor_megatron.recursion.expert_choice import AUX_LOSS, SELECTION_ACCURACY
+from mor_megatron.recursion.token_choice import BALANCE_LOSS, DEPTH_FRACTION
 
 LOGITS_TOL = 1e-5  # fp32 products of eight layers, summed in another order
 LOSS_TOL = 1e-6
@@ -82,14 +83,14 @@ def test_training_router(case):
         assert metrics == {}
         return
     if recursion.router_z_loss_coeff:
-        _close(metrics[names.Z_LOSS], case["train.router_z_loss"], LOSS_TOL, "train.router_z_loss")
+        _close(metrics[Z_LOSS], case["train.router_z_loss"], LOSS_TOL, "train.router_z_loss")
     if case.routing == "token_choice":
         _close(context.trace["router_logits"].transpose(0, 1), case["train.routertok.logits"], LOGITS_TOL, "logits")
         assert torch.equal(context.trace["depth"].t().cpu(), case["train.tok.depth_index"].long())
-        fractions = torch.stack([metrics[names.DEPTH_FRACTION.format(r)] for r in range(recursion.num_recursions)])
+        fractions = torch.stack([metrics[DEPTH_FRACTION.format(r)] for r in range(recursion.num_recursions)])
         _close(fractions, case["train.balancing_ratio"], LOSS_TOL, "train.balancing_ratio")
         if recursion.router_balance == "loss":
-            _close(metrics[names.BALANCE_LOSS], case["train.balancing_loss"], LOSS_TOL, "train.balancing_loss")
+            _close(metrics[BALANCE_LOSS], case["train.balancing_loss"], LOSS_TOL, "train.balancing_loss")
         return
     for r in range(recursion.num_recursions):
         logits = context.trace[f"router_logits_{r}"].transpose(0, 1).cpu()
@@ -103,9 +104,9 @@ def test_training_router(case):
             chosen = target[candidates].view(logits.shape[0], -1)
             accuracy = ((logits.squeeze(-1) >= 0.5) == chosen).float().mean()
         _close(accuracy, case[f"train.rec{r}.sampling_acc"], LOSS_TOL, f"sampling_acc {r}")
-    _close(metrics[names.AUX_LOSS], case["train.sampling_loss"], LOSS_TOL, "train.sampling_loss")
+    _close(metrics[AUX_LOSS], case["train.sampling_loss"], LOSS_TOL, "train.sampling_loss")
     if recursion.router_func != "none":
-        _close(metrics[names.SELECTION_ACCURACY], case["train.sampling_acc"], LOSS_TOL, "train.sampling_acc")
+        _close(metrics[SELECTION_ACCURACY], case["train.sampling_acc"], LOSS_TOL, "train.sampling_acc")
 
 
 def test_total_loss_and_gradients(case):
@@ -114,9 +115,9 @@ def test_total_loss_and_gradients(case):
     loss.backward()
     recursion, metrics = case.config.recursion, context.metrics
     total = loss.detach()
-    total = total + recursion.router_aux_loss_coeff * metrics.get(names.AUX_LOSS, 0.0)
-    total = total + recursion.router_balance_coeff * metrics.get(names.BALANCE_LOSS, 0.0)
-    total = total + recursion.router_z_loss_coeff * metrics.get(names.Z_LOSS, 0.0)
+    total = total + recursion.router_aux_loss_coeff * metrics.get(AUX_LOSS, 0.0)
+    total = total + recursion.router_balance_coeff * metrics.get(BALANCE_LOSS, 0.0)
+    total = total + recursion.router_z_loss_coeff * metrics.get(Z_LOSS, 0.0)
     _close(total, case["train.total_loss"], LOSS_TOL, "train.total_loss")
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     ours = gradients_of(case, gradients, model)

@@ -17,9 +17,9 @@ from mor_megatron.data.batch import Batch
 from mor_megatron.distributed.initialize import initialize_distributed
 from mor_megatron.distributed.replicated import reduce_replicated
 from mor_megatron.pipeline.schedule import run_schedule
-from mor_megatron.recursion import context as names
-from mor_megatron.recursion.context import RoutingContext
-from mor_megatron.recursion.plan import plan_from_config
+from mor_megatron.recursion.context import Z_LOSS, RoutingContext
+from mor_megatron.recursion.expert_choice import AUX_LOSS
+from mor_megatron.recursion.token_choice import BALANCE_LOSS
 
 LAYOUTS = {  # tensor parallel, pipeline parallel, sequence parallel
     "tp2": (2, 1, False),
@@ -47,7 +47,7 @@ def pytest_generate_tests(metafunc):
             pytest.param(path, name, id=f"{name}-{path.stem}", marks=marks(path.stem, name))
             for name, (_, stages, _) in LAYOUTS.items()
             for path in files
-            if plan_from_config(load_case(path).config).block_size >= stages
+            if load_case(path).config.plan.block_size >= stages
         ],
     )
 
@@ -91,9 +91,9 @@ def test_a_divided_model_has_the_authors_numbers(workers, path: Path, layout: st
     recursion, metrics = case.config.recursion, first.metrics
     assert last.loss == pytest.approx(float(case["train.loss_num_items"]), abs=LOSS_TOL)
     total = last.loss
-    total += recursion.router_aux_loss_coeff * metrics.get(names.AUX_LOSS, 0.0)
-    total += recursion.router_balance_coeff * metrics.get(names.BALANCE_LOSS, 0.0)
-    total += recursion.router_z_loss_coeff * metrics.get(names.Z_LOSS, 0.0)
+    total += recursion.router_aux_loss_coeff * metrics.get(AUX_LOSS, 0.0)
+    total += recursion.router_balance_coeff * metrics.get(BALANCE_LOSS, 0.0)
+    total += recursion.router_z_loss_coeff * metrics.get(Z_LOSS, 0.0)
     assert total == pytest.approx(float(case["train.total_loss"]), abs=LOSS_TOL)
     theirs = {name.removeprefix("grad."): t for name, t in case.tensors.items() if name.startswith("grad.")}
     assert theirs, "the file holds no gradients"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pairs import VOCAB, pair, random_ids
 
 from mor_megatron.evaluation.likelihood import likelihood
-from mor_megatron.evaluation.modes import ways_of
+from mor_megatron.evaluation.modes import modes_of
 from mor_megatron.evaluation.report import summary, table
 from mor_megatron.evaluation.routing import BINS, Calibration
 from mor_megatron.evaluation.sequences import IGNORED, Piece
@@ -33,22 +33,22 @@ def pieces() -> list[Piece]:
 @pytest.mark.parametrize("name", ["vanilla", "recursive", "expert", "expert_aux_router", "token"])
 def test_losses_of_a_padded_batch_are_those_of_each_sequence_alone(name: str):
     model = pair(name)[1]
-    ways = ways_of(model.config)
-    found = likelihood(model, pieces(), ways, batch_size=3, nbytes=torch.full((VOCAB,), 2))
+    modes = modes_of(model.config)
+    found = likelihood(model, pieces(), modes, batch_size=3, nbytes=torch.full((VOCAB,), 2))
     counted = sum(LENGTHS) - 2
     assert (found.sequences, found.tokens, found.nbytes) == (5, counted, 2 * counted)
     for result in found.results:
         total, passed = 0.0, torch.zeros(model.config.num_recursions, dtype=torch.int64)
         for piece in pieces():
             with torch.no_grad():
-                output = model(piece.tokens[None], **result.way.orders)
+                output = model(piece.tokens[None], **result.mode.options)
             total += F.cross_entropy(output.logits[0], piece.labels, ignore_index=IGNORED, reduction="sum").item()
             passed += (output.depths[0] > torch.arange(len(passed))[:, None]).sum(1)
-        assert result.nll == pytest.approx(total / counted, rel=1e-6), result.way
+        assert result.nll == pytest.approx(total / counted, rel=1e-6), result.mode
         assert result.perplexity == pytest.approx(math.exp(total / counted), rel=1e-6)
         assert result.bits_per_byte == pytest.approx(total / math.log(2) / (2 * counted), rel=1e-6)
         assert result.fractions == pytest.approx([n / sum(LENGTHS) for n in passed.tolist()])
-    assert len({result.nll for result in found.results}) == len(ways), "ways were ignored"
+    assert len({result.nll for result in found.results}) == len(modes), "ways were ignored"
 
 
 WAYS = {
@@ -63,22 +63,22 @@ WAYS = {
 def test_ways_and_what_is_causal(name: str):
     """Other tokens from position 20 on change the logits before it where selection looks ahead, and nowhere else."""
     model = pair(name)[1]
-    ways = ways_of(model.config)
-    assert [way.name for way in ways] == WAYS[name]
-    assert ways_of(model.config, fixed_depths=False) == tuple(way for way in ways if "depth" not in way.orders)
+    modes = modes_of(model.config)
+    assert [mode.name for mode in modes] == WAYS[name]
+    assert modes_of(model.config, fixed_depths=False) == tuple(mode for mode in modes if "depth" not in mode.options)
     ids = random_ids()[:1]
     changed = ids.clone()
     changed[0, 20:] = (changed[0, 20:] + 7) % VOCAB
-    for way in ways:
+    for mode in modes:
         with torch.no_grad():
-            before, after = (model(x, **way.orders).logits[:, :20] for x in (ids, changed))
-        assert torch.allclose(before, after, atol=2e-6) == way.causal, way
+            before, after = (model(x, **mode.options).logits[:, :20] for x in (ids, changed))
+        assert torch.allclose(before, after, atol=2e-6) == mode.causal, mode
 
 
 def test_agreement_of_threshold_with_topk():
     """The sums over candidates, against the depths of both selections counted by hand."""
     model = pair("expert")[1]
-    found = likelihood(model, pieces(), ways_of(model.config), batch_size=2)
+    found = likelihood(model, pieces(), modes_of(model.config), batch_size=2)
     same, kept, candidates = 0, [0] * 3, [0] * 3
     for piece in pieces():
         with torch.no_grad():
@@ -115,7 +115,7 @@ def test_calibration_by_hand():
 def test_table_names_what_is_causal_and_counts_with_the_accounting():
     training, model = pair("expert")
     found = likelihood(
-        model, pieces(), ways_of(model.config), batch_size=8, nbytes=torch.ones(VOCAB, dtype=torch.int64)
+        model, pieces(), modes_of(model.config), batch_size=8, nbytes=torch.ones(VOCAB, dtype=torch.int64)
     )
     facts = summary(model.config, found, seq_length=training.run_config.data.seq_length)
     lines = table(facts).splitlines()
@@ -123,7 +123,7 @@ def test_table_names_what_is_causal_and_counts_with_the_accounting():
     assert sum(p.numel() for p in model.parameters()) == facts["parameters"]["unique"]
     depth_two = executed_flops_per_token(training.run_config, (1.0, 1.0, 0.0), VOCAB)
     assert facts["ways"]["depth 2"]["executed_flops_per_token"] == depth_two
-    flops = [way["executed_flops_per_token"] for way in facts["ways"].values()]
+    flops = [mode["executed_flops_per_token"] for mode in facts["ways"].values()]
     assert flops[2] < flops[3] < flops[4]
     assert flops[2] < flops[0] < flops[4]
     assert len({len(line) for line in lines[2:9]}) == 1, "columns do not stand under each other"

@@ -15,6 +15,7 @@ from mor_megatron.huggingface.convert_config import export_config
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 from mor_megatron.huggingface.weights import export_names, to_theirs
 from mor_megatron.model import MoRModel, build_model
+from mor_megatron.model.stored_names import stored_name
 from mor_megatron.recursion.context import RoutingContext
 
 ALL = (*RECURSIONS, "expert_mlp_tanh", "expert_additive", "token_mlp", "expert_sharing_update_bias")
@@ -75,7 +76,7 @@ def exported(model: MoRModel) -> MoRForCausalLM:
     """The same model for transformers."""
     config = export_config(model.run_config, model.vocab_size, eos_token_id=None)
     state = model.state_dict()
-    parameters = {name: state[name] for name in state if not name.endswith("_extra_state")}
+    parameters = {stored_name(name, state): state[name] for name in state if not name.endswith("_extra_state")}
     for name in parameters:
         if "word_embeddings" in name or "output_layer" in name:
             parameters[name] = parameters[name][: model.vocab_size]
@@ -89,9 +90,9 @@ def exported(model: MoRModel) -> MoRForCausalLM:
 
 
 @torch.no_grad()
-def training_logits(model: MoRModel, ids: Tensor, **orders) -> tuple[Tensor, Tensor | None]:
+def training_logits(model: MoRModel, ids: Tensor, **options) -> tuple[Tensor, Tensor | None]:
     """Logits [B, S, V] of the training stack by threshold, and how many recursions each token passed [B, S]."""
-    context = RoutingContext(selection="threshold", trace={}, **orders)
+    context = RoutingContext(selection="threshold", trace={}, **options)
     logits = model(Batch(ids), context)
     if "depth" in context.trace:
         return logits, context.trace["depth"].t() + 1

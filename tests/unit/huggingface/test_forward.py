@@ -218,7 +218,7 @@ def test_what_cannot_run_a_routed_model_says_what_can(name: str):
 def test_routers_stay_in_fp32(name: str):
     """In bf16, under autocast, and with half of everything: their logits are those of fp32 from the same input."""
     _, export = pair(name)
-    router = next(m for n, m in export.named_modules() if type(m).__name__ == "MoRRouter")
+    router = next(m for n, m in export.named_modules() if type(m).__name__ == "Router")
     hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.no_grad():
         expected = router(hidden.float())

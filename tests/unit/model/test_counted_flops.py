@@ -17,7 +17,6 @@ from mor_megatron.planning.accounting import (
     training_flops_per_token,
 )
 from mor_megatron.recursion.context import RoutingContext
-from mor_megatron.recursion.plan import plan_from_config
 
 MODEL = {"group_query_attention": True, "num_query_groups": 2, "make_vocab_size_divisible_by": VOCAB}
 """No vocabulary padding, which is multiplied and not counted."""
@@ -30,7 +29,7 @@ def config_of(name: str, granularity: str | None) -> Config:
 
 def norm_products(config: Config, fractions: tuple[float, ...] | None) -> float:
     """FLOPs a token of the gradients of norm weights, which are products with a vector of ones, and not counted."""
-    plan, fractions = plan_from_config(config), fractions or planned_fractions(config)
+    plan, fractions = config.plan, fractions or planned_fractions(config)
     passes = sum(1.0 if layer.recursion is None else fractions[layer.recursion] for layer in plan.layers)
     return 2 * config.model.hidden_size * (2 * passes + 1)
 

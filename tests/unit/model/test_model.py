@@ -22,8 +22,8 @@ from models import (
 from mor_megatron.data.batch import Batch
 from mor_megatron.model import attention, build_model
 from mor_megatron.planning.accounting import count_parameters
-from mor_megatron.recursion import context as names
-from mor_megatron.recursion.context import RoutingContext
+from mor_megatron.recursion.context import MEAN_DEPTH, TOKENS_PER_RECURSION, RoutingContext
+from mor_megatron.recursion.token_choice import DEPTH_FRACTION
 
 FP32_TOL = 2e-6  # logits of about 1 through eight layers, summed in another order
 
@@ -135,7 +135,7 @@ def test_fixed_depth(name):
         with torch.no_grad():
             outputs.append(model(Batch(ids), context))
         if name in ROUTED:
-            assert float(context.metrics[names.MEAN_DEPTH]) == depth
+            assert float(context.metrics[MEAN_DEPTH]) == depth
     assert all(not torch.equal(a, b) for a, b in pairwise(outputs))
     with pytest.raises(ValueError, match="exceeds num-recursions"):
         _logits(model, ids, fixed_depth=num_recursions + 1)
@@ -175,7 +175,7 @@ def test_authors_scaling_grows_with_the_number_of_micro_batches():
         config = replace(config, recursion=replace(config.recursion, **recursion))
         model = build_model(config, VOCAB)
         (0.0 * model(training_batch(random_ids()), RoutingContext(router_loss_scale=scale)).sum()).backward()
-        return model.router.routers[1].weights[0].grad
+        return model.router.routers[1].out.weight.grad
 
     mean = router_gradient(0.25)
     authors = router_gradient(0.25, router_aux_loss_per_microbatch=True)
@@ -212,11 +212,11 @@ def test_capacity_warmup_counts_iterations():
             model(training_batch(random_ids()), context)
             for r, target in enumerate(model.plan.capacities):
                 capacity = target + (1 - target) * 0.5 * (1 + math.cos(math.pi * progress))
-                kept = float(context.metrics[names.TOKENS_PER_RECURSION.format(r)])
+                kept = float(context.metrics[TOKENS_PER_RECURSION.format(r)])
                 assert kept == pytest.approx(max(1, int(capacity * SEQ)) / SEQ)
     context = RoutingContext(iteration=1)
     model.eval()(training_batch(random_ids()), context)
-    assert float(context.metrics[names.TOKENS_PER_RECURSION.format(2)]) == pytest.approx(int(SEQ / 3) / SEQ)
+    assert float(context.metrics[TOKENS_PER_RECURSION.format(2)]) == pytest.approx(int(SEQ / 3) / SEQ)
 
 
 def test_balance_warmup_sends_everyone_to_full_depth():
@@ -226,16 +226,16 @@ def test_balance_warmup_sends_everyone_to_full_depth():
     for iteration, depth in ((1, 3.0), (2, 3.0), (3, None)):
         context = RoutingContext(iteration=iteration)
         model(training_batch(random_ids()), context)
-        mean_depth = float(context.metrics[names.MEAN_DEPTH])
+        mean_depth = float(context.metrics[MEAN_DEPTH])
         assert mean_depth == depth if depth else mean_depth < 3.0
-        model.finish_iteration(context.metrics, iteration)
+        model.after_step(context.metrics, iteration)
         assert bool(model.router.balance_bias.any()) == (depth is None)
 
 
 def test_loss_free_bias_moves_towards_balance():
     model = small_model("token_loss_free")
     rate = model.run_config.recursion.router_bias_update_rate
-    model.finish_iteration({names.DEPTH_FRACTION.format(r): f for r, f in enumerate((0.7, 0.2, 0.1))}, 1)
+    model.after_step({DEPTH_FRACTION.format(r): f for r, f in enumerate((0.7, 0.2, 0.1))}, 1)
     torch.testing.assert_close(model.router.balance_bias, torch.tensor([-rate, rate, rate]))
 
 
@@ -244,7 +244,7 @@ def test_auxiliary_router_trains_only_itself():
     model = small_model("expert_aux_router")
     (0.0 * model(training_batch(ids), RoutingContext()).sum()).backward()
     touched = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert touched == {f"router.aux_routers.{r}.weights.0" for r in range(3)}
+    assert touched == {f"router.aux_routers.{r}.out.weight" for r in range(3)}
     assert all(p.lr_mult == 10.0 for p in model.router.aux_routers.parameters())
 
 
@@ -263,7 +263,7 @@ def test_threshold_may_keep_nobody(name):
     with torch.no_grad():
         assert torch.isfinite(model(Batch(ids), context)).all()
     if name in EXPERT:
-        assert float(context.metrics[names.MEAN_DEPTH]) == 1.0
+        assert float(context.metrics[MEAN_DEPTH]) == 1.0
 
 
 @pytest.mark.parametrize("name", RECURSIONS)

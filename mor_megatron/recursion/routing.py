@@ -1,0 +1,271 @@
+"""What a routing method is, and the loop that every method shares.
+
+    for each recursion r:
+        open    decide which tokens are active, and take their rows out of the residual stream
+        block   the shared layers, on those rows
+        close   bring the rows back
+
+The steps are apart because in a pipeline they happen on different ranks, at different times. Which rows a set of
+active tokens is, and how they are moved, is the business of a `Layout`: training has regular rows, and ragged ones for
+what is not known in advance (`recursion.dispatch`); an exported model has packed rows (`rows_mor.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mor_megatron.recursion.context import MEAN_DEPTH, TOKENS_PER_RECURSION, RoutingContext
+from mor_megatron.recursion.plan import RecursionPlan, VirtualLayer
+from mor_megatron.recursion.routers import RouterSettings
+
+TIE = 1e-5
+"""Router logits count as equal within TIE * (1 + their mean size in the sequence). A run of one token at the start of a
+sequence has equal hidden states but for rounding, and rounding depends on device and layout. It moves fp32 logits by
+less than a tenth of this; a gate of sigmoid with alpha 0.1 changes by 2.5e-7 within it."""
+
+Index = Any
+"""Places of a subset among the rows of a set of active tokens, as its `Layout` writes them."""
+
+
+def kept(capacity: float, length: int) -> int:
+    """Tokens that a capacity keeps of a sequence."""
+    return max(1, int(capacity * length))
+
+
+class Active(Protocol):
+    """A set of tokens, in causal order within each sequence."""
+
+    @property
+    def count(self) -> int:
+        """Number of tokens in it."""
+
+
+class Layout(Protocol):
+    """Which rows belong to a set of active tokens, and how they move."""
+
+    def gather(self, hidden: Tensor, active: Active) -> Tensor:
+        """Rows of the active tokens, [.., H], out of the residual stream."""
+
+    def combine(self, hidden: Tensor, rows: Tensor, gate: Tensor | None, active: Active) -> Tensor:
+        """The residual stream with gate * rows, or rows, added at the active tokens; a gate is [.., 1]."""
+
+    def take(self, rows: Tensor, active: Active, index: Index | None) -> Tensor:
+        """Of the rows of the active tokens, those at `index`; all for None."""
+
+    def collect(self, values: Tensor, active: Active) -> Tensor:
+        """Something small [.., W] that was computed from the rows of `active`, for all its tokens on every rank."""
+
+    def at(self, values: Tensor, index: Index | None) -> Tensor:
+        """Collected values [.., W] at `index`; all for None."""
+
+    def of(self, values: Tensor, active: Active) -> Tensor:
+        """One value for each token of the micro-batch -> those of the active tokens."""
+
+    def keep(self, active: Active, mask: Tensor, regular: bool = False) -> tuple[Active, Index | None]:
+        """The subset where `mask` is true, and its places; `regular`: every sequence keeps equally many tokens."""
+
+    def best(self, active: Active, scores: Tensor, capacity: float) -> tuple[Active, Index | None]:
+        """The highest scores of each sequence: a fraction `capacity` of its length, and one at least. Among scores that
+        are equal (`TIE`) at the cut, the earlier tokens."""
+
+    def none(self, active: Active) -> Active:
+        """The empty set."""
+
+    def mask(self, active: Active) -> Tensor:
+        """True at the active tokens, one value for each token of the micro-batch."""
+
+    def means(self, values: Tensor, active: Active, per_sequence: bool) -> Tensor:
+        """Mean over the tokens of each sequence or over all tokens, of collected values [.., W]."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """State of a micro-batch among the recursions; what of it is set depends on the step."""
+
+    tokens: Active
+    """All tokens of the micro-batch."""
+    active: Active
+    """Tokens of the open recursion, or the candidates of the next one."""
+    hidden: Tensor | None = None
+    """Residual stream of all tokens; None while `rows` are all there is (no routing)."""
+    rows: Tensor | None = None
+    """Working rows of the active tokens, [.., H]."""
+    gate: Tensor | None = None
+    """Weight with which the rows come back, [.., 1]; None: they are added as they are."""
+    choice: Tensor | None = None
+    """What the method decided once, for all recursions: a small whole number for each token."""
+
+    def merged(self, layout: Layout) -> Stream:
+        """The rows brought back: h[t] + g_t * y_t at the active tokens. The active set stays."""
+        hidden = self.hidden
+        if hidden is None:
+            hidden = self.rows
+        elif self.active.count > 0:
+            hidden = layout.combine(hidden, self.rows, self.gate, self.active)
+        return replace(self, hidden=hidden, rows=None, gate=None)
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """What a pipeline rank knows of a recursion before its message comes."""
+
+    shape: tuple[int, int]
+    """Leading dimensions of the working rows; the largest they can be."""
+    decides: bool
+    """The message carries a decision: a small whole number for each token, exact in bf16."""
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """Of a routing method without settings."""
+
+
+class RoutingMethod(nn.Module):
+    """How deep each token goes. A method is a subclass in a file of its own, registered in `recursion.methods`.
+
+    What it has to define is `name`, `about`, `build` and `open`; the rest has defaults that are right, if not the
+    fastest, for every method whose decisions are taken in `open`.
+
+    Args:
+        settings: has the fields of `Settings`, resolved.
+        plan: gives Nr and the capacities.
+        layout: moves rows; None where nothing is run.
+    """
+
+    name: ClassVar[str]
+    """What users write: --routing NAME."""
+    about: ClassVar[str]
+    """One clause for a model card."""
+    Settings: ClassVar[type] = NoSettings
+    """Frozen dataclass of its settings: name, type, default, `--help` text; see `recursion.setting`."""
+    routes: ClassVar[bool] = True
+    """Tokens may leave before the last recursion."""
+    looks_ahead: ClassVar[bool] = False
+    """Selection by capacity compares later tokens, and so differs from the causal threshold of inference."""
+
+    def __init__(self, settings: Any, plan: RecursionPlan, layout: Layout | None = None):
+        super().__init__()
+        self.settings, self.plan, self.layout = settings, plan, layout
+
+    # What it is, without weights.
+
+    @classmethod
+    def resolve(cls, settings: Any, num_recursions: int) -> Any:
+        """`settings` with defaults filled in.
+
+        Raises:
+            ValueError: a value is out of place; names the setting, its value, and a remedy.
+        """
+        return settings
+
+    @classmethod
+    def capacities(cls, settings: Any, num_recursions: int) -> tuple[float, ...]:
+        """Fraction of tokens that the plan allows at each recursion; non-increasing, the first 1."""
+        return (1.0,) * num_recursions
+
+    @classmethod
+    def warnings(cls, settings: Any) -> list[str]:
+        """What settings that are allowed leave untrained, in words."""
+        return []
+
+    def metric_names(self) -> tuple[str, ...]:
+        """What a training pass reports, in the order of the log line; the same on every rank of a pipeline."""
+        return (*(TOKENS_PER_RECURSION.format(r) for r in range(self.plan.num_recursions)), MEAN_DEPTH)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether rows come back with a gate: by default, what a router's settings say."""
+        return issubclass(self.Settings, RouterSettings) and self.settings.router_gating == "weighted"
+
+    def planned_fractions(self) -> tuple[float, ...]:
+        """Fraction of tokens expected at each recursion: what FLOPs are counted by before anything was measured."""
+        return self.plan.capacities
+
+    def flops_per_token(self, parameters: int, fractions: Sequence[float]) -> float:
+        """Forward FLOPs a token of the routers.
+
+        Args:
+            parameters: weights of all routers.
+            fractions: of tokens active at each recursion, [Nr].
+        """
+        return 2.0 * parameters
+
+    # What it does.
+
+    def build(self, hidden_size: int, dtype: torch.dtype) -> None:
+        """Create the routers. Parameters are for the model to fill; buffers start at 0.
+
+        A parameter acts on rows (`Router` does): under sequence parallelism a rank has those of its own tokens only,
+        and what is computed from them has to go through `layout.collect`.
+        """
+
+    def open(self, r: int, stream: Stream, context: RoutingContext) -> Stream:
+        """Decide on recursion r; sets `active`, `rows` and `gate`, and reports to `context`."""
+        raise NotImplementedError
+
+    def close(self, r: int, stream: Stream) -> Stream:
+        """Bring back the rows that leave after recursion r; default: all of them."""
+        return stream.merged(self.layout)
+
+    def after_step(self, metrics: dict[str, Tensor | float], iteration: int) -> None:
+        """After an applied optimizer step, with the means of the metrics over the global batch."""
+
+    def passes(self, depth: int) -> tuple[tuple[VirtualLayer, ...], ...]:
+        """Virtual layers between two decisions, for the first `depth` recursions."""
+        return tuple(self.plan.pass_layers(r) for r in range(depth))
+
+    # What travels with the rows in a pipeline. Decisions are taken by its first rank.
+
+    def incoming(self, r: int, tokens: Any, choice: Tensor | None, context: RoutingContext) -> Incoming:
+        """What is known of recursion r; by default, nothing.
+
+        Args:
+            tokens: all tokens of the micro-batch.
+            choice: as in `Stream`, as far as it is known on this rank.
+        """
+        return Incoming((tokens.count, 1), decides=True)
+
+    def decision(self, stream: Stream) -> Tensor:
+        """What the other ranks have to be told about an open recursion, [S, B]; default: which tokens are active."""
+        return self.layout.mask(stream.active)
+
+    def receive(
+        self, r: int, tokens: Any, choice: Tensor | None, decision: Tensor | None, context: RoutingContext
+    ) -> tuple[Active, Tensor | None]:
+        """The active tokens of recursion r and the choice, from what arrived: the inverse of `decision`."""
+        return self.layout.keep(tokens, decision > 0.5)[0], choice
+
+
+def run_recursions(
+    method: RoutingMethod,
+    stream: Stream,
+    run: Callable[[tuple[VirtualLayer, ...], Stream], Tensor],
+    context: RoutingContext,
+    idle: Callable[[tuple[VirtualLayer, ...], Stream], Stream] | None = None,
+) -> Stream:
+    """All recursions on one rank.
+
+    Args:
+        stream: with the residual stream of all tokens.
+        run: one pass over some layers: an open recursion -> its new rows.
+        idle: what to do in a recursion without active tokens; default nothing.
+    Returns:
+        The stream with its last recursion open: `merged` closes it.
+    """
+    passes = method.passes(context.depth(method.plan.num_recursions))
+    for r, layers in enumerate(passes):
+        if r > 0:
+            stream = method.close(r - 1, stream)
+            if stream.active.count == 0 and context.metrics is None and idle is None:
+                break  # what follows would only be reported
+        stream = method.open(r, stream, context)
+        if stream.active.count > 0:
+            stream = replace(stream, rows=run(layers, stream))
+        elif idle is not None:
+            stream = idle(layers, stream)
+    return stream

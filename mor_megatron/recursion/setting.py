@@ -1,0 +1,76 @@
+"""A setting beyond its type and default: which values it may have, when it is read, what a change of it means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class Change(Enum):
+    """What it means that a run has another value of a setting than the checkpoint that it loads."""
+
+    WEIGHTS = "the stored weights are those of another model"
+    FUNCTION = "the same weights would compute something else: fine-tuning may, a resumed run may not"
+    STATE = "the optimizer's stored state is of no use"
+    TOLD = "training goes on otherwise, and says so"
+    SILENT = "nothing that is computed depends on it"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What stands beside a field."""
+
+    least: float | None = None
+    """Smallest value allowed."""
+    above: float | None = None
+    """Values must exceed it."""
+    most: float | None = None
+    """Largest value allowed."""
+    below: float | None = None
+    """Values must stay below it."""
+    read_with: tuple[str, Callable[[Any], bool]] | None = None
+    """When the setting is read: in words, and as a condition on what holds it (of a routing method: its settings)."""
+    change: Change | None = None
+    """None: what its section says."""
+    in_export: bool = True
+    """Of a routing method: whether it describes the model, and so is stored in an export, or only a run."""
+
+    def allows(self, value: float) -> bool:
+        """Whether a number is in range."""
+        return (
+            math.isfinite(value)
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    @property
+    def range(self) -> str:
+        """The range in words, such as `a value above 0`; empty where every value is allowed."""
+        if self.least is not None and self.most is not None:
+            return f"a value from {self.least:g} to {self.most:g}"
+        if self.least is not None and self.below is not None:
+            return f"a value from {self.least:g} to below {self.below:g}"
+        if self.least is not None:
+            return f"{self.least:g} or more"
+        return "" if self.above is None else f"a value above {self.above:g}"
+
+
+_RULE = "rule"
+
+
+def setting(default: Any, **rule: Any) -> Any:
+    """A dataclass field with this default, and a `Rule` of these values."""
+    return field(default=default, metadata={_RULE: Rule(**rule)})
+
+
+def rule_of(entry: Field) -> Rule:
+    """The rule of a dataclass field; one that forbids nothing if it has none."""
+    return entry.metadata.get(_RULE, _NO_RULE)
+
+
+_NO_RULE = Rule()
