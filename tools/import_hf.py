@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import get_args
 
 from mor_megatron.command import exit_status
-from mor_megatron.config.schema import RecursionConfig, SharingStrategy
+from mor_megatron.config.schema import RecursionConfig
 from mor_megatron.huggingface.uptraining import INITIALIZATIONS
+from mor_megatron.recursion.plan import STRATEGIES
 
 _SHARING = ("sharing_strategy", "initialization", "depth_rounding", "seed")
 _OF_LLAMA = ("max_position_embeddings", "num_recursions", "num_layers", *_SHARING)
@@ -71,7 +71,7 @@ def main() -> int:
     group.add_argument("--max-position-embeddings", type=int, help="longest sequence; default the model's")
     group.add_argument("--num-recursions", type=int, help="default 1: nothing is shared")
     group.add_argument("--num-layers", type=int, help="unrolled depth; default the model's")
-    group.add_argument("--sharing-strategy", choices=get_args(SharingStrategy))
+    group.add_argument("--sharing-strategy", choices=tuple(STRATEGIES))
     group.add_argument("--depth-rounding", choices=("error", "down", "up"))
     group.add_argument("--initialization", choices=INITIALIZATIONS, help="default stepwise")
     group.add_argument("--seed", type=int, help="of --initialization random; default 0")

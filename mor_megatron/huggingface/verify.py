@@ -16,7 +16,9 @@ from mor_megatron.data.batch import Batch
 from mor_megatron.distributed.initialize import initialize_distributed
 from mor_megatron.model import MoRModel, build_model
 from mor_megatron.model.mor_model import HEAD
+from mor_megatron.model.stored_names import stored_name
 from mor_megatron.recursion.context import RoutingContext
+from mor_megatron.recursion.routing import ACTIVE
 
 TOLERANCE = 1e-5
 """Of fp32 logits, relative to the largest one where that exceeds 1."""
@@ -110,8 +112,8 @@ def training_model(weights: Mapping[str, Tensor], config: Config, vocab_size: in
     model = build_model(config, vocab_size)
     state = model.state_dict()
     for name, target in state.items():
-        if name in weights and target is not None:
-            whole = weights[name]
+        whole = weights.get(stored_name(name, state))
+        if whole is not None and target is not None:
             rows = whole.shape[0] if name == HEAD or "word_embeddings" in name else target.shape[0]
             target[:rows].copy_(whole)
     return model.eval()
@@ -119,8 +121,6 @@ def training_model(weights: Mapping[str, Tensor], config: Config, vocab_size: in
 
 def depths_of(context: RoutingContext, config: Config) -> Tensor | None:
     """Recursions that each token passed, [B, S], from a pass with a trace; None without routing."""
-    trace = context.trace
-    if "depth" in trace:
-        return trace["depth"].t() + 1
-    active = [trace[f"active_{r}"].int() for r in range(config.recursion.num_recursions) if f"active_{r}" in trace]
+    names = (ACTIVE.format(r) for r in range(config.recursion.num_recursions))
+    active = [context.trace[name].int() for name in names if name in context.trace]
     return sum(active).t() if active else None

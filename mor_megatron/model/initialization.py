@@ -1,4 +1,4 @@
-"""Initial weights: drawn for each parameter from the run's seed and its name, and then cut.
+"""Initial weights: drawn for each parameter from the run's seed and its stored name, and then cut.
 
 So the same seed gives the same model in every layout, and a rank draws only what it holds.
 """
@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from torch import nn
 
 from mor_megatron.distributed.sharding import cut
+from mor_megatron.model.stored_names import stored_parameters
 
 
 @torch.no_grad()
@@ -27,7 +28,7 @@ def initialize_weights(model: nn.Module, seed: int, std: float, vocab_size: int,
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
-    for name, parameter in model.named_parameters():
+    for name, parameter in stored_parameters(model):
         if parameter.ndim < 2:
             continue
         name = aliases.get(name, name)

@@ -31,7 +31,6 @@ from mor_megatron.model.attention import KeyValue, LayerCall, RotaryTable, Seque
 from mor_megatron.model.initialization import initialize_weights
 from mor_megatron.model.layer_spec import MoRTransformerLayer, RMSNorm, layer_spec, transformer_config
 from mor_megatron.model.recompute import recompute
-from mor_megatron.model.stored_names import stored_names
 from mor_megatron.planning.accounting import padded_vocab_size
 from mor_megatron.planning.stages import PipelinePlan, pipeline_plan
 from mor_megatron.recursion.context import RoutingContext
@@ -264,6 +263,6 @@ def build_model(config: Config, vocab_size: int) -> MoRModel:
         ValueError: the configuration does not describe a model.
     """
     model = MoRModel(config, vocab_size)
-    aliases = stored_names(model) | ({HEAD: EMBEDDING} if model.tied else {})
+    aliases = {HEAD: EMBEDDING} if model.tied else {}
     initialize_weights(model, config.training.seed, config.model.init_method_std, vocab_size, aliases)
     return model.to(device())

@@ -5,16 +5,16 @@ A router's matrices are `weights.0` and `weights.1` there, whatever its layers a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterator
 
 from torch import nn
 
 
-def stored_name(name: str, names: Iterable[str]) -> str:
-    """The stored name of a parameter.
+def stored_name(name: str, names: Collection[str]) -> str:
+    """The stored name of a parameter or buffer.
 
     Args:
-        name: in the model, or in an export without its prefix.
+        name: in the model.
         names: of all parameters.
     """
     module, _, layer = name.removesuffix(".weight").rpartition(".")
@@ -23,7 +23,8 @@ def stored_name(name: str, names: Iterable[str]) -> str:
     return f"{module}.weights.{int(layer == 'out' and f'{module}.inner.weight' in names)}"
 
 
-def stored_names(model: nn.Module) -> dict[str, str]:
-    """Name of each parameter in the model -> its stored name."""
-    names = {name for name, _ in model.named_parameters()}
-    return {name: stored_name(name, names) for name in names}
+def stored_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """`model.named_parameters()` under stored names."""
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        yield stored_name(name, parameters), parameter

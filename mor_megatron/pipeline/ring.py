@@ -85,7 +85,7 @@ class Chunk(nn.Module):
         else:
             rows = messages.unpack_rows(self.received, micro.kept.active)
             stream = model.router.close(self.turn - 1, replace(micro.kept, rows=rows))
-        stream = model.router.open(self.turn, stream, micro.context)
+        stream = model.router(self.turn, stream, micro.context)
         messages.choice = stream.choice
         return stream
 

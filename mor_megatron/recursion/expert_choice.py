@@ -23,7 +23,7 @@ from mor_megatron.recursion.context import MEAN_DEPTH, TOKENS_PER_RECURSION, Z_L
 from mor_megatron.recursion.losses import selection_loss, z_loss
 from mor_megatron.recursion.plan import default_capacities
 from mor_megatron.recursion.routers import Router, RouterSettings, resolve_router, score
-from mor_megatron.recursion.routing import Active, Incoming, Index, RoutingMethod, Stream, kept
+from mor_megatron.recursion.routing import ACTIVE, Active, Incoming, Index, RoutingMethod, Stream, kept
 from mor_megatron.recursion.setting import Change, setting
 
 AUX_LOSS = "aux_loss"
@@ -126,7 +126,7 @@ class ExpertChoice(RoutingMethod):
         if self.training and context.losses != "none":
             x = self._add_losses(r, x, logits, threshold_logits, index, context)
         context.record(f"router_logits_{r}", logits)
-        context.decide(f"active_{r}", lambda: layout.mask(active))
+        context.decide(ACTIVE.format(r), lambda: layout.mask(active))
         context.report_fraction(TOKENS_PER_RECURSION.format(r), active.count / stream.tokens.count, hidden.device)
         context.report_fraction(MEAN_DEPTH, active.count / stream.tokens.count, hidden.device)
         gate = None

@@ -37,6 +37,10 @@ def kept(capacity: float, length: int) -> int:
     return max(1, int(capacity * length))
 
 
+ACTIVE = "active_{}"
+"""Name in a trace of the mask of tokens that are active at a recursion."""
+
+
 class Active(Protocol):
     """A set of tokens, in causal order within each sequence."""
 
@@ -204,6 +208,10 @@ class RoutingMethod(nn.Module):
         and what is computed from them has to go through `layout.collect`.
         """
 
+    def forward(self, r: int, stream: Stream, context: RoutingContext) -> Stream:
+        """`open`, as a call of the module: tools that offload buffers of a module bring them for its calls."""
+        return self.open(r, stream, context)
+
     def open(self, r: int, stream: Stream, context: RoutingContext) -> Stream:
         """Decide on recursion r; sets `active`, `rows` and `gate`, and reports to `context`."""
         raise NotImplementedError
@@ -263,7 +271,9 @@ def run_recursions(
             stream = method.close(r - 1, stream)
             if stream.active.count == 0 and context.metrics is None and idle is None:
                 break  # what follows would only be reported
-        stream = method.open(r, stream, context)
+        stream = method(r, stream, context)
+        if method.routes and context.trace is not None:
+            context.record(ACTIVE.format(r), method.layout.mask(stream.active))
         if stream.active.count > 0:
             stream = replace(stream, rows=run(layers, stream))
         elif idle is not None:

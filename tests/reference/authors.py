@@ -21,6 +21,7 @@ from mor_megatron.huggingface.authors import check_keys, parameter_names, recurs
 from mor_megatron.huggingface.weights import Names, fuse, split
 from mor_megatron.model import MoRModel, build_model
 from mor_megatron.model.mor_model import EMBEDDING, HEAD
+from mor_megatron.model.stored_names import stored_name, stored_parameters
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def model_of(case: Case) -> MoRModel:
         ValueError: a weight of the file has no place in ours, or one of ours is not in the file.
     """
     model = build_model(case.config, case.meta["dims"]["V"])
-    ours = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    ours = {**dict(stored_parameters(model)), **dict(model.named_buffers())}
     names = _names(case, model)
     left = {name for name in case.tensors if name.startswith("param.")}
     left -= {f"param.{part}" for parts in names.values() for part in parts}
@@ -97,7 +98,7 @@ def model_of(case: Case) -> MoRModel:
             if original in names:
                 full = fuse(name, [case[f"param.{part}"] for part in names[original]], case.config.model)
                 target.copy_(_share(target, full))
-    missing = {name for name, _ in model.named_parameters()} - set(names)
+    missing = {name for name, _ in stored_parameters(model)} - set(names)
     missing -= {HEAD} if case.meta["tied_head"] else set()
     if left or missing:
         raise ValueError(f"{case.path}: not used: {sorted(left)}; not in the file: {sorted(missing)}")
@@ -116,6 +117,7 @@ def _share(target: Tensor, full: Tensor) -> Tensor:
 def gradients_of(case: Case, gradients: dict[str, Tensor], model: MoRModel) -> dict[str, Tensor]:
     """Whole gradients by our names -> under the authors' names."""
     theirs: dict[str, Tensor] = {}
+    gradients = {stored_name(name, gradients): gradient for name, gradient in gradients.items()}
     for name, parts in _names(case, model).items():
         if name in gradients:
             theirs.update(zip(parts, split(name, gradients[name], len(parts), case.config.model), strict=True))

@@ -35,6 +35,7 @@ from mor_megatron.huggingface.export import export, read_checkpoint, to_model
 from mor_megatron.huggingface.importing import kind_of, read_export, read_llama, write_checkpoint
 from mor_megatron.huggingface.uptraining import source_layers
 from mor_megatron.huggingface.verify import training_model
+from mor_megatron.model.stored_names import stored_name
 from mor_megatron.planning.accounting import count_parameters
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.plan import build_plan
@@ -59,10 +60,10 @@ pytestmark = pytest.mark.usefixtures("process_group")
 )
 def test_an_export_comes_back_bit_for_bit(name: str, tmp_path: Path):
     model, _ = pair(name)
-    config = validate(model.run_config)
+    config, state = validate(model.run_config), model.state_dict()
     weights = {
-        key: (tensor[:VOCAB] if "word_embeddings" in key else tensor).clone()
-        for key, tensor in model.state_dict().items()
+        stored_name(key, state): (tensor[:VOCAB] if "word_embeddings" in key else tensor).clone()
+        for key, tensor in state.items()
         if not key.endswith("_extra_state")
     }
     export(weights, config, VOCAB, numbers(), tmp_path / "export")
