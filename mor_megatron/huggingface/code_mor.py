@@ -24,18 +24,21 @@ def write_code(directory: str | Path, *needed: Any) -> None:
         directory: of the weights; it is there.
         needed: a routing method and a sharing strategy; where they are not among those built in, their file goes along.
     Raises:
-        ValueError: such a file imports something that does not travel.
+        ValueError: such a file imports something that does not travel, or has the name of another.
         OSError: a file cannot be written.
     """
     sources: dict[str, str] = {}
-    _collect(Path(__file__).with_name(f"{FIRST}.py"), sources)
+    files = _collect(Path(__file__).with_name(f"{FIRST}.py"), sources)
     further = []
     for thing in needed:
         path = Path(sys.modules[thing.__module__].__file__)
-        if path.stem not in sources:
-            further.append(path.stem)
-            _collect(path, sources)
-            _check(path, sources[path.stem])
+        if path in files:
+            continue
+        if path.stem in sources:
+            raise ValueError(f"{path} has the name of a file of every export: rename it")
+        further.append(path.stem)
+        files |= _collect(path, sources)
+        _check(path, sources[path.stem])
     if further:
         lines = [f"from .{name} import __name__ as _{number}" for number, name in enumerate(further)]
         text = f'"""Extensions that this model needs."""\n\n{chr(10).join(lines)}\n\nNAMES = {tuple(further)!r}\n'
@@ -44,14 +47,15 @@ def write_code(directory: str | Path, *needed: Any) -> None:
         (Path(directory) / f"{name}.py").write_text(text, encoding="utf-8")
 
 
-def _collect(path: Path, sources: dict[str, str]) -> None:
-    """A file and those that it imports: module name -> text, with flat imports."""
-    text = path.read_text(encoding="utf-8")
+def _collect(path: Path, sources: dict[str, str]) -> set[Path]:
+    """Add a file and those that it imports to `sources`: module name -> text, with flat imports. Which these were."""
+    text, files = path.read_text(encoding="utf-8"), {path}
     sources[path.stem] = text.replace(f"from {CORE}", "from .")
     for package, name in _IMPORT.findall(text):
         if name not in sources:
             folder = path.parent if package == "." else Path(sys.modules[f"{CORE}{name}"].__file__).parent
-            _collect(folder / f"{name}.py", sources)
+            files |= _collect(folder / f"{name}.py", sources)
+    return files
 
 
 def _check(path: Path, text: str) -> None:

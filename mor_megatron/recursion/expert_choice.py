@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mor_megatron.recursion.context import MEAN_DEPTH, TOKENS_PER_RECURSION, Z_LOSS, RoutingContext
+from mor_megatron.recursion.context import Z_LOSS, RoutingContext
 from mor_megatron.recursion.losses import selection_loss, z_loss
 from mor_megatron.recursion.plan import default_capacities
 from mor_megatron.recursion.routers import Router, RouterSettings, resolve_router, score
@@ -114,10 +114,8 @@ class ExpertChoice(RoutingMethod):
 
     def open(self, r: int, stream: Stream, context: RoutingContext) -> Stream:
         """Select among the candidates and take out their rows."""
-        candidates, hidden, layout = stream.active, stream.hidden, self.layout
-        if r >= context.depth(self.plan.num_recursions):
-            return replace(stream, active=layout.none(candidates), rows=hidden[:0], gate=None)
-        x = layout.gather(hidden, candidates)  # [.., H]
+        candidates, layout = stream.active, self.layout
+        x = layout.gather(stream.hidden, candidates)  # [.., H]
         logits = layout.collect(self.routers[r](x), candidates)  # [.., 1]
         threshold_logits = logits
         if self.aux_routers is not None:
@@ -127,8 +125,6 @@ class ExpertChoice(RoutingMethod):
             x = self._add_losses(r, x, logits, threshold_logits, index, context)
         context.record(f"router_logits_{r}", logits)
         context.decide(ACTIVE.format(r), lambda: layout.mask(active))
-        context.report_fraction(TOKENS_PER_RECURSION.format(r), active.count / stream.tokens.count, hidden.device)
-        context.report_fraction(MEAN_DEPTH, active.count / stream.tokens.count, hidden.device)
         gate = None
         if self.settings.router_gating == "weighted":
             gate = layout.at(score(logits, self.settings), index)

@@ -22,6 +22,10 @@ class NoRouting(RoutingMethod):
         """Nothing is decided, and so nothing is reported."""
         return ()
 
+    def forward(self, r: int, stream: Stream, context: RoutingContext) -> Stream:
+        """`open`, whatever the depth: the rows go on to the last layers."""
+        return self.open(r, stream, context)
+
     def open(self, r: int, stream: Stream, context: RoutingContext) -> Stream:
         """The residual stream itself is worked on."""
         return replace(stream, hidden=None, rows=stream.hidden) if r == 0 else stream

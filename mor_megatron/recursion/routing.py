@@ -209,12 +209,25 @@ class RoutingMethod(nn.Module):
         """
 
     def forward(self, r: int, stream: Stream, context: RoutingContext) -> Stream:
-        """`open`, as a call of the module: tools that offload buffers of a module bring them for its calls."""
-        return self.open(r, stream, context)
+        """Open recursion r; without active tokens where the depth is fixed to fewer.
+
+        A call of the module, so that tools that offload its buffers bring them.
+        """
+        if r >= context.depth(self.plan.num_recursions):
+            return replace(stream, active=self.layout.none(stream.active), rows=stream.hidden[:0], gate=None)
+        stream = self.open(r, stream, context)
+        self.report_tokens(r, stream, context)
+        return stream
 
     def open(self, r: int, stream: Stream, context: RoutingContext) -> Stream:
-        """Decide on recursion r; sets `active`, `rows` and `gate`, and reports to `context`."""
+        """Decide on recursion r; sets `active`, `rows` and `gate`. With a fixed depth, all tokens are active."""
         raise NotImplementedError
+
+    def report_tokens(self, r: int, stream: Stream, context: RoutingContext) -> None:
+        """The fraction of tokens that is active, to `context`."""
+        fraction = stream.active.count / stream.tokens.count
+        context.report_fraction(TOKENS_PER_RECURSION.format(r), fraction, stream.rows.device)
+        context.report_fraction(MEAN_DEPTH, fraction, stream.rows.device)
 
     def close(self, r: int, stream: Stream) -> Stream:
         """Bring back the rows that leave after recursion r; default: all of them."""

@@ -112,7 +112,6 @@ class TokenChoice(RoutingMethod):
         depth = self._choose(scores.detach(), context)  # [..]
         context.record("router_logits", logits)
         context.decide("depth", lambda: depth)
-        self._report_depths(depth, context)
         y = hidden
         if self.training and context.losses != "none":
             y = self._add_losses(y, logits, scores, depth, stream, context)
@@ -162,9 +161,11 @@ class TokenChoice(RoutingMethod):
             scores = scores + self.balance_bias
         return scores.argmax(-1)
 
-    def _report_depths(self, depth: Tensor, context: RoutingContext) -> None:
-        if context.metrics is None:
+    def report_tokens(self, r: int, stream: Stream, context: RoutingContext) -> None:
+        """The depths say all of it at once."""
+        if r > 0 or context.metrics is None:
             return
+        depth = stream.choice
         fractions = torch.bincount(depth.view(-1), minlength=self.plan.num_recursions).float() / depth.numel()
         reaching = fractions.flip(0).cumsum(0).flip(0)
         for r in range(self.plan.num_recursions):
