@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
-from mor_megatron.model.attention import LayerCall, RotaryTable, Sequences
+from mor_megatron.model.attention import AttentionMetadata, LayerCall, RotaryTable
 from mor_megatron.model.initialization import initialize_weights
 from mor_megatron.model.layer_spec import RMSNorm, layer_spec, transformer_config
 from mor_megatron.recursion.dispatch import ActiveTokens
@@ -55,7 +55,7 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         active = ActiveTokens(*hidden.shape[:2])
-        pattern = Sequences(self.rotary, *hidden.shape[:2], hidden.dtype).pattern(active, keys_of_all=False)
+        pattern = AttentionMetadata(self.rotary, *hidden.shape[:2], hidden.dtype).pattern(active, keys_of_all=False)
         return self.layer(hidden, LayerCall(pattern))[0]
 
 

@@ -52,8 +52,8 @@ class RotaryTable(nn.Module):
 
 
 @dataclass
-class Sequences:
-    """What attention knows about a micro-batch beside the hidden state."""
+class AttentionMetadata:
+    """What attention needs of a micro-batch beside the hidden state."""
 
     rotary: RotaryTable
     seq_length: int
@@ -91,30 +91,30 @@ class Sequences:
 class AttentionPattern:
     """Rotation and visibility of one set of active tokens; shared by all layers of a pass."""
 
-    sequences: Sequences
+    metadata: AttentionMetadata
     active: ActiveTokens
     keys_of_all: bool
     """Keys are those of all S tokens, not of the active ones."""
 
     @cached_property
     def rotation(self) -> tuple[Tensor, Tensor]:
-        device = self.sequences.rotary.cos.device
-        return self.sequences.rotation(self.active, device)
+        device = self.metadata.rotary.cos.device
+        return self.metadata.rotation(self.active, device)
 
     @cached_property
     def mask(self) -> Tensor | None:
         """Additive mask [B, 1, Q, K]; None where plain causal attention over the rows is the same."""
-        documents = self.sequences.document_ids
+        documents = self.metadata.document_ids
         if not self.keys_of_all and documents is None:
             return None
         query_position, query_document = self._coordinates(self.active, documents)
         key_position, key_document = query_position, query_document
         if self.keys_of_all:
-            key_position, key_document = self._coordinates(self.sequences.all_tokens, documents)
+            key_position, key_document = self._coordinates(self.metadata.all_tokens, documents)
         visible = query_position.unsqueeze(2) >= key_position.unsqueeze(1)  # [B or 1, Q, K]
         if documents is not None:
             visible = visible & (query_document.unsqueeze(2) == key_document.unsqueeze(1))
-        mask = torch.zeros(visible.shape, dtype=self.sequences.dtype, device=visible.device)
+        mask = torch.zeros(visible.shape, dtype=self.metadata.dtype, device=visible.device)
         return mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
 
     @cached_property
@@ -137,7 +137,7 @@ class AttentionPattern:
         """Position and document of each slot, [B or 1, slots]. Padding slots of a ragged set see something harmless."""
         last = active.seq_length - 1
         if active.rows is None:
-            device = self.sequences.rotary.cos.device
+            device = self.metadata.rotary.cos.device
             return torch.arange(active.seq_length, device=device).unsqueeze(0), documents
         position = active.positions
         document = None if documents is None else documents[active.sequences, position]

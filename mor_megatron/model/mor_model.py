@@ -27,7 +27,7 @@ from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
 from mor_megatron.distributed.cpu import device
 from mor_megatron.distributed.row_exchange import ShardedRows
-from mor_megatron.model.attention import KeyValue, LayerCall, RotaryTable, Sequences
+from mor_megatron.model.attention import AttentionMetadata, KeyValue, LayerCall, RotaryTable
 from mor_megatron.model.initialization import initialize_weights
 from mor_megatron.model.layer_spec import MoRTransformerLayer, RMSNorm, layer_spec, transformer_config
 from mor_megatron.model.recompute import recompute
@@ -147,23 +147,23 @@ class MoRModel(MegatronModule):
         """
         assert self.pipeline.num_stages == 1, "a pipeline runs through pipeline.ring"
         context = context or RoutingContext()
-        sequences = self.sequences(batch)
-        stream = self.embed(batch, sequences, context)
+        metadata = self.attention_metadata(batch)
+        stream = self.embed(batch, metadata, context)
 
         def run(layers: tuple[VirtualLayer, ...], stream: Stream) -> Tensor:
-            return self.run_layers(layers, stream.rows, sequences, stream.active)
+            return self.run_layers(layers, stream.rows, metadata, stream.active)
 
         def walk_along(layers: tuple[VirtualLayer, ...], stream: Stream) -> Stream:
             """One row through the layers, forward and backward, without effect.
 
             Under ZeRO-3, weights are gathered where a layer is entered, by all data-parallel ranks together."""
             row = torch.zeros(1, 1, dtype=torch.int64, device=stream.hidden.device)
-            update = self.run_layers(layers, stream.hidden[:1, :1], sequences, stream.tokens.take(row, ragged=True))
+            update = self.run_layers(layers, stream.hidden[:1, :1], metadata, stream.tokens.take(row, ragged=True))
             return replace(stream, hidden=stream.hidden + 0.0 * update.sum())
 
         idle = walk_along if self.run_config.training.zero_stage == 3 else None
         stream = run_recursions(self.router, stream, run, context, idle)
-        return self.head(stream.merged(self.rows).hidden, sequences, batch.labels)
+        return self.head(stream.merged(self.rows).hidden, metadata, batch.labels)
 
     def set_input_tensor(self, input_tensor) -> None:
         """Megatron-core's schedules hand over what the previous stage sent; a single stage receives nothing."""
@@ -175,7 +175,7 @@ class MoRModel(MegatronModule):
         if self.is_first_stage:
             self.router.after_step(metrics, iteration)
 
-    def sequences(self, batch: Batch) -> Sequences:
+    def attention_metadata(self, batch: Batch) -> AttentionMetadata:
         """What attention has to know about a micro-batch.
 
         Raises:
@@ -185,26 +185,26 @@ class MoRModel(MegatronModule):
         longest = self.run_config.model.max_position_embeddings
         if seq_length > longest:
             raise ValueError(f"a sequence of {seq_length} tokens exceeds max-position-embeddings={longest}")
-        return Sequences(
+        return AttentionMetadata(
             self.rotary, seq_length, batch_size, self.config.params_dtype, batch.position_ids, batch.document_ids
         )
 
-    def embed(self, batch: Batch, sequences: Sequences, context: RoutingContext) -> Stream:
+    def embed(self, batch: Batch, metadata: AttentionMetadata, context: RoutingContext) -> Stream:
         """Embedding and unique first layers: tokens [B, S] -> the residual stream [S, B, H]."""
         context.tokens = batch.tokens.transpose(0, 1)
         if context.metrics is not None:
             context.metrics.clear()
-        tokens = sequences.all_tokens
-        hidden = self.run_layers(self.plan.first, self.embedding(batch.tokens, position_ids=None), sequences, tokens)
+        tokens = metadata.all_tokens
+        hidden = self.run_layers(self.plan.first, self.embedding(batch.tokens, position_ids=None), metadata, tokens)
         return Stream(tokens, tokens, hidden)
 
     def run_layers(
-        self, layers: tuple[VirtualLayer, ...], rows: Tensor, sequences: Sequences, active: ActiveTokens
+        self, layers: tuple[VirtualLayer, ...], rows: Tensor, metadata: AttentionMetadata, active: ActiveTokens
     ) -> Tensor:
         """Consecutive layers on the rows of the active tokens, [k, B, H] -> [k, B, H]."""
         kv_mode, training = self.plan.kv_mode, self.run_config.training
-        own_keys = sequences.pattern(active, keys_of_all=False)
-        all_keys = sequences.pattern(active, keys_of_all=True)
+        own_keys = metadata.pattern(active, keys_of_all=False)
+        all_keys = metadata.pattern(active, keys_of_all=True)
 
         def call_of(layer: VirtualLayer, store: Mapping[int, KeyValue]) -> LayerCall:
             if layer.kv_source != layer.index:
@@ -217,7 +217,7 @@ class MoRModel(MegatronModule):
             """The rows, and the keys and values that these layers store: a region changes nothing outside itself."""
             stored: dict[int, KeyValue] = {}
             for layer in layers:
-                arguments = self.layers[layer.physical], rows, call_of(layer, ChainMap(stored, sequences.store))
+                arguments = self.layers[layer.physical], rows, call_of(layer, ChainMap(stored, metadata.store))
                 rows, own = _run_layer(*arguments) if each is None else each(_run_layer, *arguments)
                 if own is not None:
                     stored[layer.index] = own
@@ -229,12 +229,12 @@ class MoRModel(MegatronModule):
             rows, stored = run_all(rows, recompute)
         else:
             rows, stored = recompute(run_all, rows)
-        sequences.store.update(stored)
+        metadata.store.update(stored)
         return rows
 
-    def head(self, hidden: Tensor, sequences: Sequences, labels: Tensor | None) -> Tensor:
+    def head(self, hidden: Tensor, metadata: AttentionMetadata, labels: Tensor | None) -> Tensor:
         """Unique last layers, final norm, head and loss: [S, B, H] -> [B, S] or logits [B, S, V]."""
-        hidden = self.run_layers(self.plan.last, hidden, sequences, sequences.all_tokens)
+        hidden = self.run_layers(self.plan.last, hidden, metadata, metadata.all_tokens)
         hidden = self.final_layernorm(hidden)
         weight = self.embedding.word_embeddings.weight if self.output_layer.weight is None else None
         logits, _ = self.output_layer(hidden, weight=weight)  # [S, B, V/TP]

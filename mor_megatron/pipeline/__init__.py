@@ -1,1 +1,1 @@
-"""The pipeline: stages that pass rows on, and the ring of them that recursions turn in."""
+"""The pipeline: stages that pass rows on, and the ring in which recursions run."""

@@ -1,7 +1,7 @@
 """Tensors that a pipeline rank keeps for a later chunk of the same micro-batch.
 
 The schedule runs the backward pass of each chunk by itself, the later chunk first. What an earlier chunk kept becomes a
-leaf there, collects gradient, and hands it over when the earlier chunk's own turn comes.
+leaf there, collects gradient, and hands it over when the earlier chunk's backward pass runs.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What travels between two ranks of the pipeline: one tensor [R, H] for each turn of a micro-batch.
+"""What travels between two ranks of the pipeline: one tensor [R, H] for each chunk of a micro-batch.
 
 | part     | rows                  | when                                                                 |
 |----------|-----------------------|----------------------------------------------------------------------|
 | working  | those of the active   | always                                                               |
 | decision | S * B / H             | on the way out, where the ranks cannot know which tokens are active  |
-| stream   | S * B                 | in the last turn only: its last rank closes the recursion            |
+| stream   | S * B                 | in the last chunk only: its last rank closes the recursion           |
 | gate     | as working, / H       | with the stream                                                      |
 
-Before the last turn the first rank keeps stream and gate: it opens each recursion, and closes it when the rows have
+Before the last chunk the first rank keeps stream and gate: it opens each recursion, and closes it when the rows have
 come round. A decision is small whole numbers, exact in bf16. Under sequence parallelism, working rows and stream are
 shares.
 
@@ -45,17 +45,17 @@ class MessageFormat:
             parallel_state.get_tensor_model_parallel_world_size() if self.model.config.sequence_parallel else 1
         )
         self.method = self.model.router
-        self.num_turns = self.model.pipeline.num_chunks
+        self.num_chunks = self.model.pipeline.num_chunks
 
-    def num_rows(self, turn: int, to_first: bool) -> int:
-        """R of a message: of a turn, from the last rank back `to_first`, or from any other to the next."""
-        return max(1, sum(self._parts(turn, to_first).values()))
+    def num_rows(self, chunk: int, to_first: bool) -> int:
+        """R of a message: of a chunk, from the last rank back `to_first`, or from any other to the next."""
+        return max(1, sum(self._parts(chunk, to_first).values()))
 
-    def pack(self, stream: Stream, turn: int, to_first: bool) -> Tensor:
+    def pack(self, stream: Stream, chunk: int, to_first: bool) -> Tensor:
         """[R, H] of an open recursion whose rows have passed this rank's layers."""
         width = stream.rows.shape[-1]
         filled = []
-        for name, size in self._parts(turn, to_first).items():
+        for name, size in self._parts(chunk, to_first).items():
             if name == "working":
                 part = stream.rows.reshape(-1, width)
             elif name == "decision":
@@ -68,14 +68,14 @@ class MessageFormat:
         message = torch.cat(filled)
         return message if message.shape[0] > 0 else F.pad(message, (0, 0, 0, 1))
 
-    def unpack(self, message: Tensor, turn: int) -> Stream:
+    def unpack(self, message: Tensor, chunk: int) -> Stream:
         """The open recursion out of a message that did not come back to the first rank."""
-        sizes = self._parts(turn, to_first=False)
+        sizes = self._parts(chunk, to_first=False)
         parts = dict(zip(sizes, message[: sum(sizes.values())].split(list(sizes.values())), strict=True))
         decision = None
         if "decision" in parts:
             decision = parts["decision"].detach().reshape(-1)[: self.tokens.count].view(self.tokens.shape)
-        active, self.choice = self.method.receive(turn, self.tokens, self.choice, decision, self.context)
+        active, self.choice = self.method.receive(chunk, self.tokens, self.choice, decision, self.context)
         hidden = gate = None
         if "stream" in parts:
             hidden = parts["stream"].view(-1, self.tokens.batch_size, message.shape[-1])
@@ -89,17 +89,17 @@ class MessageFormat:
         rows = -(-rows // self.shares)
         return message[: rows * columns].view(rows, columns, message.shape[-1])
 
-    def _parts(self, turn: int, to_first: bool) -> dict[str, int]:
+    def _parts(self, chunk: int, to_first: bool) -> dict[str, int]:
         """Rows of each part, in their order."""
         width = self.model.config.hidden_size
-        incoming = self.method.incoming(turn, self.tokens, self.choice, self.context)
+        incoming = self.method.incoming(chunk, self.tokens, self.choice, self.context)
         rows, columns = incoming.shape
         sizes = {"working": -(-rows // self.shares) * columns}
         if to_first:
             return sizes
         if incoming.decides:
             sizes["decision"] = -(-self.tokens.count // width)
-        if turn == self.num_turns - 1 and self.method.routes:
+        if chunk == self.num_chunks - 1 and self.method.routes:
             sizes["stream"] = self.tokens.seq_length // self.shares * self.tokens.batch_size
             if self.method.weighs and rows > 0:
                 sizes["gate"] = -(-rows * columns // width)

@@ -57,7 +57,7 @@ def run_schedule(
         return
 
     micros = [MicroBatch.start(model, batch, make_context()) for batch in micro_batches]
-    chunks = [Chunk(model, turn) for turn in range(model.pipeline.num_chunks)]
+    chunks = [Chunk(model, chunk) for chunk in range(model.pipeline.num_chunks)]
     config = _pipeline_config(model, len(micros))
     for chunk in chunks:
         chunk.config = config
@@ -95,13 +95,13 @@ class MessageCommunicator(P2PCommunicator):
 
     def __init__(self, config: TransformerConfig, model: MoRModel, micros: list[MicroBatch]):
         super().__init__(parallel_state.get_pipeline_model_parallel_group(), config)
-        turns = model.pipeline.num_chunks
-        table = get_schedule_table(len(micros), turns, config.microbatch_group_size_per_vp_stage)
+        chunks = model.pipeline.num_chunks
+        table = get_schedule_table(len(micros), chunks, config.microbatch_group_size_per_vp_stage)
         first, last = model.is_first_stage, model.is_last_stage
-        # The first rank receives what the last one sent in the turn before, and the other way round in backward.
-        forward = [(m, turn - first) for m, turn in table if not first or turn > 0]
-        backward = [(m, turns - 1 - turn) for m, turn in table]
-        backward = [(m, turn) for m, turn in backward if not last or turn < turns - 1]
+        # The first rank receives what the last one sent in the chunk before, and the other way round in backward.
+        forward = [(m, chunk - first) for m, chunk in table if not first or chunk > 0]
+        backward = [(m, chunks - 1 - chunk) for m, chunk in table]
+        backward = [(m, chunk) for m, chunk in backward if not last or chunk < chunks - 1]
         self.forward_shapes = self._shapes(model, micros, forward, first)
         self.backward_shapes = self._shapes(model, micros, backward, last)
 
@@ -109,9 +109,9 @@ class MessageCommunicator(P2PCommunicator):
     def _shapes(
         model: MoRModel, micros: list[MicroBatch], order: list[tuple[int, int]], to_first: bool
     ) -> Iterator[tuple[int, int]]:
-        # Lazy: how many rows of a token-choice micro-batch come is known after its first turn.
-        for m, turn in order:
-            yield micros[m].messages.num_rows(turn, to_first), model.config.hidden_size
+        # Lazy: how many rows of a token-choice micro-batch come is known after its first chunk.
+        for m, chunk in order:
+            yield micros[m].messages.num_rows(chunk, to_first), model.config.hidden_size
 
     def _communicate_shapes(self, tensor_send_next, tensor_send_prev, recv_prev, recv_next):
         return (

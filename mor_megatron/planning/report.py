@@ -136,15 +136,15 @@ def _growth(training: TrainingConfig) -> str:
 
 
 def _schedule(config: Config, world_size: int, pipeline: PipelinePlan) -> str:
-    stages, turns = pipeline.num_stages, pipeline.num_chunks
+    stages, chunks = pipeline.num_stages, pipeline.num_chunks
     if stages == 1:
         return "schedule: no pipeline, micro-batches one after another"
     count = _microbatches(config, world_size)
     what = "one forward, one backward"
     if pipeline.is_ring:
         group = microbatch_group_size(count, stages)
-        what = f"ring, {turns} turns of a micro-batch (one a recursion), {group} micro-batches a turn"
-    formula = f"({stages} - 1) / ({count} x {turns} + {stages} - 1)"
+        what = f"ring, {chunks} virtual stages a rank (one a recursion), micro-batches in groups of {group}"
+    formula = f"({stages} - 1) / ({count} x {chunks} + {stages} - 1)"
     return f"schedule: {what}; a rank waits {100 * pipeline.idle_share(count):.1f}% of the time = {formula}"
 
 

@@ -1,8 +1,8 @@
-"""Which virtual layers run on which pipeline rank, and in which turn of the ring.
+"""Which virtual layers run on which pipeline rank, and in which of its virtual stages.
 
 With cycle sharing the pipeline is a ring: the block's layers are divided among the ranks once, and recursion r of a
-micro-batch is its r-th turn round them. Virtual chunk r of a rank, in the words of Megatron-core's interleaved
-schedule, is recursion r, and all chunks of a rank run the same weights. Where recursions are not contiguous (sequence
+micro-batch is its r-th round through them. Chunk r of a rank, a virtual stage of Megatron-core's interleaved schedule,
+is recursion r, and all chunks of a rank run the same weights. Where recursions are not contiguous (sequence
 sharing) or there is only one (Nr=1), the pipeline is an ordinary one, of one chunk a rank. Unique first and last
 layers, embedding and head stand at the ends.
 """
@@ -36,7 +36,7 @@ class PipelinePlan:
 
     @property
     def num_chunks(self) -> int:
-        """V: turns of a micro-batch; Nr in a ring, else 1."""
+        """V: virtual stages of a rank; Nr in a ring, else 1."""
         return self.plan.num_recursions if self.is_ring else 1
 
     def layers(self, rank: int, chunk: int = 0) -> tuple[VirtualLayer, ...]:
@@ -114,7 +114,7 @@ def balanced_split(layer: float, first: float, last: float, block_size: int, sta
 
 
 def microbatch_group_size(num_microbatches: int, stages: int) -> int:
-    """Micro-batches that make a turn together in the interleaved schedule: the fewest that keep every rank fed.
+    """Micro-batches in a group of the interleaved schedule: the fewest that keep every rank fed.
 
     The schedule wants groups of at least P, the last one included.
 

@@ -105,5 +105,5 @@ def test_messages_stay_within_stream_and_working_rows(traces):
     assert [(row["recursion"], row["sender"]) for row in rows] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
     assert [row["working_rows"] for row in rows] == [24, 24, 16, 16, 8]
     assert all(row["working_rows"] <= row["rows"] <= row["limit"] + row["channels"] for row in rows)
-    # The residual stream comes along in the last turn only.
+    # The residual stream comes along in the last chunk only.
     assert rows[3]["rows"] < SMALL.clock_seq_length <= rows[4]["rows"]

@@ -16,7 +16,7 @@ from models import RECURSIONS, SEQ, VOCAB, random_ids, small_config, training_ba
 from torch import Tensor
 
 from mor_megatron.model import build_model, layer_spec
-from mor_megatron.model.attention import AttentionPattern, CoreAttention, RotaryTable, Sequences
+from mor_megatron.model.attention import AttentionMetadata, AttentionPattern, CoreAttention, RotaryTable
 from mor_megatron.model.flash import FlashAttention
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.dispatch import ActiveTokens, select_mask
@@ -145,7 +145,9 @@ def test_a_sequence_without_active_tokens(process_group, flash):
     active = ActiveTokens(SEQ, 3).take(select_mask(mask), ragged=True)
     assert active.packing.cu_seqlens.tolist() == [0, int(mask[:, 0].sum()), int(mask[:, 0].sum()), int(mask.sum())]
     assert active.packing.cu_seqlens.dtype == torch.int32
-    pattern = AttentionPattern(Sequences(RotaryTable(8, SEQ, 1e4), SEQ, 3, torch.float32), active, keys_of_all=False)
+    pattern = AttentionPattern(
+        AttentionMetadata(RotaryTable(8, SEQ, 1e4), SEQ, 3, torch.float32), active, keys_of_all=False
+    )
     attention = FlashAttention(layer_spec.transformer_config(small_config("token")), 1, None, "self")
     q, k, v = (torch.randn(active.count, 1, 4, 8) for _ in range(3))
     expected = CoreAttention.forward(attention, q, k, v, pattern)

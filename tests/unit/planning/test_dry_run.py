@@ -34,7 +34,7 @@ def test_the_ring_of_four_processes():
     assert lines[4].startswith("split: 3 + 1 of the block's 4 layers, as given; stage 0 has ")
     assert lines[5] == "batch: 32 sequences of 128 tokens = 4 a micro-batch x 4 micro-batches x 2 data-parallel ranks"
     assert lines[6] == (
-        "schedule: ring, 3 turns of a micro-batch (one a recursion), 2 micro-batches a turn; "
+        "schedule: ring, 3 virtual stages a rank (one a recursion), micro-batches in groups of 2; "
         "a rank waits 7.7% of the time = (2 - 1) / (4 x 3 + 2 - 1)"
     )
 
