@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     device = args.device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_model(args.model, args.dtype, device)
     if args.router_threshold is not None:
-        if model.config.routing != "expert_choice":
+        if not model.config.routing_method.looks_ahead:
             raise ValueError(
                 f"router-threshold={args.router_threshold} needs routing=expert_choice, this model has "
                 f"routing={model.config.routing}: leave it out"

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     if args.output.suffix not in (".png", ".html"):
         raise ValueError(f"output={args.output} must end in .png or .html")
     model, tokenizer = load_model(args.model, device=args.device)
-    if model.config.routing == "none":
+    if not model.config.routing_method.routes:
         raise ValueError(f"model={args.model} has routing=none: every token passes every recursion")
     text = args.text if args.text is not None else args.text_file.read_text(encoding="utf-8")
     ids = encode(text, tokenizer, model.config.vocab_size)[: args.max_tokens]

@@ -43,6 +43,12 @@ class Parity(RoutingMethod):
             raise ValueError("parity-period=1 sends every token deep: use 2 or more, or --routing none")
         return replace(settings, **resolve_router(settings, ("sigmoid", "tanh"), cls.name))
 
+    def planned_fractions(self):
+        return (1.0, *[1.0 / self.settings.parity_period] * (self.plan.num_recursions - 1))
+
+    def flops_per_token(self, parameters, fractions):
+        return 2.0 * parameters * sum(fractions)
+
     def build(self, hidden_size, dtype):
         self.gate = Router(self.settings, hidden_size, 1, dtype)
 

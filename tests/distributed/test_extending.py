@@ -1,0 +1,160 @@
+"""What docs/extending.md promises: one file outside the package brings a sharing strategy and a routing method, and
+nothing else is edited. The file is examples/extension/parity.py."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from layout_runs import describe, differences, train
+from table import BLOCK, GLOBAL_BATCH, LAYOUTS, MICRO_BATCH, ONE, SEQ_LENGTH, STEPS, VOCABULARY, Layout
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from mor_megatron.config import schema
+from mor_megatron.config.cli import parse_config, read_config
+from mor_megatron.config.schema import Config
+from mor_megatron.config.validate import validate
+from mor_megatron.data.batch import Batch
+from mor_megatron.huggingface.export import read_checkpoint, write
+from mor_megatron.model import build_model
+from mor_megatron.planning.accounting import (
+    count_parameters,
+    measured_fractions,
+    router_parameters,
+    training_flops_per_token,
+)
+from mor_megatron.recursion.context import RoutingContext
+from mor_megatron.recursion.methods import METHODS
+from mor_megatron.recursion.plan import STRATEGIES
+
+FILE = Path(__file__).parents[2] / "examples" / "extension" / "parity.py"
+MODEL = f"""--extension {FILE} --routing parity --sharing-strategy late_cycle --num-recursions 2
+    --num-layers {1 + 2 * BLOCK} --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4
+    --max-position-embeddings {SEQ_LENGTH}
+    --init-method-std 0.1 --vocab-size {VOCABULARY} --make-vocab-size-divisible-by 6 --seq-length {SEQ_LENGTH}
+    --micro-batch-size {MICRO_BATCH} --train-iters {STEPS} --optimizer sgd --lr 0.2 --clip-grad 0.5
+    --lr-wsd-decay-iters 0"""
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    """What the file registers is gone after a test."""
+    methods, strategies, section = dict(METHODS), dict(STRATEGIES), schema.RecursionConfig
+    yield
+    for registry, before in ((METHODS, methods), (STRATEGIES, strategies)):
+        registry.clear()
+        registry.update(before)
+    schema.RecursionConfig = section
+    sys.modules.pop(FILE.stem, None)
+
+
+def config_of(layout: Layout = ONE, *flags: str) -> Config:
+    divided = [
+        *("--global-batch-size", str(GLOBAL_BATCH), "--zero-stage", str(layout.zero)),
+        *("--tensor-model-parallel-size", str(layout.tp), "--pipeline-model-parallel-size", str(layout.pp)),
+        *(["--sequence-parallel"] if layout.sequence_parallel else []),
+    ]
+    return validate(read_config([*MODEL.split(), *divided, *flags]), layout.world_size)
+
+
+def train_in(layout: Layout):
+    """In a worker: the file is loaded there as well."""
+    return train(config_of(layout))
+
+
+@pytest.mark.parametrize("name", ["tp2-sp", "pp2", "dp2-zero3"])
+def test_it_trains_alike_in_every_layout(workers, lone_worker, name: str):
+    (layout,) = [layout for layout in LAYOUTS if layout.name == name]
+    (expected,) = lone_worker.run(1, ONE.groups, train_in, ONE)
+    got = workers.run(layout.world_size, layout.groups, train_in, layout)[0]
+    found = differences(got, expected)
+    assert not found, describe(found)
+    fractions = expected.reports[-1].routing
+    assert fractions["tokens_per_recursion_0"] == 1.0
+    assert 0.3 < fractions["tokens_per_recursion_1"] < 0.7, "some tokens go deep"
+    moved = expected.final["router.gate.out.weight"] - expected.initial["router.gate.out.weight"]
+    assert moved.abs().max() > 0, "the gate is trained"
+
+
+def test_its_settings_are_settings(capsys):
+    for flag in ("--help", "--print-config"):
+        with pytest.raises(SystemExit):
+            parse_config([*MODEL.split(), "--parity-period", "3", flag])
+        shown = capsys.readouterr().out
+        assert "parity-period" in shown
+    assert "parity-period: 3" in shown
+    with pytest.raises(ValueError, match="parity-period=1 sends every token deep: use 2 or more"):
+        config_of(ONE, "--parity-period", "1")
+    with pytest.raises(ValueError, match="parity-period=0 is out of range: use 1 or more"):
+        config_of(ONE, "--parity-period", "0")
+    with pytest.raises(ValueError, match=r"num-layers=10 does not fit .* with sharing-strategy=late_cycle"):
+        config_of(ONE, "--num-layers", "10")
+    plan = config_of().plan
+    assert ([layer.index for layer in plan.first], len(plan.last), plan.block_size) == ([0], 0, BLOCK)
+
+
+def test_it_is_counted(process_group):
+    config = config_of(ONE, "--make-vocab-size-divisible-by", str(VOCABULARY))
+    model = build_model(config, VOCABULARY)
+    assert count_parameters(config).unique == sum(weight.numel() for weight in model.parameters())
+    assert router_parameters(config) == 32
+    ids = torch.arange(2 * SEQ_LENGTH).view(2, SEQ_LENGTH) % VOCABULARY
+    context = RoutingContext()
+    with FlopCounterMode(display=False) as counter:
+        model(Batch(ids, ids.roll(-1, dims=1)), context).mean().backward()
+    counted = counter.get_flop_counts()["Global"]
+    measured = sum(flops for operation, flops in counted.items() if "attention" not in str(operation))
+    fractions = measured_fractions({name: float(value) for name, value in context.metrics.items()}, 2)
+    products = replace(config, data=replace(config.data, seq_length=0))  # kernels of attention are no plain products
+    passes = sum(1.0 if layer.recursion is None else fractions[layer.recursion] for layer in config.plan.layers)
+    norms = 2 * 32 * (2 * passes + 1)  # gradients of norm weights are products with ones, and not counted by us
+    expected = training_flops_per_token(products, fractions).model + norms
+    assert measured == pytest.approx(ids.numel() * expected, rel=1e-6)
+
+
+@pytest.fixture
+def saved(process_group, tmp_path) -> Path:
+    """Trained for three iterations, stopped, and resumed for three more."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    from mor_megatron.pretraining.pretrain import pretrain
+
+    corpus = str(tmp_path / "text")
+    builder = IndexedDatasetBuilder(f"{corpus}.bin", dtype=np.uint16)
+    for start in range(60):
+        builder.add_document(torch.arange(start, start + 40) % VOCABULARY, [40])
+    builder.finalize(f"{corpus}.idx")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = ["--data-path", corpus, "--split", "80,20,0", "--train-iters", "6", "--eval-iters", "0"]
+    flags += ["--peak-tflops", "1"]
+    pretrain(config_of(ONE, *flags, "--save", str(whole)))
+    pretrain(config_of(ONE, *flags, "--save", str(parts), "--exit-interval", "3"))
+    pretrain(config_of(ONE, *flags, "--save", str(parts), "--load", str(parts)))
+    ends = [read_checkpoint(path).weights for path in (whole, parts)]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items()), "it resumes bit for bit"
+    return parts
+
+
+@torch.no_grad()
+def test_it_resumes_is_exported_and_generates(saved: Path, tmp_path: Path, modules_of_exports):
+    from mor_megatron.huggingface.export import to_model
+    from mor_megatron.huggingface.verify import training_model
+
+    checkpoint = read_checkpoint(saved)
+    output = write(to_model(checkpoint.weights, checkpoint.config, VOCABULARY), None, tmp_path / "export")
+    exported = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)
+    assert type(exported.model.router).__module__.endswith(".parity")
+    ids = torch.arange(3 * 16).view(3, 16) % VOCABULARY
+    ours = training_model(checkpoint.weights, checkpoint.config, VOCABULARY)(Batch(ids))
+    found = exported(ids)
+    torch.testing.assert_close(found.logits, ours, atol=1e-5, rtol=0)  # fp32: the same sums in another order
+    assert torch.equal(found.depths, torch.where(ids % 2 == 0, 2, 1).to(torch.int8))
+    options = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
+    cached, plain = (exported.generate(ids, use_cache=cached, **options) for cached in (True, False))
+    assert torch.equal(cached, plain)
+    assert cached.shape == (3, 22)
