@@ -12,16 +12,17 @@ import os
 import sys
 
 from mor_megatron.config.cli import parse_config
-from mor_megatron.distributed.launch import adopt_srun, note_launcher
+from mor_megatron.distributed.launch import adopt_srun, launched_world_size, note_launcher
 from mor_megatron.files import Unfailing
+from mor_megatron.planning.report import dry_run
 
 
 def main() -> int:
     """0: trained; 1: broke down; 2: settings, data or checkpoint do not fit; 85: stopped early, run it again."""
     adopt_srun()
     note_launcher()
-    config = parse_config()
-    # After the flags: --help and a wrong flag need not wait for torch.
+    config = parse_config(None, launched_world_size, dry_run)
+    # After the flags: --help and a wrong flag need not wait for Megatron-core and DeepSpeed.
     import torch.distributed as dist
 
     from mor_megatron.checkpointing.save import SaveError

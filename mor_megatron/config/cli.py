@@ -1,4 +1,4 @@
-"""From flags and YAML files to a `Config`, and back to YAML. Types and `--help` come from tyro and the schema.
+"""From flags and YAML files to a `Config`, and back to YAML.
 
 `parse_config()` is what a program calls; `read_config(argv)` is the same with exceptions instead of an exit.
 """
@@ -7,63 +7,38 @@ from __future__ import annotations
 
 import os
 import sys
-from bisect import bisect_left
-from collections.abc import Sequence
-from contextlib import redirect_stderr
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from difflib import get_close_matches
-from io import StringIO
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
-import tyro
 import yaml
 
+from mor_megatron.config.coerce import coerce
+from mor_megatron.config.extension import load_extension
 from mor_megatron.config.megatron_flags import answer
-from mor_megatron.config.schema import Config
+from mor_megatron.config.schema import Config, setting_types
 from mor_megatron.config.settings import COMMAND_LINE, Setting, flag_name, read_command_line, read_files
 from mor_megatron.config.validate import validate
-from mor_megatron.distributed.launch import launched_world_size
 from mor_megatron.files import write_whole
-from mor_megatron.planning.report import dry_run
-
-SECTION_OF: dict[str, str] = {
-    entry.name: section for section, kind in get_type_hints(Config).items() for entry in fields(kind)
-}
-"""Field name -> the section of `Config` that holds it."""
-TYPE_OF: dict[str, Any] = {
-    name: hint for kind in get_type_hints(Config).values() for name, hint in get_type_hints(kind).items()
-}
-"""Field name -> its type."""
-assert len(SECTION_OF) == sum(len(fields(kind)) for kind in get_type_hints(Config).values()), "two fields share a name"
 
 # DeepSpeed's launcher appends --local_rank; the LOCAL_RANK variable, which it also sets, is what we read.
 _LAUNCHER_FLAGS = ("local_rank",)
+_SHOWING = ("-h", "--help", "--print-config", "--dry-run")
 
 
-@dataclass(frozen=True)
-class _CommandLine:
-    """Mixture-of-Recursions on Megatron-core layers and the DeepSpeed engine.
-
-    Every flag can stand in a --config file under the same name; the command line wins.
-    """
-
-    config: tuple[str, ...] = ()
-    """Flat YAML files; later ones win. `base: other.yaml` in a file reads that one first."""
-    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the resolved settings as YAML and exit."""
-    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print recursion plan, layout, state of each rank and schedule for WORLD_SIZE ranks (default: as many as one copy
-    of the model needs), and exit."""
-    settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
-
-
-def parse_config(argv: list[str] | None = None) -> Config:
+def parse_config(
+    argv: list[str] | None = None,
+    world_size: Callable[[], int | None] = lambda: None,
+    dry_run: Callable[[Config, int | None], str] | None = None,
+) -> Config:
     """The configuration a program was started with; not yet validated (`validate` knows the data-parallel size).
 
     Args:
         argv: arguments without the program's name; default `sys.argv[1:]`.
+        world_size: ranks of the run, None if nobody has said how many; asked only if something is to be printed.
+        dry_run: what `--dry-run` prints, from the configuration as parsed and the number of ranks.
     Returns:
         Defaults, overridden by the YAML files in order, overridden by the flags.
     Raises:
@@ -71,15 +46,21 @@ def parse_config(argv: list[str] | None = None) -> Config:
             `--dry-run`.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if "-h" in argv or "--help" in argv:
-        tyro.cli(_CommandLine, args=["--help"], config=(tyro.conf.OmitArgPrefixes,))
+    settings = [word for word in argv if word not in _SHOWING]
     try:
-        config = read_config([word for word in argv if word not in ("--print-config", "--dry-run")])
+        if "-h" in argv or "--help" in argv:
+            from mor_megatron.config.help_text import exit_with_help  # imports tyro, which nothing else needs
+
+            _read(settings)
+            exit_with_help()
+        config = read_config(settings)
         shown = None
         if "--print-config" in argv:
-            shown = to_yaml(validate(config, launched_world_size() or 1)).rstrip()
+            shown = to_yaml(validate(config, world_size() or 1)).rstrip()
         elif "--dry-run" in argv:
-            shown = dry_run(config, launched_world_size())
+            if dry_run is None:
+                raise ValueError("--dry-run is pretrain_mor.py's: leave it out")
+            shown = dry_run(config, world_size())
         if shown is None:
             return config
         if _speaks():
@@ -98,6 +79,26 @@ def read_config(argv: Sequence[str]) -> Config:
         ValueError: unknown names (all of them, each with what to write), a wrong type, an unreadable or malformed file.
             Every message names the setting and the file and line, or the command line, where it stands.
     """
+    settings = _read(argv)
+    types = setting_types()
+    settings = [_positive(setting, types) for setting in settings]
+    unknown = [_unknown(setting, types) for setting in settings if setting.name not in types]
+    if unknown:
+        raise ValueError("; ".join(dict.fromkeys(unknown)))
+    values: dict[str, dict[str, Any]] = {}
+    for setting in settings:
+        section, hint = types[setting.name]
+        values.setdefault(section, {})[setting.name] = coerce(setting, hint)
+    config = Config()
+    return replace(config, **{section: replace(getattr(config, section), **own) for section, own in values.items()})
+
+
+def _read(argv: Sequence[str]) -> list[Setting]:
+    """Every setting as written, those that win last; loads the `extension` that they name, which may define some.
+
+    Raises:
+        ValueError: see `read_config`.
+    """
     files: list[str] = []
     flags: list[Setting] = []
     for setting in read_command_line(argv):
@@ -107,11 +108,11 @@ def read_config(argv: Sequence[str]) -> Config:
             files += setting.values
         elif setting.name not in _LAUNCHER_FLAGS:
             flags.append(setting)
-    settings = [_positive(setting) for setting in [*read_files(files), *flags]]
-    unknown = [_unknown(setting) for setting in settings if setting.name not in TYPE_OF]
-    if unknown:
-        raise ValueError("; ".join(dict.fromkeys(unknown)))
-    return _typed(settings)
+    settings = [*read_files(files), *flags]
+    extensions = [coerce(setting, str | None) for setting in settings if setting.name == "extension"]
+    if extensions and extensions[-1] is not None:
+        load_extension(extensions[-1])
+    return settings
 
 
 def to_yaml(config: Config) -> str:
@@ -148,74 +149,17 @@ def _speaks() -> bool:
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
-def _positive(setting: Setting) -> Setting:
+def _positive(setting: Setting, types: dict[str, tuple[str, Any]]) -> Setting:
     """The setting; `--no-x`, where x is one that can be switched off, as x=false."""
-    positive = setting.name.removeprefix("no_")
-    is_switch = setting.origin == COMMAND_LINE and setting.values == () and TYPE_OF.get(positive) is bool
-    return Setting(positive, ("false",), setting.origin) if is_switch and setting.name not in TYPE_OF else setting
+    _, hint = types.get(setting.name.removeprefix("no_"), (None, None))
+    is_negated = setting.name not in types and setting.origin == COMMAND_LINE and setting.values == () and hint is bool
+    return Setting(setting.name.removeprefix("no_"), ("false",), setting.origin) if is_negated else setting
 
 
-def _unknown(setting: Setting) -> str:
+def _unknown(setting: Setting, types: dict[str, tuple[str, Any]]) -> str:
     """What to say of a name that there is not: what replaces Megatron-LM's, or the nearest there is."""
     remedy = answer(setting.name.replace("_", "-"))
     if remedy is None:
-        nearest = get_close_matches(setting.name, TYPE_OF, n=1, cutoff=0.5)
+        nearest = get_close_matches(setting.name, types, n=1, cutoff=0.5)
         remedy = f"did you mean {flag_name(nearest[0])}?" if nearest else "--help lists all settings"
     return f"unknown setting {flag_name(setting.name)} ({setting.origin}): {remedy}"
-
-
-def _typed(settings: list[Setting]) -> Config:
-    config = _parse(settings)
-    if config is not None:
-        return config
-    # tyro says that something is wrong; the shortest prefix that fails ends with the culprit.
-    culprit = settings[bisect_left(range(len(settings)), True, key=lambda i: _parse(settings[: i + 1]) is None)]
-    raise ValueError(f"{culprit} has the wrong type: give {_describe(TYPE_OF[culprit.name])}")
-
-
-def _parse(settings: list[Setting]) -> Config | None:
-    """Settings through tyro; None if it refuses them."""
-    args: list[str] = []
-    for setting in settings:
-        words = _words(setting)
-        if words is None:
-            return None
-        args += words
-    try:
-        # tyro's boxes would break the promise of one line.
-        with redirect_stderr(StringIO()):
-            return tyro.cli(
-                Config, args=args, config=(tyro.conf.OmitArgPrefixes,), console_outputs=False, add_help=False
-            )
-    except SystemExit:
-        return None
-
-
-def _words(setting: Setting) -> list[str] | None:
-    """A setting in tyro's grammar; None if its type shows already that it cannot be."""
-    flag, hint = flag_name(setting.name), TYPE_OF[setting.name]
-    takes_list = any(get_origin(kind) is tuple for kind in (hint, *get_args(hint)))
-    if setting.is_list and not takes_list:
-        return None
-    if hint is bool:
-        words = {(): f"--{flag}", ("true",): f"--{flag}", ("false",): f"--no-{flag}"}
-        word = words.get(tuple(value.lower() for value in setting.values)) if setting.values is not None else None
-        return None if word is None else [word]
-    if setting.values is None:
-        return [f"--{flag}=None"] if NoneType in get_args(hint) else None
-    if not setting.values:
-        return [f"--{flag}"]
-    # With "=", a value may start with a dash.
-    return [f"--{flag}={setting.values[0]}", *setting.values[1:]]
-
-
-def _describe(hint: Any) -> str:
-    """A type in words: `int | None` is `a whole number or None`."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return " or ".join("None" if arg is NoneType else _describe(arg) for arg in args)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, args))}"
-    if origin is tuple:
-        return f"a list (each item {_describe(args[0])})"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "one word or quoted text"}[hint]

@@ -1,7 +1,7 @@
 """Settings as text, each with the place it was written at: YAML files and command lines before any typing.
 
-Both sources are brought into one form here, so that one machinery (cli.py) types them and names their origin in
-errors. What a setting means is not known in this file.
+Both sources are brought into one form here, so that `coerce.py` types them alike and names their origin in errors.
+What a setting means is not known in this file.
 """
 
 from __future__ import annotations

@@ -6,15 +6,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from mor_megatron.config.deepspeed_settings import check_engine
 from mor_megatron.config.layout import check_batch, check_layout, default_batch
 from mor_megatron.config.run_length import global_batch_size, resolve_length
+from mor_megatron.config.run_schema import PATHS_PER_SPLIT
 from mor_megatron.config.schema import Config
-from mor_megatron.config.unread import say, sections, warn_of_unread
-from mor_megatron.data.corpora import PATHS_PER_SPLIT
+from mor_megatron.config.unread import say, warn_of_unread
 from mor_megatron.recursion.methods import method_of
 from mor_megatron.recursion.plan import effective_depth
 from mor_megatron.recursion.setting import rule_of
@@ -49,35 +48,9 @@ def validate(config: Config, world_size: int = 1) -> Config:
     return _without_effect_off(config)
 
 
-_AT_LEAST_1 = """num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels
-    max_position_embeddings vocab_size make_vocab_size_divisible_by seq_length lr_decay_iters
-    train_samples lr_decay_samples micro_batch_size global_batch_size train_iters eval_interval save_interval keep_last
-    keep_every log_interval tensor_model_parallel_size pipeline_model_parallel_size check_routing_consistency
-    initial_loss_scale loss_scale_window min_loss_scale hysteresis exit_interval"""
-_AT_LEAST_0 = """init_method_std num_workers min_lr lr_warmup_iters
-    lr_wsd_decay_iters lr_warmup_samples lr_wsd_decay_samples weight_decay clip_grad seed eval_iters
-    max_skipped_steps max_rollbacks ckpt_step profile_step_start"""
-_ABOVE_0 = """norm_epsilon rotary_base rope_scaling_factor lr adam_eps
-    distributed_timeout_minutes peak_tflops exit_duration_in_mins"""
-_BELOW_1 = "adam_beta1 adam_beta2 sgd_momentum"
-_RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
-    (_AT_LEAST_1, "1 or more", lambda value: value >= 1),
-    (_AT_LEAST_0, "0 or more", lambda value: value >= 0),
-    (_ABOVE_0, "a value above 0", lambda value: value > 0),
-    (_BELOW_1, "a value from 0 to below 1", lambda value: 0 <= value < 1),
-    ("lr_warmup_fraction", "a value from 0 to 1", lambda value: 0 <= value <= 1),
-)
-
-
 def _check_ranges(config: Config) -> None:
-    values = {entry.name: getattr(part, entry.name) for part in sections(config) for entry in fields(part)}
-    for names, wanted, holds in _RANGES:
-        for name in names.split():
-            value = values[name]
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                raise ValueError(f"{name.replace('_', '-')}={value} is out of range: use {wanted}")
-    for entry in fields(config.recursion):
-        value, rule = getattr(config.recursion, entry.name), rule_of(entry)
+    for _, entry, value in config.settings():
+        rule = rule_of(entry)
         if isinstance(value, int | float) and not rule.allows(value):
             raise ValueError(f"{entry.name.replace('_', '-')}={value} is out of range: use {rule.range}")
 
@@ -208,9 +181,7 @@ def _check_kernels(config: Config) -> None:
 
 
 def _check_faults(config: Config) -> None:
-    factor, rollbacks = config.faults.loss_spike_factor, config.faults.max_rollbacks
-    if factor is not None and not 1 < factor < math.inf:
-        raise ValueError(f"loss-spike-factor={factor:g} is out of range: use a value above 1, such as 2")
+    rollbacks = config.faults.max_rollbacks
     if rollbacks and (config.checkpoint.save is None or config.checkpoint.save_interval is None):
         raise ValueError(f"max-rollbacks={rollbacks} needs checkpoints to go back to: give --save and --save-interval")
 

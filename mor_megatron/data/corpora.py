@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from mor_megatron.config.schema import DataConfig
+from mor_megatron.config.run_schema import PATHS_PER_SPLIT, DataConfig
 
 SPLITS = ("training", "validation", "test")
-PATHS_PER_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")
-"""Fields that name the corpora of one split, in the order of `SPLITS`."""
 SOURCES = ("data_path", "data_args_path", *PATHS_PER_SPLIT, "per_split_data_args_path")
 """Every field that names corpora."""
 
@@ -40,18 +38,13 @@ class Blend:
         return [f"{path} ({number})" for number, path in enumerate(self.paths)]  # one corpus, twice
 
 
-def is_cut(data: DataConfig) -> bool:
-    """Whether all splits are parts of the same corpora, by `--split`; else each has its own."""
-    return data.per_split_data_args_path is None and not any(getattr(data, field) for field in PATHS_PER_SPLIT)
-
-
 def read_blends(data: DataConfig) -> tuple[Blend | None, Blend | None, Blend | None]:
     """Training, validation and test corpora; None: this split has none.
 
     Raises:
         ValueError: nothing given, a file that cannot be read, weights for some corpora only, or a bad `split`.
     """
-    if is_cut(data):
+    if data.uses_split:
         words, flag = data.data_path, "data-path"
         if data.data_args_path is not None:
             words, flag = _read(data.data_args_path, "data-args-path").split(), f"data-args-path={data.data_args_path}:"

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mor_megatron.config.run_schema import PATHS_PER_SPLIT
 from mor_megatron.config.schema import Config, DataConfig
 from mor_megatron.data.batch import Batch
-from mor_megatron.data.corpora import PATHS_PER_SPLIT, SPLITS, Blend, is_cut, parse_split, read_blends
+from mor_megatron.data.corpora import SPLITS, Blend, parse_split, read_blends
 from mor_megatron.data.fingerprint import check_corpora
 from mor_megatron.data.gpt_dataset import EpochDataset, EpochDatasetConfig
 from mor_megatron.data.indexed import Index, read_index, read_tokens
@@ -91,7 +92,7 @@ def build_datasets(
         eod_mask_loss=False,
         index_cache=data.data_cache_path,
     )
-    if is_cut(data):
+    if data.uses_split:
         settings.split_matrix = [
             part if wanted else None for part, wanted in zip(settings.split_matrix, num_samples, strict=True)
         ]
@@ -224,7 +225,7 @@ def has_tokens(data: DataConfig, split: str) -> bool:
 
 def _sources(data: DataConfig, weighted: list[tuple[list[str], list[float] | None] | None]) -> dict:
     """The blends as Megatron-core takes them."""
-    if not is_cut(data):
+    if not data.uses_split:
         return {"blend_per_split": weighted}
     # All splits are parts of one blend.
     blend = next(blend for blend in weighted if blend is not None)
@@ -246,7 +247,7 @@ def _is_empty(blend: Blend, index: Index) -> bool:
 def _no_tokens(data: DataConfig, name: str, path: str, count: int) -> str:
     """What to say of a corpus of `count` documents of which a split gets nothing."""
     otherwise = ", or more data" if name == "training" else ", more data, or --eval-iters 0"
-    if not is_cut(data):
+    if not data.uses_split:
         return f"{path}, named for {name}, holds no token: leave it out."
     share = math.ceil(100 / count)  # per cent, so that it is at least one document
     shares = {"training": (90, 10, 0), "validation": (100 - share, share, 0), "test": (100 - 2 * share, share, share)}

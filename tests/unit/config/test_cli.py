@@ -5,21 +5,22 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import sys
 from dataclasses import fields, replace
 from difflib import SequenceMatcher
 from itertools import pairwise
-from typing import Literal, get_args, get_origin
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mor_megatron.config import schema
-from mor_megatron.config.cli import SECTION_OF, TYPE_OF, parse_config, read_config, save_config, to_yaml
+from mor_megatron.config.cli import parse_config, read_config, save_config, to_yaml
 from mor_megatron.config.megatron_flags import ANSWERS
-from mor_megatron.config.schema import CheckpointConfig, Config, DataConfig
+from mor_megatron.config.schema import CheckpointConfig, Config, DataConfig, setting_types
 from mor_megatron.config.settings import flag_name
-from mor_megatron.recursion import expert_choice, routers, token_choice
+
+SETTINGS = setting_types()
 
 
 @pytest.fixture
@@ -164,23 +165,23 @@ def test_bad_flags_are_one_line(argv, message):
 
 
 def test_answers_to_megatrons_flags_name_settings_that_there_are():
-    assert not [name for name in ANSWERS if name.replace("-", "_") in TYPE_OF]
+    assert not [name for name in ANSWERS if name.replace("-", "_") in SETTINGS]
     named = {flag for text in ANSWERS.values() for flag in re.findall(r"--([a-z0-9-]+)", text)}
     assert len(named) > 30
-    assert not [flag for flag in named if flag.replace("-", "_") not in TYPE_OF]
+    assert not [flag for flag in named if flag.replace("-", "_") not in SETTINGS]
 
 
-@given(name=st.sampled_from(sorted(TYPE_OF)), data=st.data())
+@given(name=st.sampled_from(sorted(SETTINGS)), data=st.data())
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_a_name_with_one_letter_lost_is_refused_and_recognised(name, data):
     position = data.draw(st.integers(0, len(name) - 1))
     typo = name[:position] + name[position + 1 :]
-    if typo in TYPE_OF or typo.replace("-", "_") in TYPE_OF or typo == "config" or typo.startswith("_"):
+    if typo in SETTINGS or typo.replace("-", "_") in SETTINGS or typo == "config" or typo.startswith("_"):
         return
     with pytest.raises(ValueError, match=f"unknown setting {flag_name(typo)} .*did you mean ") as error:
         read_config([f"--{typo}", "1"])
     suggestion = str(error.value).rpartition("did you mean ")[2].rstrip("?")
-    likeness = {other: SequenceMatcher(None, flag_name(other), flag_name(typo)).ratio() for other in TYPE_OF}
+    likeness = {other: SequenceMatcher(None, flag_name(other), flag_name(typo)).ratio() for other in SETTINGS}
     assert likeness[suggestion.replace("-", "_")] >= 0.9 * likeness[name]
 
 
@@ -199,7 +200,7 @@ def test_print_config_prints_resolved_settings_that_read_back(capsys, write):
         parse_config(flags.split())
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    assert all(f"\n{flag_name(name)}: " in "\n" + printed for name in TYPE_OF)
+    assert all(f"\n{flag_name(name)}: " in "\n" + printed for name in SETTINGS)
     config = read_config(["--config", write(printed)])
     assert config.training.global_batch_size == 2
     assert config.recursion.capacity == (1.0, 2 / 3, 1 / 3)
@@ -217,19 +218,20 @@ def test_help_explains_every_setting(capsys):
         parse_config(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"--{flag_name(name)}" in text for name in [*TYPE_OF, "config", "print_config"])
+    assert all(f"--{flag_name(name)}" in text for name in [*SETTINGS, "config", "print_config"])
     assert "settings." not in text
 
 
 def test_every_field_is_documented():
     """A field's docstring is its help text; tyro shows only those it finds."""
-    files = (schema, routers, expert_choice, token_choice)
+    bases = {base for section in get_type_hints(Config).values() for base in section.__mro__[:-1]}
     documented = set()
-    for node in (node for file in files for node in ast.walk(ast.parse(inspect.getsource(file)))):
-        for field, text in pairwise(getattr(node, "body", ())) if isinstance(node, ast.ClassDef) else ():
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                documented.add(field.target.id)
-    assert set(TYPE_OF) <= documented
+    for module in {sys.modules[base.__module__] for base in bases}:
+        classes = [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ClassDef)]
+        for statement, following in (pair for node in classes for pair in pairwise(node.body)):
+            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+                documented.add(statement.target.id)
+    assert not set(SETTINGS) - documented
 
 
 def _values(hint):
@@ -253,10 +255,11 @@ def _values(hint):
 @st.composite
 def configs(draw):
     """Random configurations, valid or not."""
-    changes = {name: draw(_values(TYPE_OF[name])) for name in draw(st.sets(st.sampled_from(sorted(TYPE_OF))))}
+    names = draw(st.sets(st.sampled_from(sorted(SETTINGS.keys() - {"extension"}))))
+    changes = {name: draw(_values(SETTINGS[name][1])) for name in names}
     config = Config()
     for section in fields(Config):
-        own = {name: value for name, value in changes.items() if SECTION_OF[name] == section.name}
+        own = {name: value for name, value in changes.items() if SETTINGS[name][0] == section.name}
         config = replace(config, **{section.name: replace(getattr(config, section.name), **own)})
     return config
 

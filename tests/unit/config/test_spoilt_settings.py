@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from spoil import spoil
 
-from mor_megatron.config.cli import SECTION_OF, TYPE_OF, read_config, to_yaml
-from mor_megatron.config.schema import Config
+from mor_megatron.config.cli import read_config, to_yaml
+from mor_megatron.config.schema import Config, setting_types
 from mor_megatron.config.settings import flag_name
 from mor_megatron.config.validate import validate
 from mor_megatron.planning.report import dry_run
 
+SETTINGS = setting_types()
 PRESETS = Path(__file__).parents[3] / "examples" / "configs"
 VARIANTS = sorted(path.name for path in PRESETS.glob("*or_*.yaml"))
 _WORDS = """0 1 -1 2 3 7 1000000007 -99999999999999999999 1e400 -0.0 nan .inf 1e-400 0x10 1_000 true NO ~ null none
@@ -25,13 +26,13 @@ VALUES = _WORDS.split()
 
 def value_for(name: str, chance: random.Random) -> str:
     """Anything, or the default of the setting: some configurations should hold."""
-    default = getattr(getattr(Config(), SECTION_OF[name]), name)
+    default = getattr(getattr(Config(), SETTINGS[name][0]), name)
     return chance.choice(VALUES) if chance.random() < 0.5 else json.dumps(default)
 
 
 def spoilt_file(chance: random.Random, directory: Path) -> Path:
     """A preset whose settings, or bytes, are changed."""
-    names = chance.sample(list(TYPE_OF), chance.randrange(4))
+    names = chance.sample(list(SETTINGS), chance.randrange(4))
     lines = [f"base: [{PRESETS}/tiny.yaml, {PRESETS}/{chance.choice(VARIANTS)}]", "vocab-size: 64"]
     lines += [f"{flag_name(name)}: {value_for(name, chance)}" for name in names if name != "vocab_size"]
     if chance.random() < 0.1:
@@ -47,7 +48,7 @@ def spoilt_file(chance: random.Random, directory: Path) -> Path:
 def spoilt_flags(chance: random.Random) -> list[str]:
     """Known and unknown flags with all kinds of values."""
     words = []
-    for name in chance.sample(list(TYPE_OF), chance.randrange(4)):
+    for name in chance.sample(list(SETTINGS), chance.randrange(4)):
         flag = f"--{flag_name(name)}"
         if chance.random() < 0.1:
             flag = spoil(flag.encode(), chance).decode(errors="replace")

@@ -1,4 +1,4 @@
-"""--dry-run: the plan, the layout and its numbers, without torch and without a process group."""
+"""--dry-run: the plan, the layout and its numbers, without a process group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 
 from mor_megatron.config.cli import parse_config, read_config
 from mor_megatron.config.validate import validate
-from mor_megatron.planning.report import describe_layout, stage_work
+from mor_megatron.distributed.launch import launched_world_size
+from mor_megatron.planning.report import describe_layout, dry_run, stage_work
 from mor_megatron.planning.stages import pipeline_plan
 
 MOR = (
@@ -73,7 +74,7 @@ def test_world_size_is_the_launchers_or_one_copy_of_the_model(monkeypatch, capsy
         monkeypatch.setenv("WORLD_SIZE", world_size)
     flags = f"{MOR} --pipeline-model-parallel-size 2 --vocab-size 1000 --dry-run"
     with pytest.raises(SystemExit) as stop:
-        parse_config(flags.split())
+        parse_config(flags.split(), launched_world_size, dry_run)
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert printed.startswith("middle_cycle, Nr=3: 14 virtual layers on 6 unique ones (block of 4)\n")
@@ -90,16 +91,16 @@ REFUSED = {
 def test_what_does_not_fit_is_one_line_and_exit_code_2(monkeypatch, capsys, flags, message):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(SystemExit) as stop:
-        parse_config([*flags.split(), "--dry-run"])
+        parse_config([*flags.split(), "--dry-run"], launched_world_size, dry_run)
     assert stop.value.code == 2
     assert re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err)
 
 
-def test_it_does_not_load_torch():
+def test_it_does_not_wait_for_megatron_and_deepspeed():
     program = (
-        "import sys; from mor_megatron.config.cli import parse_config\n"
-        "try: parse_config(['--dry-run', '--vocab-size', '100'])\n"
-        "finally: assert 'torch' not in sys.modules"
+        "import runpy, sys; sys.argv = ['pretrain_mor.py', '--dry-run', '--vocab-size', '100']\n"
+        "try: runpy.run_path('pretrain_mor.py', run_name='__main__')\n"
+        "finally: assert not {'megatron', 'deepspeed', 'transformers'} & set(sys.modules)"
     )
     root = Path(__file__).parents[3]
     process = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
