@@ -44,6 +44,9 @@ ACTIVE = "active_{}"
 class Active(Protocol):
     """A set of tokens, in causal order within each sequence."""
 
+    ragged: bool
+    """Its sequences have unequal numbers of tokens, as far as is known."""
+
     @property
     def count(self) -> int:
         """Number of tokens in it."""
@@ -252,14 +255,18 @@ class RoutingMethod(nn.Module):
         return Incoming((tokens.count, 1), decides=True)
 
     def decision(self, stream: Stream) -> Tensor:
-        """What the other ranks have to be told about an open recursion, [S, B]; default: which tokens are active."""
-        return self.layout.mask(stream.active)
+        """What the other ranks have to be told about an open recursion, [S, B]; default: which tokens are active, 1 in
+        ragged rows, 2 in regular ones."""
+        return self.layout.mask(stream.active).int() * (1 if stream.active.ragged else 2)
 
     def receive(
         self, r: int, tokens: Any, choice: Tensor | None, decision: Tensor | None, context: RoutingContext
     ) -> tuple[Active, Tensor | None]:
         """The active tokens of recursion r and the choice, from what arrived: the inverse of `decision`."""
-        return self.layout.keep(tokens, decision > 0.5)[0], choice
+        mask, regular = decision > 0.5, bool((decision > 1.5).any())
+        if regular and bool(mask.all()):
+            return tokens, choice
+        return self.layout.keep(tokens, mask, regular)[0], choice
 
 
 def run_recursions(
