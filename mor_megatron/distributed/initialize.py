@@ -131,7 +131,7 @@ def destroy_model_parallel() -> None:
     # Megatron-core only forgets its groups: each would keep a connection to every member.
     groups = [group for group in parallel_state._global_process_group_list or () if group is not None]
     parallel_state.destroy_model_parallel()
-    dist.barrier()  # nobody may still be inside a group
+    dist.barrier()  # no rank may still be inside a group
     for group in groups:
         dist.destroy_process_group(group)
 

@@ -96,9 +96,9 @@ class _Routes:
 
     def reversed(self) -> _Routes:
         """Back from target to source; the rows arrive in the order of `source`, without empty places."""
-        everything = torch.arange(self.source.numel(), device=self.source.device)
+        in_order = torch.arange(self.source.numel(), device=self.source.device)
         return _Routes(
-            self.taken, self.target, self.received, self.sent, everything, self.num_target, self.source.numel()
+            self.taken, self.target, self.received, self.sent, in_order, self.num_target, self.source.numel()
         )
 
 

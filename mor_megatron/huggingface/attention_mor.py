@@ -29,7 +29,7 @@ class Visibility:
 
     Args:
         rows: the tokens of the pass.
-        everything: all tokens of this call.
+        all_rows: all tokens of this call.
         recursion: of the pass; None for the layers that run once.
         reads: keys and values are those of recursion 0; with kv_mode sharing_update, the rows' own stand in their
             places among these.
@@ -41,14 +41,14 @@ class Visibility:
     def __init__(
         self,
         rows: Rows,
-        everything: Rows,
+        all_rows: Rows,
         recursion: int | None,
         reads: bool,
         config: MoRConfig,
         cache: MoRCache | None,
         rotation: Pair,
     ):
-        self.rows, self.everything, self.recursion, self.reads, self.cache = rows, everything, recursion, reads, cache
+        self.rows, self.all_rows, self.recursion, self.reads, self.cache = rows, all_rows, recursion, reads, cache
         self.past = cache is not None and not cache.is_empty
         self.updates = reads and config.kv_mode == "sharing_update"
         self.projects = not reads or self.updates
@@ -71,7 +71,7 @@ class Visibility:
     @cached_property
     def is_single(self) -> bool:
         """Whether there is one new row a sequence, which sees all that is stored of its sequence."""
-        new = self.everything.lengths if self.reads else self.rows.lengths
+        new = self.all_rows.lengths if self.reads else self.rows.lengths
         return self.past and self.rows.longest == 1 and all(new[b] == 1 for b in self.rows.present)
 
     @cached_property
@@ -84,9 +84,9 @@ class Visibility:
     def mask(self) -> Tensor | None:
         """[present, 1, Q, K], true where a key is seen; None: plain causal attention, or one query that sees all."""
         if not self.past:
-            if not self.reads or self.rows is self.everything:
+            if not self.reads or self.rows is self.all_rows:
                 return None
-            lengths = tuple(self.everything.lengths[b] for b in self.rows.present)
+            lengths = tuple(self.all_rows.lengths[b] for b in self.rows.present)
         else:
             lengths = self.window.lengths
             if self.is_single and (self.in_turn or len(set(lengths)) == 1):
@@ -136,11 +136,11 @@ class Visibility:
         return self.cache.counts().get(self.recursion, (0,) * len(self.rows.lengths))
 
     def _of_present(self, packed: Tensor) -> Tensor:
-        padded = self.everything.pad(packed).transpose(1, 2)
-        if len(self.rows.present) == len(self.everything.present):
+        padded = self.all_rows.pad(packed).transpose(1, 2)
+        if len(self.rows.present) == len(self.all_rows.present):
             return padded
-        columns = [self.everything.present.index(b) for b in self.rows.present]
-        return padded[columns, :, : max(self.everything.lengths[b] for b in self.rows.present)]
+        columns = [self.all_rows.present.index(b) for b in self.rows.present]
+        return padded[columns, :, : max(self.all_rows.lengths[b] for b in self.rows.present)]
 
     def _updated(self, seen: Pair, slot: int, own: Pair) -> Pair:
         """sharing_update: a copy in which the active rows are replaced; nothing is written back."""

@@ -94,8 +94,8 @@ class Window:
     @cached_property
     def is_even(self) -> bool:
         """Whether all sequences of the batch are here, with equally many rows in equal segments."""
-        everyone = len(self.sequences) == len(self.segments.lengths)
-        return everyone and len(set(self.lengths)) == len(set(self.segments.rooms)) == 1
+        has_all = len(self.sequences) == len(self.segments.lengths)
+        return has_all and len(set(self.lengths)) == len(set(self.segments.rooms)) == 1
 
     @cached_property
     def index(self) -> Tensor:
@@ -135,7 +135,7 @@ class MoRCache(Cache):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Drop all rows."""
         self.depths: Tensor | None = None
         """[B, columns] int8: recursions that each token passed, -1 for padding."""
         self.lengths: tuple[int, ...] = ()

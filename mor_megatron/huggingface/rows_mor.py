@@ -62,13 +62,13 @@ class Rows:
         """[T'] places of the rows at `index` among all rows of the call."""
         return index if self.index is None else self.index[index]
 
-    def take(self, everything: Tensor) -> Tensor:
+    def take(self, values: Tensor) -> Tensor:
         """Of all rows of the call, these: [.., ...] -> [T, ...]."""
-        return everything if self.index is None else everything[self.index]
+        return values if self.index is None else values[self.index]
 
-    def put(self, everything: Tensor, own: Tensor) -> Tensor:
+    def put(self, values: Tensor, own: Tensor) -> Tensor:
         """All rows of the call, with these [T, ...] in their places."""
-        return own if self.index is None else everything.index_copy(0, self.index, own)
+        return own if self.index is None else values.index_copy(0, self.index, own)
 
     @cached_property
     def offset(self) -> Tensor:

@@ -29,7 +29,7 @@ def uses_transformer_engine(config: Config) -> bool:
     """
     wanted, obstacle = config.training.transformer_impl, _no_transformer_engine(config)
     if wanted == "auto" and config.training.zero_stage == 3:
-        return False  # nobody has tried its modules with weights that DeepSpeed takes away between uses
+        return False  # its modules are untested with weights that DeepSpeed partitions between uses
     return _choose("transformer-impl", wanted, "transformer_engine", "local", obstacle)
 
 

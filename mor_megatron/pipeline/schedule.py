@@ -34,7 +34,7 @@ def run_schedule(
     Args:
         model: the bare model; DeepSpeed's wrapper would add hooks for a backward that it does not run.
         micro_batches: of this rank; all ranks of a pipeline and of a tensor-parallel group pass the same.
-        make_context: gives each micro-batch its orders; called once for each, on every rank.
+        make_context: makes the routing options of a micro-batch; called once for each, on every rank.
         loss: per-token losses [B, S] and their batch -> the scalar to call backward on, used as it is. Called where
             the head is.
         forward_only: no backward pass.

@@ -134,7 +134,7 @@ class ExpertChoice(RoutingMethod):
         self, r: int, logits: Tensor, threshold_logits: Tensor, candidates: Active, context: RoutingContext
     ) -> tuple[Active, Index | None]:
         """The tokens that recursion r keeps, and their places among the candidates."""
-        # A recursion of capacity 1 keeps everyone in training, so it must keep everyone by threshold as well.
+        # A recursion of capacity 1 keeps every token in training, and so it must by threshold.
         if context.fixed_depth is not None or self.plan.capacities[r] == 1.0:
             return candidates, None
         if context.selection == "capacity":

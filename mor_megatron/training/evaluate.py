@@ -46,9 +46,9 @@ def evaluate(
         The keys of `VALIDATION_LOSSES`, and of `FIXED_DEPTH_LOSS` if asked for; with several corpora those of
         `CORPUS_LOSS`, None for one that no sample of these batches is from.
     """
-    orders = _orders(config)
+    options = _options(config)
     parts = len(corpora) if len(corpora) > 1 else 0
-    sums = {name: _Sums(parts) for name in orders}
+    sums = {name: _Sums(parts) for name in options}
     tokens = _Sums(parts)
     model.eval()
     with torch.no_grad():
@@ -57,15 +57,15 @@ def evaluate(
             for batch in micro_batches:
                 tokens.total += count_tokens(batch)
                 tokens.add_parts(torch.ones_like(batch.tokens, dtype=torch.float32), batch)
-            for name, order in orders.items():
-                _add_losses(model, micro_batches, partial(RoutingContext, iteration, **order), sums[name])
+            for name, option in options.items():
+                _add_losses(model, micro_batches, partial(RoutingContext, iteration, **option), sums[name])
     model.train()
     mine = torch.cat([tokens.vector(), *(each.vector() for each in sums.values())])
     if not model.is_last_stage or parallel_state.get_tensor_model_parallel_rank() > 0:
         mine.zero_()  # tokens and losses of a micro-batch are counted once, where its losses are
     columns = [sum(column) for column in zip(*gather_values(mine, dist.group.WORLD), strict=True)]
     counts, *totals = (columns[i : i + 1 + parts] for i in range(0, len(columns), 1 + parts))
-    by_name = dict(zip(orders, totals, strict=True))
+    by_name = dict(zip(options, totals, strict=True))
     means = {name: total[0] / max(1.0, counts[0]) for name, total in by_name.items()}
     topk = "validation_loss_topk"
     losses: dict[str, float | None] = {name: means.get(name, means[topk]) for name in VALIDATION_LOSSES} | means
@@ -93,14 +93,14 @@ class _Sums:
         return torch.cat([self.total.view(1), self.parts])
 
 
-def _orders(config: Config) -> dict[str, dict]:
+def _options(config: Config) -> dict[str, dict]:
     """Metric name -> what its `RoutingContext` is told; without expert-choice one selection serves both names."""
     names = list(VALIDATION_LOSSES) if config.routing_method.looks_ahead else ["validation_loss_topk"]
-    orders: dict[str, dict] = {name: {"selection": VALIDATION_LOSSES[name]} for name in names}
+    options: dict[str, dict] = {name: {"selection": VALIDATION_LOSSES[name]} for name in names}
     if config.training.eval_fixed_depths:
         depths = range(1, config.recursion.num_recursions + 1)
-        orders |= {FIXED_DEPTH_LOSS.format(depth): {"fixed_depth": depth} for depth in depths}
-    return orders
+        options |= {FIXED_DEPTH_LOSS.format(depth): {"fixed_depth": depth} for depth in depths}
+    return options
 
 
 def _add_losses(model: MoRModel, micro_batches: list[Batch], make_context: MakeContext, sums: _Sums) -> None:
