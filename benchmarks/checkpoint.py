@@ -50,8 +50,7 @@ from mor_megatron.distributed.initialize import initialize_distributed
 from mor_megatron.files import flush
 from mor_megatron.model import build_model
 from mor_megatron.pretraining.batches import build_data
-from mor_megatron.training.engine import build_engine
-from mor_megatron.training.gradients import Engine
+from mor_megatron.training.engine import Engine, build_engine
 from mor_megatron.training.progress import Progress
 from mor_megatron.training.train_step import train_step
 

@@ -37,7 +37,7 @@ from mor_megatron.model import build_model
 from mor_megatron.pipeline.schedule import run_schedule
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.training.engine import Engine, build_engine, choose_driver
-from mor_megatron.training.gradients import is_sharded, sharded_gradients, whole_gradients
+from mor_megatron.training.modes.sharded import ShardedGradients
 
 VOCABULARY, HIDDEN, SEQ_LENGTH, BLOCK = 512, 128, 64, 2
 BRANCHES = {"schedule, ZeRO 0": 0, "schedule, ZeRO 1": 1, "engine, ZeRO 2": 2, "engine, ZeRO 3": 3}
@@ -91,8 +91,7 @@ def build(config: Config, naive: bool = False) -> tuple[Engine, list[nn.Paramete
 
 def read(engine: Engine, block: list[nn.Parameter]) -> Tensor:
     """The block's gradient as it is accumulated at this moment, one vector, fp64."""
-    optimizer = engine.optimizer
-    gradients = sharded_gradients(optimizer) if is_sharded(optimizer) else whole_gradients(engine)
+    gradients = engine.gradient_shards() if isinstance(engine, ShardedGradients) else engine.gradients()
     by_parameter = {id(parameter): gradient for parameter, gradient in gradients}
     return torch.cat([by_parameter[id(parameter)].reshape(-1).double() for parameter in block])
 
@@ -106,7 +105,7 @@ def accumulate(engine: Engine, config: Config, batch: Batch) -> None:
     if choose_driver(config) == "schedule":
         run_schedule(engine.module, [batch], RoutingContext, loss)
     else:
-        engine.backward(loss(engine(batch, RoutingContext()), batch))
+        engine.backward(loss(engine.forward(batch, RoutingContext()), batch))
 
 
 def gradients_after(counts: list[int], config: Config, naive: bool = False) -> tuple[dict[int, Tensor], Tensor]:
@@ -120,7 +119,7 @@ def gradients_after(counts: list[int], config: Config, naive: bool = False) -> t
     total = torch.zeros_like(snapshots[counts[0]])
     if config.training.bf16 and config.training.zero_stage == 0:
         for batch in micro_batches(counts[-1]):
-            engine.optimizer.zero_grad()
+            engine.discard()
             accumulate(engine, config, batch)
             total += read(engine, block)
     return snapshots, total

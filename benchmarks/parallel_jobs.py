@@ -211,17 +211,18 @@ def footprint(layout: Layout, settings: Settings, config: Config) -> dict:
     """Bytes that this rank holds and sends; two iterations, of which the second is counted."""
     connected = resident_peak()
     run = Run(layout, config)
+    deepspeed = run.engine if layout.tied else run.engine.deepspeed
     held = [0]
 
     def weighing(method):
         def call(*args, **kwargs):
-            held.append(nbytes(gradients(run.engine)))
+            held.append(nbytes(gradients(deepspeed)))
             return method(*args, **kwargs)
 
         return call
 
     # Before the reduction, and between it and the update; DeepSpeed's pipeline has no step().
-    run.engine.step, run.engine._take_model_step = weighing(run.engine.step), weighing(run.engine._take_model_step)
+    deepspeed.step, deepspeed._take_model_step = weighing(deepspeed.step), weighing(deepspeed._take_model_step)
     run.iterate(1)
     traffic = Traffic()
     with traffic.installed(), _tied_sums_named(layout, traffic):
@@ -232,7 +233,7 @@ def footprint(layout: Layout, settings: Settings, config: Config) -> dict:
         "weights": nbytes(weights(module)),
         "layer_weights": nbytes(weights(module)) - _vocabulary_bytes(module),
         "gradients": max(held),
-        "optimizer": nbytes(optimizer_state(run.engine)),
+        "optimizer": nbytes(optimizer_state(deepspeed)),
         "peak": resident_peak() - connected,
         "sent": dict(traffic.sent),
     }

@@ -27,7 +27,7 @@ from mor_megatron.model.attention import AttentionMetadata, LayerCall, RotaryTab
 from mor_megatron.model.initialization import initialize_weights
 from mor_megatron.model.layer_spec import RMSNorm, layer_spec, transformer_config
 from mor_megatron.recursion.dispatch import ActiveTokens
-from mor_megatron.training.engine import quiet
+from mor_megatron.training.modes.wrapping import quiet
 from mor_megatron.training.optimizer import build_optimizer, set_learning_rate
 
 

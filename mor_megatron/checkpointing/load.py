@@ -17,24 +17,18 @@ from mor_megatron.checkpointing.compatibility import (
     require_same_parameters,
 )
 from mor_megatron.checkpointing.directory import REPLACED, candidates, checkpoint_name, checkpoints
-from mor_megatron.checkpointing.engine_state import (
-    prepare_state,
-    refresh_weights,
-    set_loss_scaler_state,
-    torch_optimizer,
-    updated_runs,
-)
+from mor_megatron.checkpointing.engine_state import persistent_buffers, prepare_states, slice_states
 from mor_megatron.checkpointing.kept_tokenizer import KeptTokenizer, tokenizer_differences
 from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, Manifest, damage, read_manifest
 from mor_megatron.checkpointing.pieces import BUFFER, STEP, WEIGHT, Cut, cut_of, stored_name
 from mor_megatron.checkpointing.randomness import set_random_state
 from mor_megatron.checkpointing.reader import CheckpointReader
-from mor_megatron.checkpointing.save import persistent_buffers, united_cuts
+from mor_megatron.checkpointing.save import united_cuts
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Change, Config
 from mor_megatron.data.corpora import corpus_sizes
 from mor_megatron.distributed.initialize import print_rank_0
-from mor_megatron.training.gradients import Engine
+from mor_megatron.training.engine import Engine
 from mor_megatron.training.progress import Progress
 
 
@@ -74,7 +68,7 @@ def load_checkpoint(
     if finetune:
         return Progress()
     if not checkpoint.no_load_optim:
-        set_loss_scaler_state(engine, manifest.loss_scaler)
+        engine.set_loss_scaler_state(manifest.loss_scaler)
     if not checkpoint.no_load_rng:
         set_random_state(manifest.random)
     return Progress(**manifest.progress)
@@ -192,26 +186,26 @@ def restore(engine: Engine, reader: CheckpointReader, weights_only: bool = False
     problem = next((each for each in from_all_ranks(problem) if each is not None), None)
     if problem is not None:
         raise ValueError(problem)
-    refresh_weights(engine)
+    engine.refresh()
 
 
 @torch.no_grad()
 def _fill(engine: Engine, reader: CheckpointReader, weights_only: bool) -> None:
     rank = parallel_state.get_tensor_model_parallel_rank()
-    optimizer = torch_optimizer(engine)
-    runs = updated_runs(engine)
-    stored = {run.name: stored_name(run.name, run.parameter) for run in runs}
-    prepare_state(engine, runs, {} if weights_only else {run.name: reader.kinds[stored[run.name]] for run in runs})
-    for run in runs:
-        name = stored[run.name]
-        cut = cut_of(name, run.parameter, engine.module)
+    optimizer, slices = engine.optimizer, engine.parameter_slices()
+    stored = {part.name: stored_name(part.name, part.parameter) for part in slices}
+    kinds = {} if weights_only else {part.name: reader.kinds[stored[part.name]] for part in slices}
+    prepare_states(optimizer, slices, kinds)
+    for part in slices:
+        name = stored[part.name]
+        cut = cut_of(name, part.parameter, engine)
         if weights_only and not _is_stored(name, cut, reader):
             continue
-        for kind, value in run.states(optimizer).items():
+        for kind, value in slice_states(optimizer, part).items():
             if kind == WEIGHT or kind in reader.kinds[name] - {STEP}:  # no state: it was never updated
-                value.copy_(reader.run_of(kind, name, cut, rank, run.offset, run.length))
+                value.copy_(reader.run_of(kind, name, cut, rank, part.offset, part.length))
         if STEP in reader.kinds[name] and not weights_only:
-            step = optimizer.state[run.updated][STEP]
+            step = optimizer.state[part.updated][STEP]
             step.fill_(max(step.item(), reader.scalar(name)))
     for name, buffer in persistent_buffers(engine):
         cut = Cut(tuple(buffer.shape))

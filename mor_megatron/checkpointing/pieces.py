@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from mor_megatron.distributed.replicated import is_tied_copy
 from mor_megatron.distributed.sharding import cut, join
-from mor_megatron.model.mor_model import EMBEDDING, HEAD, MoRModel
+from mor_megatron.model.mor_model import EMBEDDING, HEAD
+from mor_megatron.training.engine import Engine
 
 WEIGHT, STEP, BUFFER = "weight", "step", "buffer"
 """Kinds beside the optimizer's own names of its states (exp_avg, exp_avg_sq, momentum_buffer)."""
@@ -98,10 +100,10 @@ class Cut:
         return whole.reshape(-1) if self.dim is None else cut(whole, self.dim, self.stride, rank, self.size).reshape(-1)
 
 
-def cut_of(name: str, parameter: nn.Parameter, model: MoRModel) -> Cut:
+def cut_of(name: str, parameter: nn.Parameter, engine: Engine) -> Cut:
     """How this run cuts a parameter of this rank's part of the model."""
-    shape = list(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor in its place
-    rows = model.vocab_size if name in (EMBEDDING, HEAD) else None
+    shape = list(engine.shard_shape(parameter))
+    rows = engine.module.vocab_size if name in (EMBEDDING, HEAD) else None
     if not getattr(parameter, "tensor_model_parallel", False):
         return Cut(tuple(shape), rows=rows)
     size = parallel_state.get_tensor_model_parallel_world_size()
@@ -111,9 +113,4 @@ def cut_of(name: str, parameter: nn.Parameter, model: MoRModel) -> Cut:
 
 def stored_name(name: str, parameter: nn.Parameter) -> str:
     """The name under which a checkpoint has it: a copy of the tied embedding is stored once, as the embedding."""
-    return EMBEDDING if is_copy(parameter) else name
-
-
-def is_copy(parameter: nn.Parameter) -> bool:
-    """Whether another pipeline rank has the original."""
-    return getattr(parameter, "ds_pipe_replicated", False)
+    return EMBEDDING if is_tied_copy(parameter) else name

@@ -29,16 +29,17 @@ from torch import Tensor
 from mor_megatron.checkpointing.collectives import from_all_ranks, from_rank_0
 from mor_megatron.checkpointing.compatibility import layout, model_shape
 from mor_megatron.checkpointing.directory import PARTIAL, checkpoint_name, delete, publish, superfluous
-from mor_megatron.checkpointing.engine_state import loss_scaler_state, saved_runs, torch_optimizer
+from mor_megatron.checkpointing.engine_state import persistent_buffers, slice_states
 from mor_megatron.checkpointing.kept_tokenizer import KeptTokenizer
 from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, Manifest, StoredFile
-from mor_megatron.checkpointing.pieces import BUFFER, STEP, Cut, Piece, cut_of, is_copy
+from mor_megatron.checkpointing.pieces import BUFFER, STEP, Cut, Piece, cut_of
 from mor_megatron.checkpointing.randomness import random_state
 from mor_megatron.checkpointing.tensor_file import write_tensors, write_text
 from mor_megatron.config.cli import to_yaml
 from mor_megatron.config.schema import Config
 from mor_megatron.data.corpora import corpus_sizes
-from mor_megatron.training.gradients import Engine
+from mor_megatron.distributed.replicated import is_tied_copy
+from mor_megatron.training.engine import Engine
 from mor_megatron.training.progress import Progress
 
 
@@ -87,7 +88,7 @@ class Saver:
         """Seconds that training has waited for checkpoints; each rank's own."""
         self._in_flight: _Save | None = None
         self._buffers: dict[str, Tensor] = {}
-        self._hook = torch_optimizer(engine).register_step_pre_hook(self._await_copy)
+        self._hook = engine.optimizer.register_step_pre_hook(self._await_copy)
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint; with `async_save`, return at once: the next optimizer step waits until it is copied.
@@ -223,7 +224,7 @@ class Saver:
             layout=layout(self.config, self.vocab_size),
             optimizer=self.config.optimizer.optimizer,
             versions={package: version(package) for package in ("torch", "megatron-core", "deepspeed")},
-            loss_scaler=loss_scaler_state(self.engine),
+            loss_scaler=self.engine.loss_scaler_state(),
             random=random_state(),
             parameters=self.cuts,
             files={},
@@ -249,15 +250,14 @@ class Saver:
 def local_pieces(engine: Engine) -> list[tuple[str, Tensor]]:
     """What this rank writes: names of pieces and fp32 views [n] of the engine's own state."""
     rank = parallel_state.get_tensor_model_parallel_rank()
-    optimizer = torch_optimizer(engine)
     pieces: list[tuple[str, Tensor]] = []
-    for run in saved_runs(engine):
-        share = rank if getattr(run.parameter, "tensor_model_parallel", False) else 0
-        for kind, value in run.states(optimizer).items():
+    for part in engine.distinct_slices():
+        share = rank if getattr(part.parameter, "tensor_model_parallel", False) else 0
+        for kind, value in slice_states(engine.optimizer, part).items():
             if kind != STEP:
-                pieces.append((str(Piece(kind, run.name, share, run.offset)), value))
-            elif share == 0 and run.offset == 0:
-                pieces.append((str(Piece(kind, run.name, 0, 0)), value))
+                pieces.append((str(Piece(kind, part.name, share, part.offset)), value))
+            elif share == 0 and part.offset == 0:
+                pieces.append((str(Piece(kind, part.name, 0, 0)), value))
     if parallel_state.get_data_parallel_rank() == 0 and rank == 0:
         pieces += [(str(Piece(BUFFER, name, 0, 0)), buffer) for name, buffer in _flat_buffers(engine)]
     return pieces
@@ -265,17 +265,10 @@ def local_pieces(engine: Engine) -> list[tuple[str, Tensor]]:
 
 def united_cuts(engine: Engine) -> dict[str, Cut]:
     """How all parameters and buffers of the whole model are cut, copies left out; collective over all ranks."""
-    model = engine.module
-    named = model.named_parameters()
-    cuts = {name: cut_of(name, parameter, model) for name, parameter in named if not is_copy(parameter)}
+    named = engine.module.named_parameters()
+    cuts = {name: cut_of(name, parameter, engine) for name, parameter in named if not is_tied_copy(parameter)}
     cuts |= {name: Cut(tuple(buffer.shape)) for name, buffer in persistent_buffers(engine)}
     return {name: cut for part in from_all_ranks(cuts) for name, cut in part.items()}
-
-
-def persistent_buffers(engine: Engine) -> list[tuple[str, Tensor]]:
-    """Buffers that are state: the balancing bias of token-choice."""
-    kept = engine.module.state_dict(keep_vars=True).keys()
-    return [(name, buffer) for name, buffer in engine.module.named_buffers() if name in kept]
 
 
 def _flat_buffers(engine: Engine) -> list[tuple[str, Tensor]]:

@@ -111,8 +111,7 @@ class MoRModel(MegatronModule):
                 skip_weight_param_allocation=self.tied and self.is_first_stage,
             )
             if self.tied and not self.is_first_stage:
-                # DeepSpeed's mark of a copy: it stays out of the global norm.
-                self.output_layer.weight.ds_pipe_replicated = True
+                self.output_layer.weight.is_tied_copy = True
         shape = config.model
         scaling = shape.rope_scaling_factor if shape.use_rope_scaling else None
         self.rotary = RotaryTable(layer_config.kv_channels, shape.max_position_embeddings, shape.rotary_base, scaling)

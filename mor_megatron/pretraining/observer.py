@@ -11,10 +11,9 @@ import torch.distributed as dist
 from megatron.core.timers import Timers
 from torch.profiler import profile
 
-from mor_megatron.checkpointing.engine_state import weights_norm
 from mor_megatron.config.schema import Config
 from mor_megatron.distributed.initialize import print_rank_0
-from mor_megatron.training.gradients import Engine
+from mor_megatron.training.engine import Engine
 from mor_megatron.training.sections import IN_AN_ITERATION, Sections
 
 
@@ -27,7 +26,7 @@ class Observer:
         self.timers = Timers(log_level=2, log_option="minmax") if config.logging.log_timers else None
         self.sections = Sections(self.timers)
         if self.timers is not None:
-            self._time_deepspeeds_reduction()
+            engine.time_reduction(self.sections)
         self.trace = Trace(config, dist.get_rank(), iteration) if config.logging.profile else None
         self._seen: dict[str, float] = {}
 
@@ -42,7 +41,7 @@ class Observer:
             self.trace.end(iteration)
         found = {}
         if self.logging.log_params_norm:
-            found["params_norm"] = weights_norm(self.engine)
+            found["params_norm"] = self.engine.weights_norm()
         return found | {_field(name): self._since_last(name) for name in IN_AN_ITERATION if self.timers is not None}
 
     def time_of_evaluation(self) -> dict[str, float]:
@@ -66,16 +65,6 @@ class Observer:
         total = self.timers(name).active_time()
         before, self._seen[name] = self._seen.get(name, 0.0), total
         return 1e3 * (total - before)
-
-    def _time_deepspeeds_reduction(self) -> None:
-        """ZeRO 1 reduces inside its step; that is no time of the optimizer."""
-        reduce = self.engine.allreduce_gradients
-
-        def timed(*args, **kwargs):
-            with self.sections("all-grads-sync"):
-                return reduce(*args, **kwargs)
-
-        self.engine.allreduce_gradients = timed
 
 
 class Trace:

@@ -10,9 +10,11 @@ tokens divided by their number, counted before the first forward; router losses 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,8 +29,7 @@ from mor_megatron.distributed.replicated import reduce_replicated
 from mor_megatron.model.mor_model import MoRModel
 from mor_megatron.pipeline.schedule import run_schedule
 from mor_megatron.recursion.context import RoutingContext
-from mor_megatron.training.engine import Driver, Engine, apply_step, choose_driver, loss_scale
-from mor_megatron.training.gradients import discard_gradients, gradients_are_finite, whole_gradients
+from mor_megatron.training.engine import Driver, Engine, choose_driver
 from mor_megatron.training.sections import UNTIMED, Sections
 
 
@@ -80,50 +81,65 @@ def train_step(
     Raises:
         RoutingMismatchError: `check_routing_consistency` found tensor-parallel ranks that route differently.
     """
-    driver = driver or choose_driver(config)
+    driver, model = driver or choose_driver(config), engine.module
     count = num_microbatches(config)
     with sections("batch-generator"):
         micro_batches = [next(batches).to(device()) for _ in range(count)]
     tokens = _global_token_count(micro_batches)
     scale = parallel_state.get_data_parallel_world_size() / tokens
-    forward = _Forward(engine.module, iteration, gradient_scale=scale, count=count, loss_scale=loss_scale(engine))
     every = config.parallel.check_routing_consistency
-    forward.checks_routing = every is not None and iteration % every == 0
+    forward = _Forward(
+        model,
+        iteration,
+        count=count,
+        gradient_scale=scale,
+        loss_scale=engine.loss_scale,
+        checks_routing=every is not None and iteration % every == 0,
+    )
 
     if driver == "schedule":
         with sections("forward-backward"):
-            run_schedule(engine.module, micro_batches, forward.context, forward.loss)
+            run_schedule(model, micro_batches, forward.context, forward.loss)
         with sections("all-grads-sync"):
-            reduce_replicated(engine.module, whole_gradients(engine))
-        healthy = gradients_are_finite(engine)
+            reduce_replicated(engine.gradients(), model.config.sequence_parallel, model.tied_weight)
+        healthy = engine.gradients_are_finite()
     else:
         with sections("forward-backward"):
             for batch in micro_batches:
-                engine.backward(forward.loss(engine(batch, forward.context()), batch))
+                engine.backward(forward.loss(engine.forward(batch, forward.context()), batch))
         healthy = True  # gradients are other ranks' as well by now: the step looks at them
 
     report = forward.reduce(tokens, healthy)
     if report.faulty_ranks:
-        discard_gradients(engine)
+        engine.discard()
         return report
-    outcome = apply_step(engine, lr, config.optimizer.clip_grad, sections)
+    outcome = engine.step(lr, config.optimizer.clip_grad, sections)
     if outcome.applied:
-        engine.module.after_step(report.routing, iteration)
+        model.after_step(report.routing, iteration)
     return replace(report, grad_norm=outcome.grad_norm, applied=outcome.applied, overflow=outcome.overflow)
 
 
 class _Forward:
     """The loss of each micro-batch, and what all of them report."""
 
-    def __init__(self, model: MoRModel, iteration: int, gradient_scale: float, count: int, loss_scale: float):
+    def __init__(
+        self,
+        model: MoRModel,
+        iteration: int,
+        *,
+        count: int,
+        gradient_scale: float,
+        loss_scale: float,
+        checks_routing: bool,
+    ):
         self.model = model
         self.iteration = iteration
-        self.gradient_scale = gradient_scale
         self.count = count
+        self.gradient_scale = gradient_scale
         self.loss_scale = loss_scale
+        self.checks_routing = checks_routing
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device())
         self.contexts: list[RoutingContext] = []
-        self.checks_routing = False
 
     def context(self) -> RoutingContext:
         scales = {"router_loss_scale": 1.0 / self.count, "loss_scale": self.loss_scale}
@@ -152,12 +168,28 @@ class _Forward:
             routing = [torch.stack([c.metrics[name] for c in self.contexts]).double().mean() for name in names]
         flags = [healthy and bool(torch.isfinite(self.loss_sum)), has_loss, has_routing]
         mine = torch.stack([*(self.loss_sum.new_tensor(float(flag)) for flag in flags), self.loss_sum, *routing])
-        rows = gather_values(mine, dist.group.WORLD)
-        faulty = tuple(rank for rank, row in enumerate(rows) if row[0] == 0.0)
-        loss = sum(row[3] for row in rows if row[1] == 1.0) / tokens
-        means = torch.tensor([row[4:] for row in rows if row[2] == 1.0], dtype=torch.float64).mean(0).tolist()
-        routing = dict(zip(names, means, strict=True))
-        return StepReport(loss, float("inf"), False, faulty, routing, self.loss_scale)
+        ranks = [_RankResult(*row[:4], routing=row[4:]) for row in gather_values(mine, dist.group.WORLD)]
+        means = torch.tensor([rank.routing for rank in ranks if rank.has_routing], dtype=torch.float64).mean(0)
+        return StepReport(
+            lm_loss=sum(rank.loss_sum for rank in ranks if rank.has_loss) / tokens,
+            grad_norm=math.inf,
+            applied=False,
+            faulty_ranks=tuple(number for number, rank in enumerate(ranks) if not rank.is_healthy),
+            routing=dict(zip(names, means.tolist(), strict=True)),
+            loss_scale=self.loss_scale,
+        )
+
+
+class _RankResult(NamedTuple):
+    """What one rank adds to the report, as the floats that ranks exchange; flags are 0 or 1."""
+
+    is_healthy: float
+    """Its loss, and its gradient where that is its own, are finite."""
+    has_loss: float
+    has_routing: float
+    loss_sum: float
+    routing: list[float]
+    """Router metrics, means over its micro-batches."""
 
 
 def masked_sum(losses: Tensor, batch: Batch) -> Tensor:

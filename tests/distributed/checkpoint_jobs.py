@@ -11,7 +11,7 @@ from layout_runs import run_steps, unique_elements
 from table import VOCABULARY
 from torch import Tensor
 
-from mor_megatron.checkpointing.engine_state import torch_optimizer, updated_runs
+from mor_megatron.checkpointing.engine_state import slice_states
 from mor_megatron.checkpointing.load import load_checkpoint
 from mor_megatron.checkpointing.save import Saver
 from mor_megatron.config.schema import CheckpointConfig, Config
@@ -30,7 +30,7 @@ class Curve:
 
     reports: list[StepReport]
     state: dict[str, Tensor]
-    """Every run of this rank's state at the end, and the weights that the model computes with."""
+    """Every slice of this rank's state at the end, and the weights that the model computes with."""
     parameters: dict[str, Tensor]
     """Of the whole model; on rank 0."""
     buffers: dict[str, Tensor]
@@ -92,11 +92,10 @@ def finish(engine: Engine, config: Config) -> Curve:
 
 def local_state(engine: Engine) -> dict[str, Tensor]:
     """All that this rank keeps, by names that say where it lies."""
-    optimizer = torch_optimizer(engine)
     state = {
-        f"{run.name} {run.offset} {kind}": value.clone()
-        for run in updated_runs(engine)
-        for kind, value in run.states(optimizer).items()
+        f"{part.name} {part.offset} {kind}": value.clone()
+        for part in engine.parameter_slices()
+        for kind, value in slice_states(engine.optimizer, part).items()
     }
     computed = {name: value for name, value in engine.module.state_dict().items() if torch.is_tensor(value)}
     return state | {f"{name} in the model": value.clone() for name, value in computed.items()}

@@ -47,4 +47,4 @@ def unreduced_router_gradient(model: MoRModel) -> None:
 def copy_counted_twice(model: MoRModel) -> None:
     """The tied embedding enters the global norm on both ends of the pipeline."""
     if model.is_last_stage:
-        model.output_layer.weight.ds_pipe_replicated = False
+        model.output_layer.weight.is_tied_copy = False

@@ -16,14 +16,13 @@ from megatron.core import parallel_state
 from table import RUN, SEQ_LENGTH, STEPS, VOCABULARY
 from torch import Tensor, nn
 
-from mor_megatron.checkpointing.engine_state import weights_norm
 from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
 from mor_megatron.distributed.initialize import initialize_distributed
 from mor_megatron.model import MoRModel, build_model
 from mor_megatron.recursion.routers import score
 from mor_megatron.recursion.routing import TIE
-from mor_megatron.training.engine import Engine, build_engine, loss_scale
+from mor_megatron.training.engine import Engine, build_engine
 from mor_megatron.training.train_step import StepReport, train_step
 
 FP32_LAYOUT_TOL = 1e-5
@@ -109,7 +108,7 @@ def train(config: Config, fault: Callable[[nn.Module], None] | None = None) -> R
     reports = run_steps(engine, config)
     final, buffers = gather_parameters(engine.module), gather_buffers(engine.module)
     seed = config.training.seed
-    result = Result(seed, reports, initial, final, buffers, weights_norm(engine), storages)
+    result = Result(seed, reports, initial, final, buffers, engine.weights_norm(), storages)
     if margins is not None:
         result.margin, result.ties = margins.smallest, margins.ties
     return result
@@ -147,7 +146,7 @@ def step_with_a_fault(config: Config, victim: int, where: Literal["loss", "gradi
         "overflow": report.overflow,
         "faulty": report.faulty_ranks,
         "unchanged": all(torch.equal(after[name], value) for name, value in before.items()),
-        "scale": loss_scale(engine),
+        "scale": engine.loss_scale,
         "then": run_steps(engine, config, first=3, count=1)[0].applied,
     }
 

@@ -40,14 +40,14 @@ def measure(config: Config) -> tuple[int, int, int, int, int]:
     engine = build_engine(model, config)
     engine.module.train()
     held = []
-    step = engine.step
+    step = engine.deepspeed.step
 
     def look_and_step() -> None:
-        tensors = footprint.weights(model), gradients(engine), optimizer_state(engine)
+        tensors = footprint.weights(model), gradients(engine.deepspeed), optimizer_state(engine.deepspeed)
         held[:] = [footprint.nbytes(part) for part in tensors]
         step()
 
-    engine.step = look_and_step
+    engine.deepspeed.step = look_and_step
     for iteration in (1, 2):
         train_step(engine, my_batches(config, iteration), config, iteration, 0.01)
     return sum(sizes), max(sizes), *held

@@ -30,5 +30,6 @@ def test_wrapped_storages(name, bf16, zero_stage):
     # A bf16 balancing bias could not take steps of 0.001, and bf16 angles would blur positions.
     assert {buffer.dtype for buffer in engine.module.buffers()} == {torch.float32}
     optimized = sum(p.numel() for group in engine.optimizer.param_groups for p in group["params"])
-    padding = sum(getattr(engine.optimizer, "group_paddings", None) or getattr(engine.optimizer, "groups_padding", [0]))
+    wrapped = engine.deepspeed.optimizer
+    padding = sum(getattr(wrapped, "group_paddings", None) or getattr(wrapped, "groups_padding", [0]))
     assert optimized - padding == expected

@@ -11,8 +11,8 @@ from test_train_step import EXPERT, Tied, cut, global_batch, make_config, make_e
 
 from mor_megatron.config.validate import validate
 from mor_megatron.pretraining.loop import NonFiniteError, advance
-from mor_megatron.training.engine import build_engine, choose_driver, loss_scale
-from mor_megatron.training.gradients import global_norm, sharded_gradients
+from mor_megatron.training.engine import build_engine, choose_driver
+from mor_megatron.training.gradients import global_norm
 from mor_megatron.training.progress import Progress
 from mor_megatron.training.train_step import train_step
 
@@ -54,7 +54,9 @@ def fp16_everywhere(monkeypatch):
 
 def whole_weights(engine):
     parameters = dict(engine.module.named_parameters())
-    with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=engine.zero_optimization_stage() == 3):
+    with deepspeed.zero.GatheredParameters(
+        list(parameters.values()), enabled=engine.deepspeed.zero_optimization_stage() == 3
+    ):
         return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
@@ -152,7 +154,7 @@ def test_bf16_contributions_are_summed_in_fp32(configure, mode):
         weight = engine.module.weight.detach().clone().requires_grad_()
     xs = torch.randn(4, 3, 8, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
     for micro_batch in xs:
-        engine.backward(engine(list(micro_batch)))
+        engine.backward(engine.forward(list(micro_batch)))
     got = gradients_in_step(engine)[0].view(16, 16)
     assert got.dtype == torch.float32
 
@@ -165,22 +167,21 @@ def test_bf16_contributions_are_summed_in_fp32(configure, mode):
 
 def gradients_in_step(engine):
     """What the optimizer is about to use."""
-    clipping, seen = engine.optimizer.clipping, []
-    compute = clipping.norm
+    seen, norm_and_clip = [], engine.norm_and_clip
 
-    def norm():
-        seen.extend(gradient.clone() for _, gradient in sharded_gradients(engine.optimizer))
-        return compute()
+    def look():
+        seen.extend(gradient.clone() for _, gradient in engine.gradient_shards())
+        return norm_and_clip()
 
-    clipping.norm = norm
-    engine.step()
+    engine.norm_and_clip = look
+    engine.step(lr=0.1, clip_grad=0.0)
     return seen
 
 
 def test_the_norm_counts_a_copy_once():
     generator = torch.Generator().manual_seed(0)
     pairs = [(torch.nn.Parameter(torch.zeros(3)), torch.randn(3, generator=generator)) for _ in range(3)]
-    pairs[1][0].ds_pipe_replicated = True
+    pairs[1][0].is_tied_copy = True
     assert global_norm(pairs) == pytest.approx(math.hypot(pairs[0][1].norm(), pairs[2][1].norm()))
     assert global_norm([]) == 0.0
 
@@ -235,7 +236,7 @@ def test_an_overflow_skips_and_halves(configure, fp16_everywhere, zero):
     assert (progress.skipped_iterations, progress.skipped_in_a_row, progress.nan_iterations) == (3, 0, 0)
     for name, value in whole_weights(engine).items():
         assert torch.equal(value, before[name]), name
-    engine.optimizer.loss_scaler.cur_scale = 2.0**15
+    engine.deepspeed.optimizer.loss_scaler.cur_scale = 2.0**15
     report = step(engine, config, 1)
     assert (report.applied, report.overflow, report.loss_scale) == (True, False, 2.0**15)
 
@@ -246,7 +247,7 @@ def test_an_overflow_at_the_smallest_scale_is_a_fault(configure, fp16_everywhere
     engine, progress = make_engine(config), Progress()
     engine.module.layers[1].mlp.linear_fc1.weight.register_hook(lambda gradient: gradient * math.inf)
     report = step(engine, config, 1)
-    assert (report.applied, report.overflow, loss_scale(engine)) == (False, False, 2.0)
+    assert (report.applied, report.overflow, engine.loss_scale) == (False, False, 2.0)
     advance(progress, report, config)
     with pytest.raises(NonFiniteError, match="2 steps in a row"):
         advance(progress, step(engine, config, 2), config)

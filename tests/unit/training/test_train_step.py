@@ -14,8 +14,8 @@ from mor_megatron.data.batch import Batch
 from mor_megatron.model import build_model
 from mor_megatron.pretraining.loop import NonFiniteError, advance
 from mor_megatron.recursion.context import RoutingContext
-from mor_megatron.training.engine import apply_step, build_engine
-from mor_megatron.training.gradients import accumulated_gradients, discard_gradients, sum_of_squares
+from mor_megatron.training.engine import build_engine
+from mor_megatron.training.gradients import sum_of_squares
 from mor_megatron.training.progress import Progress
 from mor_megatron.training.train_step import train_step
 
@@ -151,7 +151,7 @@ def test_bf16_contributions_are_summed_in_fp32(zero):
     xs = torch.randn(4, 3, 8, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
     for micro_batch in xs:
         engine.module(list(micro_batch)).backward()
-    got = accumulated_gradients(engine)[0].view(16, 16)
+    got = engine.flat_gradients()[0].view(16, 16)
     assert got.dtype == torch.float32
 
     weight = engine.module.weight.detach().clone().requires_grad_()
@@ -172,7 +172,7 @@ def test_bf16_weights_follow_fp32_masters(zero):
     start = engine.module.weight.detach().clone()
     for _ in range(64):
         engine.module([torch.eye(16, dtype=torch.bfloat16)]).backward()  # gradient: twice the weight
-        apply_step(engine, 1e-4 / 2, 0.0)
+        engine.step(lr=1e-4 / 2, clip_grad=0.0)
     assert torch.equal(start - 1e-4 * start, start), "the case should tell them apart"
     moved = (engine.module.weight.detach().float() / start.float()).mean()
     assert moved.item() == pytest.approx((1 - 1e-4) ** 64, abs=5e-4)
@@ -246,9 +246,9 @@ def test_squares_are_summed_almost_in_fp64():
 def test_discarded_gradients_do_not_come_back(mode):
     engine = make_engine(make_config(mode))
     engine.module(global_batch(), RoutingContext()).sum().backward()
-    assert max(gradient.abs().max() for gradient in accumulated_gradients(engine)) > 0
-    discard_gradients(engine)
-    assert all(gradient.abs().max() == 0 for gradient in accumulated_gradients(engine))
+    assert max(gradient.abs().max() for gradient in engine.flat_gradients()) > 0
+    engine.discard()
+    assert all(gradient.abs().max() == 0 for gradient in engine.flat_gradients())
 
 
 def test_an_iteration_without_counted_tokens_does_nothing_harmful():
