@@ -35,7 +35,8 @@ import torch
 import xxhash
 from footprint import processor
 
-from mor_megatron.checkpointing.save import Saver, local_pieces
+from mor_megatron.checkpointing.engine_state import local_entries
+from mor_megatron.checkpointing.save import Saver
 from mor_megatron.config.schema import (
     CheckpointConfig,
     Config,
@@ -112,8 +113,8 @@ def measure_saving(args: argparse.Namespace) -> dict:
     """Seconds of each way of saving, a list over rounds, and the bytes saved."""
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
         engine, config = build(args, directory)
-        pieces = [memoryview(piece.numpy()).cast("B") for _, piece in local_pieces(engine)]
-        chunks = [piece[at : at + CHUNK] for piece in pieces for at in range(0, len(piece), CHUNK)]
+        entries = [memoryview(entry.numpy()).cast("B") for _, entry in local_entries(engine)]
+        chunks = [entry[at : at + CHUNK] for entry in entries for at in range(0, len(entry), CHUNK)]
         background = replace(config, checkpoint=replace(config.checkpoint, async_save=True))
         savers = Saver(engine, config, VOCABULARY), Saver(engine, background, VOCABULARY)
         times: dict[str, list[float]] = {
@@ -139,7 +140,7 @@ def measure_saving(args: argparse.Namespace) -> dict:
             if number > 0:  # the first round allocates the buffers that the others use again
                 for name, seconds in round_times.items():
                     times[name].append(seconds)
-    return {"bytes": sum(map(len, pieces)), "seconds": times}
+    return {"bytes": sum(map(len, entries)), "seconds": times}
 
 
 def startup_config(prefix: str, cache: str) -> Config:

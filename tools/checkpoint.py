@@ -55,11 +55,11 @@ def run_convert(args: argparse.Namespace) -> int:
 
 
 def run_prune(args: argparse.Namespace) -> int:
-    from mor_megatron.checkpointing.directory import delete, superfluous
+    from mor_megatron.checkpointing.directory import delete, expired
 
     if args.keep_last < 1 or (args.keep_every is not None and args.keep_every < 1):
         raise ValueError("keep-last and keep-every are 1 or more: nothing would be left to resume from")
-    unwanted = superfluous(args.path, args.keep_last, args.keep_every)
+    unwanted = expired(args.path, args.keep_last, args.keep_every)
     for path in unwanted:
         print(f"{'would delete' if args.dry_run else 'deleting'} {path}", flush=True)
         if not args.dry_run:

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 
-from mor_megatron.checkpointing.pieces import Cut
+from mor_megatron.checkpointing.shards import Sharding
 from mor_megatron.config.schema import CHANGE, Config
 from mor_megatron.config.settings import flag_name
 from mor_megatron.config.unread import is_read
@@ -125,7 +125,9 @@ def refuse(directory: Path, found: list[Difference], may_differ: set[Change]) ->
         )
 
 
-def require_same_parameters(directory: Path, saved: dict[str, Cut], wanted: dict[str, Cut], finetune: bool) -> None:
+def require_same_parameters(
+    directory: Path, saved: dict[str, Sharding], wanted: dict[str, Sharding], finetune: bool
+) -> None:
     """Refuse a checkpoint that lacks a parameter, has another shape of it, or has one that the model would not load.
 
     Args:
@@ -137,13 +139,13 @@ def require_same_parameters(directory: Path, saved: dict[str, Cut], wanted: dict
     for name in sorted({*saved, *wanted}):
         if finetune and name.startswith("router."):
             continue
-        ours, theirs = (_shown(cuts.get(name)) for cuts in (wanted, saved))
+        ours, theirs = (_shown(shardings.get(name)) for shardings in (wanted, saved))
         if ours != theirs:
             raise ValueError(f"{name} is {ours} in this model and {theirs} in {directory}: {remedy}")
 
 
-def _shown(cut: Cut | None) -> str:
-    if cut is None:
+def _shown(sharding: Sharding | None) -> str:
+    if sharding is None:
         return "not there"
-    how = "not cut" if cut.dim is None else f"cut along dimension {cut.dim} in {cut.stride}"
-    return f"of shape {list(cut.unpadded)}, {how}"
+    how = "not divided" if sharding.dim is None else f"divided along dimension {sharding.dim} in {sharding.stride}"
+    return f"of shape {list(sharding.unpadded)}, {how}"

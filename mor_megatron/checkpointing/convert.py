@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mor_megatron.checkpointing.manifest import CONFIG, KEPT_TOKENIZER, MANIFEST, StoredFile
-from mor_megatron.checkpointing.pieces import STEP, Cut
+from mor_megatron.checkpointing.manifest import CONFIG, KEPT_TOKENIZER, MANIFEST
 from mor_megatron.checkpointing.reader import WHOLE, CheckpointReader, open_checkpoint
-from mor_megatron.checkpointing.tensor_file import checksum_of, write_bytes, write_text
+from mor_megatron.checkpointing.shards import STEP, Sharding
+from mor_megatron.checkpointing.stored_file import StoredFile, checksum_of, write_bytes, write_text
 from mor_megatron.files import as_os_error, flush, flush_directory, give_usual_mode
 
 OPTIMIZER = "optimizer.safetensors"
@@ -53,7 +53,7 @@ def _write(reader: CheckpointReader, partial: Path, with_optimizer: bool) -> Non
             if kind in WHOLE:
                 tensors[WHOLE[kind]][name] = reader.whole(kind, name).contiguous()
             elif with_optimizer:
-                state = reader.run(STEP, name, 0, 0, 1) if kind == STEP else reader.whole(kind, name).contiguous()
+                state = reader.read(STEP, name, 0, 0, 1) if kind == STEP else reader.whole(kind, name).contiguous()
                 tensors[OPTIMIZER][f"{kind}/{name}"] = state
     files = {}
     for name, content in tensors.items():
@@ -62,9 +62,9 @@ def _write(reader: CheckpointReader, partial: Path, with_optimizer: bool) -> Non
     for name in reader.manifest.files:
         if name == CONFIG or PurePosixPath(name).parts[0] == KEPT_TOKENIZER:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            files[name] = StoredFile.of(write_bytes(partial / name, (reader.directory / name).read_bytes()))
+            files[name] = write_bytes(partial / name, (reader.directory / name).read_bytes())
             flush_directory((partial / name).parent)
-    parameters = {name: Cut(cut.unpadded) for name, cut in reader.manifest.parameters.items()}
+    parameters = {name: Sharding(sharding.unpadded) for name, sharding in reader.manifest.parameters.items()}
     manifest = replace(reader.manifest, parameters=parameters, files=files)
     write_text(partial / MANIFEST, manifest.to_json())
     flush_directory(partial)

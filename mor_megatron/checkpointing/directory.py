@@ -78,7 +78,7 @@ def publish(partial: Path) -> Path:
     return final
 
 
-def superfluous(root: Path, keep_last: int, keep_every: int | None = None) -> list[Path]:
+def expired(root: Path, keep_last: int, keep_every: int | None = None) -> list[Path]:
     """Checkpoints that retention no longer wants, and remains of saves that were never finished.
 
     Up to the one that `latest` names: the `keep_last` newest complete ones stay, and all whose iteration is a multiple

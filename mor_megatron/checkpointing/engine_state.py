@@ -3,11 +3,56 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from megatron.core import parallel_state
+from torch import Tensor, nn
 
-from mor_megatron.checkpointing.pieces import STEP, WEIGHT
+from mor_megatron.checkpointing.shards import BUFFER, STEP, WEIGHT, ShardEntry, Sharding
+from mor_megatron.distributed.collectives import from_all_ranks
+from mor_megatron.distributed.replicated import is_tied_copy
+from mor_megatron.model.mor_model import EMBEDDING, HEAD
 from mor_megatron.training.engine import Engine
 from mor_megatron.training.modes.slices import ParameterSlice
+
+
+def local_entries(engine: Engine) -> list[tuple[str, Tensor]]:
+    """What this rank writes: names of shard entries and fp32 views [n] of the engine's own state."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    entries: list[tuple[str, Tensor]] = []
+    for part in engine.distinct_slices():
+        shard = rank if getattr(part.parameter, "tensor_model_parallel", False) else 0
+        for kind, value in slice_states(engine.optimizer, part).items():
+            if kind != STEP:
+                entries.append((str(ShardEntry(kind, part.name, shard, part.offset)), value))
+            elif shard == 0 and part.offset == 0:
+                entries.append((str(ShardEntry(kind, part.name, 0, 0)), value))
+    if parallel_state.get_data_parallel_rank() == 0 and rank == 0:
+        for name, buffer in persistent_buffers(engine):
+            entries.append((str(ShardEntry(BUFFER, name, 0, 0)), buffer.detach().float().reshape(-1)))
+    return entries
+
+
+def all_shardings(engine: Engine) -> dict[str, Sharding]:
+    """How the whole model's parameters and buffers are divided, tied copies left out; collective over all ranks."""
+    named = engine.module.named_parameters()
+    mine = {name: sharding_of(name, parameter, engine) for name, parameter in named if not is_tied_copy(parameter)}
+    mine |= {name: Sharding(tuple(buffer.shape)) for name, buffer in persistent_buffers(engine)}
+    return {name: sharding for part in from_all_ranks(mine) for name, sharding in part.items()}
+
+
+def sharding_of(name: str, parameter: nn.Parameter, engine: Engine) -> Sharding:
+    """How this run divides a parameter of this rank's part of the model."""
+    shape = list(engine.shard_shape(parameter))
+    rows = engine.module.vocab_size if name in (EMBEDDING, HEAD) else None
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return Sharding(tuple(shape), rows=rows)
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    shape[parameter.partition_dim] *= size
+    return Sharding(tuple(shape), parameter.partition_dim, parameter.partition_stride, size, rows)
+
+
+def stored_name(name: str, parameter: nn.Parameter) -> str:
+    """The name under which a checkpoint has it: a copy of the tied embedding is stored once, as the embedding."""
+    return EMBEDDING if is_tied_copy(parameter) else name
 
 
 def slice_states(optimizer: torch.optim.Optimizer, part: ParameterSlice) -> dict[str, Tensor]:

@@ -10,14 +10,14 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from mor_megatron.checkpointing.manifest import Manifest, damage, read_manifest
-from mor_megatron.checkpointing.pieces import BUFFER, STEP, WEIGHT, Piece
 from mor_megatron.checkpointing.reader import WHOLE
+from mor_megatron.checkpointing.shards import BUFFER, STEP, WEIGHT, ShardEntry
 
 
 def verify(directory: str | Path) -> Iterator[str]:
     """Read a whole checkpoint and describe what is wrong with it: nothing, for an intact one.
 
-    Beyond what loading looks at (size and checksum of every file), the pieces must make up every parameter once.
+    Beyond what loading looks at (size and checksum of every file), the shard entries must make up every parameter once.
     """
     directory = Path(directory)
     try:
@@ -30,33 +30,34 @@ def verify(directory: str | Path) -> Iterator[str]:
         problem = damage(directory, manifest, [name])
         if problem is not None:
             yield problem
-        elif stored.pieces:
+        elif stored.entries:
             try:
                 with safe_open(directory / name, "pt") as file:
-                    lengths |= {key: file.get_slice(key).get_shape()[0] for key in stored.pieces}
+                    lengths |= {key: file.get_slice(key).get_shape()[0] for key in stored.entries}
             except (SafetensorError, IndexError) as error:
                 yield f"{directory / name} does not hold what the manifest lists ({error})"
     yield from _gaps(directory, manifest, lengths)
 
 
 def _gaps(directory: Path, manifest: Manifest, lengths: dict[str, int]) -> Iterator[str]:
-    runs: dict[tuple[str, str, int], list[tuple[int, int]]] = {}
+    spans_of: dict[tuple[str, str, int], list[tuple[int, int]]] = {}
     for key, length in lengths.items():
-        piece = Piece.parse(key)
-        runs.setdefault((piece.kind, piece.name, piece.share), []).append((piece.offset, piece.offset + length))
-    kinds = {(kind, name) for kind, name, _ in runs}
-    for name, cut in manifest.parameters.items():
+        entry = ShardEntry.parse(key)
+        spans = spans_of.setdefault((entry.kind, entry.name, entry.shard), [])
+        spans.append((entry.offset, entry.offset + length))
+    kinds = {(kind, name) for kind, name, _ in spans_of}
+    for name, sharding in manifest.parameters.items():
         wanted = {kind for kind, other in kinds if other == name}
         if not wanted & {WEIGHT, BUFFER} and WHOLE[WEIGHT] not in manifest.files:
             yield f"{directory} has no weights of {name}"
         for kind in sorted(wanted):
-            for share in range(1 if kind == STEP else cut.shares):
-                spans = sorted(runs.get((kind, name, share), []))
-                end = 1 if kind == STEP else cut.share_numel
+            for shard in range(1 if kind == STEP else sharding.shards):
+                spans = sorted(spans_of.get((kind, name, shard), []))
+                end = 1 if kind == STEP else sharding.shard_numel
                 edges = [(0, 0), *spans, (end, end)]
                 bad = next((a[1] for a, b in pairwise(edges) if a[1] != b[0]), None)
                 if bad is not None:
-                    yield f"{directory}: {kind}/{name}, share {share}, is not whole at element {bad}"
+                    yield f"{directory}: {kind}/{name}, shard {shard}, is not whole at element {bad}"
 
 
 def describe(directory: str | Path) -> str:
@@ -67,9 +68,9 @@ def describe(directory: str | Path) -> str:
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    weights = sum(math.prod(cut.unpadded) for cut in manifest.parameters.values())
+    weights = sum(math.prod(sharding.unpadded) for sharding in manifest.parameters.values())
     size = sum(stored.size for stored in manifest.files.values())
-    kinds = sorted({Piece.parse(key).kind for stored in manifest.files.values() for key in stored.pieces})
+    kinds = sorted({ShardEntry.parse(key).kind for stored in manifest.files.values() for key in stored.entries})
 
     def shown(values: dict) -> str:
         return "  ".join(f"{name}={value}" for name, value in values.items())

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mor_megatron.checkpointing.compatibility import Difference
-from mor_megatron.checkpointing.manifest import KEPT_TOKENIZER, Manifest, StoredFile
-from mor_megatron.checkpointing.tensor_file import write_bytes
+from mor_megatron.checkpointing.manifest import KEPT_TOKENIZER, Manifest
+from mor_megatron.checkpointing.stored_file import StoredFile, write_bytes
 from mor_megatron.config.schema import Change, Config
 from mor_megatron.data.fingerprint import Fingerprint, fingerprint
 from mor_megatron.data.tokenizers import Tokenizer, build_tokenizer
@@ -50,7 +50,7 @@ class KeptTokenizer:
         for name, content in self.files.items():
             path = directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            stored[name] = StoredFile.of(write_bytes(path, content))
+            stored[name] = write_bytes(path, content)
         for folder in {(directory / name).parent for name in self.files}:
             flush_directory(folder)
         return stored

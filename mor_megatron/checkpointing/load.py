@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from mor_megatron.checkpointing.collectives import from_all_ranks, from_rank_0
 from mor_megatron.checkpointing.compatibility import (
     Difference,
     corpus_differences,
@@ -17,16 +16,23 @@ from mor_megatron.checkpointing.compatibility import (
     require_same_parameters,
 )
 from mor_megatron.checkpointing.directory import REPLACED, candidates, checkpoint_name, checkpoints
-from mor_megatron.checkpointing.engine_state import persistent_buffers, prepare_states, slice_states
+from mor_megatron.checkpointing.engine_state import (
+    all_shardings,
+    persistent_buffers,
+    prepare_states,
+    sharding_of,
+    slice_states,
+    stored_name,
+)
 from mor_megatron.checkpointing.kept_tokenizer import KeptTokenizer, tokenizer_differences
 from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, Manifest, damage, read_manifest
-from mor_megatron.checkpointing.pieces import BUFFER, STEP, WEIGHT, Cut, cut_of, stored_name
 from mor_megatron.checkpointing.randomness import set_random_state
 from mor_megatron.checkpointing.reader import CheckpointReader
-from mor_megatron.checkpointing.save import united_cuts
+from mor_megatron.checkpointing.shards import BUFFER, STEP, WEIGHT, Sharding
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Change, Config
 from mor_megatron.data.corpora import corpus_sizes
+from mor_megatron.distributed.collectives import first_problem, from_rank_0
 from mor_megatron.distributed.initialize import print_rank_0
 from mor_megatron.training.engine import Engine
 from mor_megatron.training.progress import Progress
@@ -59,7 +65,7 @@ def load_checkpoint(
     may_differ = ({Change.FUNCTION} if finetune else set()) | ({Change.STATE} if weights_only else set())
     changed = _differences(directory, manifest, config, vocab_size, tokenizer)
     refuse(directory, changed, may_differ)
-    require_same_parameters(directory, manifest.parameters, united_cuts(engine), finetune)
+    require_same_parameters(directory, manifest.parameters, all_shardings(engine), finetune)
     restore(engine, CheckpointReader(directory, manifest), weights_only)
     print_rank_0(f"fine-tuning from the weights of {directory}" if finetune else f"resuming from {directory}")
     for each in changed:
@@ -132,7 +138,7 @@ def _differences(
 def find_checkpoint(root: Path, strict: bool = False, iteration: int | None = None) -> tuple[Path, Manifest] | None:
     """The newest checkpoint whose manifest and files verify, on all ranks; None if there are no checkpoints.
 
-    Every rank reads an equal share of the files, so that all of a checkpoint is read once.
+    Every rank reads an equal part of the files, so that all of a checkpoint is read once.
 
     Args:
         root: a run's directory, or one checkpoint in it.
@@ -158,8 +164,7 @@ def find_checkpoint(root: Path, strict: bool = False, iteration: int | None = No
         manifest, problem = _read(directory)
         if problem is None:
             names = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
-            problems = from_all_ranks(damage(directory, manifest, names))
-            problem = next((each for each in problems if each is not None), None)
+            problem = first_problem(damage(directory, manifest, names))
         if problem is None:
             return directory, manifest
         if strict:
@@ -181,9 +186,9 @@ def restore(engine: Engine, reader: CheckpointReader, weights_only: bool = False
     problem = None
     try:
         _fill(engine, reader, weights_only)
-    except ValueError as error:  # raised by all ranks or by none: the others would wait for this one
+    except ValueError as error:
         problem = str(error)
-    problem = next((each for each in from_all_ranks(problem) if each is not None), None)
+    problem = first_problem(problem)
     if problem is not None:
         raise ValueError(problem)
     engine.refresh()
@@ -198,26 +203,26 @@ def _fill(engine: Engine, reader: CheckpointReader, weights_only: bool) -> None:
     prepare_states(optimizer, slices, kinds)
     for part in slices:
         name = stored[part.name]
-        cut = cut_of(name, part.parameter, engine)
-        if weights_only and not _is_stored(name, cut, reader):
+        sharding = sharding_of(name, part.parameter, engine)
+        if weights_only and not _is_stored(name, sharding, reader):
             continue
         for kind, value in slice_states(optimizer, part).items():
             if kind == WEIGHT or kind in reader.kinds[name] - {STEP}:  # no state: it was never updated
-                value.copy_(reader.run_of(kind, name, cut, rank, part.offset, part.length))
+                value.copy_(reader.read_for(sharding, rank, kind, name, part.offset, part.length))
         if STEP in reader.kinds[name] and not weights_only:
             step = optimizer.state[part.updated][STEP]
             step.fill_(max(step.item(), reader.scalar(name)))
     for name, buffer in persistent_buffers(engine):
-        cut = Cut(tuple(buffer.shape))
-        if weights_only and not _is_stored(name, cut, reader):
+        sharding = Sharding(tuple(buffer.shape))
+        if weights_only and not _is_stored(name, sharding, reader):
             continue
-        buffer.copy_(reader.run_of(BUFFER, name, cut, 0, 0, buffer.numel()).view_as(buffer))
+        buffer.copy_(reader.read_for(sharding, 0, BUFFER, name, 0, buffer.numel()).view_as(buffer))
 
 
-def _is_stored(name: str, cut: Cut, reader: CheckpointReader) -> bool:
+def _is_stored(name: str, sharding: Sharding, reader: CheckpointReader) -> bool:
     """Whether fine-tuning finds it: everything but a router of another kind, which begins as in a new run."""
     stored = reader.manifest.parameters.get(name)
-    return stored is not None and stored.unpadded == cut.unpadded
+    return stored is not None and stored.unpadded == sharding.unpadded
 
 
 def _named(root: Path, all_of_them: bool) -> list[Path]:

@@ -14,27 +14,12 @@ from typing import Any
 
 import xxhash
 
-from mor_megatron.checkpointing.pieces import STEP, Cut, Piece
-from mor_megatron.checkpointing.tensor_file import Written, checksum_of
+from mor_megatron.checkpointing.shards import STEP, ShardEntry, Sharding
+from mor_megatron.checkpointing.stored_file import StoredFile, checksum_of
 from mor_megatron.training.progress import Progress
 
 FORMAT = "mor-megatron checkpoint 2"
 MANIFEST, CONFIG, KEPT_TOKENIZER = "manifest.json", "config.yaml", "tokenizer"
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """A file of a checkpoint."""
-
-    size: int
-    checksum: str
-    """XXH3, 128 bits, hexadecimal."""
-    pieces: tuple[str, ...] = ()
-    """Names of the tensors in it; none if it is no tensor file."""
-
-    @classmethod
-    def of(cls, written: Written, pieces: tuple[str, ...] = ()) -> StoredFile:
-        return cls(written.size, written.checksum, pieces)
 
 
 @dataclass(frozen=True)
@@ -53,8 +38,8 @@ class Manifest:
     """fp16 only."""
     random: dict[str, Any]
     """`random_state()`."""
-    parameters: dict[str, Cut]
-    """Of the whole model, buffers included, and how the writer cut them."""
+    parameters: dict[str, Sharding]
+    """Of the whole model, buffers included, and how the writer divided them."""
     files: dict[str, StoredFile]
     tokenizer: dict[str, Any] | None = None
     """`KeptTokenizer.entry`; None: the run had none, or was of an older version."""
@@ -67,7 +52,11 @@ class Manifest:
 
     def to_json(self) -> str:
         """Text that `parse` turns back into an equal manifest."""
-        content = {"format": FORMAT, **asdict(self)}
+        files = {
+            name: {"size": file.size, "checksum": file.checksum, "pieces": file.entries}
+            for name, file in self.files.items()
+        }
+        content = {"format": FORMAT, **asdict(self), "files": files}
         return json.dumps({**content, "checksum": self_checksum(content)}, indent=1) + "\n"
 
 
@@ -122,7 +111,7 @@ def parse(text: str) -> Manifest:
     _expect(content["tokenizer"] is None or _is_tokenizer(content["tokenizer"]), "tokenizer")
     corpora = content["corpora"]
     _expect(corpora is None or (isinstance(corpora, dict) and all(map(_whole, corpora.values()))), "corpora")
-    content["parameters"] = {name: _cut(name, entry) for name, entry in content["parameters"].items()}
+    content["parameters"] = {name: _sharding(name, entry) for name, entry in content["parameters"].items()}
     content["files"] = {name: _file(name, entry) for name, entry in content["files"].items()}
     return Manifest(**content)
 
@@ -182,28 +171,28 @@ def _is_inside(name: str) -> bool:
     return str(path) == name and below and not path.is_absolute() and ".." not in path.parts and name != "."
 
 
-def _cut(name: str, entry: Any) -> Cut:
+def _sharding(name: str, entry: Any) -> Sharding:
     what = f"parameters: {name}"
-    _expect(isinstance(entry, dict) and set(entry) == {field.name for field in fields(Cut)}, what)
-    shape, dim, stride, size, rows = (entry[field.name] for field in fields(Cut))
+    _expect(isinstance(entry, dict) and set(entry) == {field.name for field in fields(Sharding)}, what)
+    shape, dim, stride, size, rows = (entry[field.name] for field in fields(Sharding))
     _expect(isinstance(shape, list) and len(shape) > 0 and all(_whole(n) and n > 0 for n in shape), what)
     _expect(_whole(stride) and _whole(size) and stride > 0 and size > 0, what)
     _expect(dim is None or (_whole(dim) and dim < len(shape) and shape[dim] % (stride * size) == 0), what)
     _expect(rows is None or (_whole(rows) and rows <= shape[0]), what)
-    return Cut(tuple(shape), dim, stride, size, rows)
+    return Sharding(tuple(shape), dim, stride, size, rows)
 
 
 def _file(name: str, entry: Any) -> StoredFile:
     what = f"files: {name}"
-    _expect(isinstance(entry, dict) and set(entry) == {field.name for field in fields(StoredFile)}, what)
+    _expect(isinstance(entry, dict) and set(entry) == {"size", "checksum", "pieces"}, what)
     _expect(_is_inside(name), what)
-    size, checksum, pieces = (entry[field.name] for field in fields(StoredFile))
+    size, checksum, entries = entry["size"], entry["checksum"], entry["pieces"]
     _expect(_whole(size) and isinstance(checksum, str), what)
-    _expect(isinstance(pieces, list) and all(isinstance(piece, str) for piece in pieces), what)
-    for piece in pieces:
+    _expect(isinstance(entries, list) and all(isinstance(key, str) for key in entries), what)
+    for key in entries:
         try:
-            parsed = Piece.parse(piece)
+            parsed = ShardEntry.parse(key)
         except ValueError as error:
-            raise ValueError(f"{what}: {piece!r:.80} is no name of a piece") from error
-        _expect(parsed.kind != STEP or parsed.offset == 0, f"{what}: {piece}")
-    return StoredFile(size, checksum, tuple(pieces))
+            raise ValueError(f"{what}: {key!r:.80} is no name of a shard entry") from error
+        _expect(parsed.kind != STEP or parsed.offset == 0, f"{what}: {key}")
+    return StoredFile(size, checksum, tuple(entries))

@@ -1,4 +1,4 @@
-"""Reads parameters out of a checkpoint's pieces: whole, or the run of elements that a rank of any layout needs.
+"""Reads parameters out of a checkpoint's shard entries: whole, or the elements that a rank of any layout needs.
 
 Nothing here needs a process group, and nothing is unpickled.
 """
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mor_megatron.checkpointing.manifest import Manifest, damage, read_manifest
-from mor_megatron.checkpointing.pieces import BUFFER, STEP, WEIGHT, Cut, Piece
+from mor_megatron.checkpointing.shards import BUFFER, STEP, WEIGHT, ShardEntry, Sharding
 
 WHOLE = {WEIGHT: "model.safetensors", BUFFER: "buffers.safetensors"}
 """Files of a converted checkpoint: whole tensors by name."""
@@ -33,24 +33,24 @@ class CheckpointReader:
         self.manifest = manifest
         self.kinds: dict[str, set[str]] = defaultdict(set)
         """Name of a parameter or buffer -> kinds of state there are of it."""
-        self._pieces: dict[tuple[str, str, int], list[tuple[int, str, str]]] = defaultdict(list)
+        self._entries: dict[tuple[str, str, int], list[tuple[int, str, str]]] = defaultdict(list)
         self._open: dict[str, safe_open] = {}
         for file, stored in manifest.files.items():
-            for key in stored.pieces:
-                piece = Piece.parse(key)
-                self.kinds[piece.name].add(piece.kind)
-                self._pieces[piece.kind, piece.name, piece.share].append((piece.offset, key, file))
-        for pieces in self._pieces.values():
-            pieces.sort()
+            for key in stored.entries:
+                entry = ShardEntry.parse(key)
+                self.kinds[entry.name].add(entry.kind)
+                self._entries[entry.kind, entry.name, entry.shard].append((entry.offset, key, file))
+        for entries in self._entries.values():
+            entries.sort()
 
-    def run(self, kind: str, name: str, share: int, begin: int, length: int) -> Tensor:
-        """Elements [begin, begin + length) of one tensor-parallel share, fp32.
+    def read(self, kind: str, name: str, shard: int, begin: int, length: int) -> Tensor:
+        """Elements [begin, begin + length) of one tensor-parallel shard, fp32.
 
         Raises:
             ValueError: the checkpoint does not have all of them; names the first missing one.
         """
         spans, at, end = [], begin, begin + length
-        for offset, key, file in self._pieces[kind, name, share]:
+        for offset, key, file in self._entries[kind, name, shard]:
             if at >= end or offset > at:
                 break
             stored = self._slice(file, key)
@@ -59,36 +59,41 @@ class CheckpointReader:
                 spans.append(stored[at - offset : stop - offset])
                 at = stop
         if at < end:
-            raise ValueError(f"{self.directory} lacks element {at} of {kind}/{name}, share {share}")
+            raise ValueError(f"{self.directory} lacks element {at} of {kind}/{name}, shard {shard}")
         return spans[0] if len(spans) == 1 else torch.cat(spans)
 
     def scalar(self, name: str) -> float:
         """The number of updates of a parameter."""
-        return self.run(STEP, name, 0, 0, 1).item()
+        return self.read(STEP, name, 0, 0, 1).item()
 
     def whole(self, kind: str, name: str) -> Tensor:
         """All of a parameter's weights or of one of its states, in the parameter's shape, vocabulary unpadded."""
-        cut = self._cut(name)
-        return cut.join([self.run(kind, name, share, 0, cut.share_numel) for share in range(cut.shares)])
+        sharding = self._sharding(name)
+        return sharding.join(
+            [self.read(kind, name, shard, 0, sharding.shard_numel) for shard in range(sharding.shards)]
+        )
 
-    def run_of(self, kind: str, name: str, cut: Cut, rank: int, begin: int, length: int) -> Tensor:
-        """Elements [begin, begin + length) of the share of `rank` in a layout that cuts the parameter as `cut` does.
+    def read_for(self, sharding: Sharding, rank: int, kind: str, name: str, begin: int, length: int) -> Tensor:
+        """Elements [begin, begin + length) of the shard that a tensor-parallel rank has in another layout.
 
+        Args:
+            sharding: how that layout divides the parameter.
+            rank: tensor-parallel rank in it.
         Raises:
             ValueError: the checkpoint's parameter has another shape, or is not there.
         """
-        stored = self._cut(name)
-        if stored.unpadded != cut.unpadded:
+        stored = self._sharding(name)
+        if stored.unpadded != sharding.unpadded:
             raise ValueError(
-                f"{name} has shape {list(cut.unpadded)}, and {list(stored.unpadded)} in {self.directory}: give the "
-                "model the same settings"
+                f"{name} has shape {list(sharding.unpadded)}, and {list(stored.unpadded)} in {self.directory}: give "
+                "the model the same settings"
             )
-        share = 0 if cut.dim is None else rank
-        if stored == cut:
-            return self.run(kind, name, share, begin, length)
-        return cut.cut(self.whole(kind, name), share).narrow(0, begin, length)
+        shard = 0 if sharding.dim is None else rank
+        if stored == sharding:
+            return self.read(kind, name, shard, begin, length)
+        return sharding.shard(self.whole(kind, name), shard).narrow(0, begin, length)
 
-    def _cut(self, name: str) -> Cut:
+    def _sharding(self, name: str) -> Sharding:
         if name not in self.manifest.parameters:
             raise ValueError(f"{self.directory} has no {name}: give the model the same settings")
         return self.manifest.parameters[name]
@@ -100,7 +105,7 @@ class CheckpointReader:
                 self._open[file] = safe_open(path, "pt")
             stored = self._open[file].get_slice(key)
             if stored.get_dtype() != "F32" or len(stored.get_shape()) != 1:
-                raise ValueError(f"{path}: {key} is no run of fp32 elements")
+                raise ValueError(f"{path}: {key} is no vector of fp32 elements")
             return stored
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: {key} cannot be read ({error})") from error
@@ -134,7 +139,7 @@ def read_parameters(directory: str | Path) -> dict[str, Tensor]:
 
 
 def read_buffers(directory: str | Path) -> dict[str, Tensor]:
-    """The same of buffers that belong to the model (the balancing bias of token-choice)."""
+    """All buffers of a checkpoint that are state (the balancing bias of token-choice), whole; as `read_parameters`."""
     return _read(directory, BUFFER)
 
 

@@ -1,7 +1,7 @@
-"""Saving: all ranks write their pieces, agree that they are on the disk, and only then is there a checkpoint.
+"""Saving: all ranks write their shard entries, agree that they are on the disk, and only then is there a checkpoint.
 
 1. rank 0 makes `iter_N.partial`;
-2. every rank writes its pieces there, flushed to the disk; with `--async-save`, a thread copies them and then writes;
+2. every rank writes its entries there, flushed to the disk; with `--async-save`, a thread copies them and then writes;
 3. all ranks exchange what they wrote, or what went wrong;
 4. rank 0 writes config and manifest, renames the directory, points `latest` to it, deletes what retention gives up.
 
@@ -23,22 +23,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
-from mor_megatron.checkpointing.collectives import from_all_ranks, from_rank_0
 from mor_megatron.checkpointing.compatibility import layout, model_shape
-from mor_megatron.checkpointing.directory import PARTIAL, checkpoint_name, delete, publish, superfluous
-from mor_megatron.checkpointing.engine_state import persistent_buffers, slice_states
+from mor_megatron.checkpointing.directory import PARTIAL, checkpoint_name, delete, expired, publish
+from mor_megatron.checkpointing.engine_state import all_shardings, local_entries
 from mor_megatron.checkpointing.kept_tokenizer import KeptTokenizer
-from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, Manifest, StoredFile
-from mor_megatron.checkpointing.pieces import BUFFER, STEP, Cut, Piece, cut_of
+from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, Manifest
 from mor_megatron.checkpointing.randomness import random_state
-from mor_megatron.checkpointing.tensor_file import write_tensors, write_text
+from mor_megatron.checkpointing.stored_file import StoredFile, write_tensors, write_text
 from mor_megatron.config.cli import to_yaml
 from mor_megatron.config.schema import Config
 from mor_megatron.data.corpora import corpus_sizes
-from mor_megatron.distributed.replicated import is_tied_copy
+from mor_megatron.distributed.collectives import from_all_ranks, from_rank_0
 from mor_megatron.training.engine import Engine
 from mor_megatron.training.progress import Progress
 
@@ -81,7 +78,7 @@ class Saver:
         self.tokenizer = tokenizer
         self.corpora = corpus_sizes(config.data)
         self.root = Path(config.checkpoint.save)
-        self.cuts = united_cuts(engine)
+        self.shardings = all_shardings(engine)
         self.last_failed: str | None = None
         """Why the most recent save failed; None if it did not. Equal on all ranks."""
         self.stalled = 0.0
@@ -137,30 +134,29 @@ class Saver:
             self._report(partial, [error])
             return
         save = self._in_flight = _Save(partial, self._manifest(progress))
-        pieces = local_pieces(self.engine)
+        entries = local_entries(self.engine)
         if self.config.checkpoint.async_save:
-            save.thread = threading.Thread(target=self._copy_and_write, args=(save, pieces), name="checkpoint")
+            save.thread = threading.Thread(target=self._copy_and_write, args=(save, entries), name="checkpoint")
             save.thread.start()
         else:
-            self._write(save, pieces)
+            self._write(save, entries)
             self._complete()
 
-    def _copy_and_write(self, save: _Save, pieces: list[tuple[str, Tensor]]) -> None:
+    def _copy_and_write(self, save: _Save, entries: list[tuple[str, Tensor]]) -> None:
         try:
-            pieces = self._copy(pieces)
+            entries = self._copy(entries)
         finally:
             save.copied.set()
-        self._write(save, pieces)
+        self._write(save, entries)
 
-    def _write(self, save: _Save, pieces: list[tuple[str, Tensor]]) -> None:
+    def _write(self, save: _Save, entries: list[tuple[str, Tensor]]) -> None:
         """What this rank has to write; on rank 0, the tokenizer, too."""
 
         def write() -> None:
             rank = dist.get_rank()
-            if pieces:
+            if entries:
                 name = f"state_{rank:05d}.safetensors"
-                written = write_tensors(save.partial / name, pieces)
-                save.files[name] = StoredFile.of(written, tuple(key for key, _ in pieces))
+                save.files[name] = write_tensors(save.partial / name, entries)
             if rank == 0 and self.tokenizer is not None:
                 save.files |= self.tokenizer.write(save.partial)
 
@@ -190,7 +186,7 @@ class Saver:
 
     def _publish(self, save: _Save, files: dict[str, StoredFile]) -> None:
         save.manifest.files.update(files)
-        save.manifest.files[CONFIG] = StoredFile.of(write_text(save.partial / CONFIG, to_yaml(self.config)))
+        save.manifest.files[CONFIG] = write_text(save.partial / CONFIG, to_yaml(self.config))
         write_text(save.partial / MANIFEST, save.manifest.to_json())
         publish(save.partial)
 
@@ -198,7 +194,7 @@ class Saver:
         checkpoint = self.config.checkpoint
         if checkpoint.keep_last is None:
             return
-        error = _failure(lambda: delete(superfluous(self.root, checkpoint.keep_last, checkpoint.keep_every)))
+        error = _failure(lambda: delete(expired(self.root, checkpoint.keep_last, checkpoint.keep_every)))
         if error is not None:
             print(f"old checkpoints in {self.root} could not be deleted: {error}", file=sys.stderr, flush=True)
 
@@ -226,53 +222,25 @@ class Saver:
             versions={package: version(package) for package in ("torch", "megatron-core", "deepspeed")},
             loss_scaler=self.engine.loss_scaler_state(),
             random=random_state(),
-            parameters=self.cuts,
+            parameters=self.shardings,
             files={},
             tokenizer=None if self.tokenizer is None else self.tokenizer.entry(),
             corpora=self.corpora,
         )
 
-    def _copy(self, pieces: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-        """The pieces in memory of our own on the CPU, which the next save uses again."""
-        on_device = any(piece.is_cuda for _, piece in pieces)
+    def _copy(self, entries: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+        """The entries in memory of our own on the CPU, which the next save uses again."""
+        on_device = any(entry.is_cuda for _, entry in entries)
         copies = []
-        for key, piece in pieces:
+        for key, entry in entries:
             buffer = self._buffers.get(key)
-            if buffer is None or buffer.numel() != piece.numel():
-                buffer = self._buffers[key] = torch.empty(piece.numel(), pin_memory=piece.is_cuda)
-            buffer.copy_(piece, non_blocking=True)
+            if buffer is None or buffer.numel() != entry.numel():
+                buffer = self._buffers[key] = torch.empty(entry.numel(), pin_memory=entry.is_cuda)
+            buffer.copy_(entry, non_blocking=True)
             copies.append((key, buffer))
         if on_device:
             torch.cuda.synchronize()
         return copies
-
-
-def local_pieces(engine: Engine) -> list[tuple[str, Tensor]]:
-    """What this rank writes: names of pieces and fp32 views [n] of the engine's own state."""
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    pieces: list[tuple[str, Tensor]] = []
-    for part in engine.distinct_slices():
-        share = rank if getattr(part.parameter, "tensor_model_parallel", False) else 0
-        for kind, value in slice_states(engine.optimizer, part).items():
-            if kind != STEP:
-                pieces.append((str(Piece(kind, part.name, share, part.offset)), value))
-            elif share == 0 and part.offset == 0:
-                pieces.append((str(Piece(kind, part.name, 0, 0)), value))
-    if parallel_state.get_data_parallel_rank() == 0 and rank == 0:
-        pieces += [(str(Piece(BUFFER, name, 0, 0)), buffer) for name, buffer in _flat_buffers(engine)]
-    return pieces
-
-
-def united_cuts(engine: Engine) -> dict[str, Cut]:
-    """How all parameters and buffers of the whole model are cut, copies left out; collective over all ranks."""
-    named = engine.module.named_parameters()
-    cuts = {name: cut_of(name, parameter, engine) for name, parameter in named if not is_tied_copy(parameter)}
-    cuts |= {name: Cut(tuple(buffer.shape)) for name, buffer in persistent_buffers(engine)}
-    return {name: cut for part in from_all_ranks(cuts) for name, cut in part.items()}
-
-
-def _flat_buffers(engine: Engine) -> list[tuple[str, Tensor]]:
-    return [(name, buffer.detach().float().reshape(-1)) for name, buffer in persistent_buffers(engine)]
 
 
 def _make_empty(partial: Path) -> None:

@@ -18,10 +18,10 @@ from torch import Tensor
 from mor_megatron.checkpointing.compatibility import model_shape
 from mor_megatron.checkpointing.directory import PARTIAL, checkpoint_name, publish
 from mor_megatron.checkpointing.kept_tokenizer import KeptTokenizer
-from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, Manifest, StoredFile
-from mor_megatron.checkpointing.pieces import BUFFER, WEIGHT, Cut, Piece
+from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, Manifest
 from mor_megatron.checkpointing.randomness import random_state
-from mor_megatron.checkpointing.tensor_file import write_tensors, write_text
+from mor_megatron.checkpointing.shards import BUFFER, WEIGHT, ShardEntry, Sharding
+from mor_megatron.checkpointing.stored_file import write_tensors, write_text
 from mor_megatron.config.cli import to_yaml
 from mor_megatron.config.schema import Config, RecursionConfig
 from mor_megatron.data.tokenizers import build_tokenizer
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 Imported = tuple[dict[str, Tensor], Config]
 """Whole fp32 tensors by our names, and the validated settings of a run with this model."""
 
-_CUTS = {
+_DIVISION = {
     "word_embeddings": (0, 1),
     "output_layer": (0, 1),
     "linear_qkv": (0, 1),
@@ -47,7 +47,7 @@ _CUTS = {
     "linear_proj": (1, 1),
     "linear_fc2": (1, 1),
 }
-"""Along which dimension, and in how many parts by themselves, tensor parallelism cuts a weight of this name."""
+"""Along which dimension, and in how many parts by themselves, tensor parallelism divides a weight of this name."""
 
 
 def read_export(path: Path) -> Imported:
@@ -155,7 +155,7 @@ def write_checkpoint(
         raise ValueError(f"output={root} is not empty: name a new directory")
     partial = root / f"{checkpoint_name(0)}{PARTIAL}"
     kinds = {name: BUFFER if name == BALANCE_BIAS else WEIGHT for name in weights}
-    pieces = [(str(Piece(kinds[name], name, 0, 0)), tensor.float().flatten()) for name, tensor in weights.items()]
+    entries = [(str(ShardEntry(kinds[name], name, 0, 0)), tensor.float().flatten()) for name, tensor in weights.items()]
     manifest = Manifest(
         progress=asdict(Progress()),
         model=model_shape(config, config.model.vocab_size),
@@ -164,15 +164,15 @@ def write_checkpoint(
         versions={},
         loss_scaler=None,
         random=random_state(),
-        parameters={name: _cut(name, tensor) for name, tensor in weights.items()},
+        parameters={name: _sharding(name, tensor) for name, tensor in weights.items()},
         files={},
         tokenizer=None if tokenizer is None else tokenizer.entry(),
     )
     try:
         partial.mkdir(parents=True)
         state = "state_00000.safetensors"
-        manifest.files[state] = StoredFile.of(write_tensors(partial / state, pieces), tuple(key for key, _ in pieces))
-        manifest.files[CONFIG] = StoredFile.of(write_text(partial / CONFIG, to_yaml(config)))
+        manifest.files[state] = write_tensors(partial / state, entries)
+        manifest.files[CONFIG] = write_text(partial / CONFIG, to_yaml(config))
         if tokenizer is not None:
             manifest.files.update(tokenizer.write(partial))
         write_text(partial / MANIFEST, manifest.to_json())
@@ -182,14 +182,14 @@ def write_checkpoint(
         raise ValueError(f"output={root} cannot be written ({error.strerror or error}): choose another") from error
 
 
-def _cut(name: str, tensor: Tensor) -> Cut:
+def _sharding(name: str, tensor: Tensor) -> Sharding:
     """What a run on one rank would have written of it."""
     part = name.split(".")[-2]
-    if part not in _CUTS:
-        return Cut(tuple(tensor.shape))
-    dim, stride = _CUTS[part]
+    if part not in _DIVISION:
+        return Sharding(tuple(tensor.shape))
+    dim, stride = _DIVISION[part]
     rows = tensor.shape[0] if part in ("word_embeddings", "output_layer") else None
-    return Cut(tuple(tensor.shape), dim, stride, rows=rows)
+    return Sharding(tuple(tensor.shape), dim, stride, rows=rows)
 
 
 def kind_of(path: Path) -> str:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from mor_megatron.checkpointing.collectives import from_all_ranks
 from mor_megatron.checkpointing.directory import candidates
-from mor_megatron.checkpointing.lock import Lock
 from mor_megatron.config.schema import CheckpointConfig, Config
+from mor_megatron.distributed.collectives import first_problem
+from mor_megatron.pretraining.lock import Lock
 from mor_megatron.pretraining.writers import WeightsAndBiases, Writer
 
 
@@ -39,9 +39,9 @@ def claim_outputs(config: Config) -> Iterator[list[Writer]]:
         problem, writers = None, []
         try:
             writers = _claim(config, stack)
-        except ValueError as error:  # raised by all ranks or by none: the others would wait for this one
+        except ValueError as error:
             problem = str(error)
-        problem = next((each for each in from_all_ranks(problem) if each is not None), None)
+        problem = first_problem(problem)
         if problem is not None:
             raise ValueError(problem)
         yield writers

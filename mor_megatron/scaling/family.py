@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from mor_megatron.checkpointing.directory import checkpoint_name
 from mor_megatron.config.cli import read_config, save_config
 from mor_megatron.config.schema import Config
 from mor_megatron.config.validate import validate
@@ -82,7 +83,7 @@ def budget_label(budget: float) -> str:
 
 def checkpoint_of(save: str | Path, iteration: int) -> Path:
     """The directory of one checkpoint of a run."""
-    return Path(save) / f"iter_{iteration:07d}"  # checkpointing/directory.py; to import it would load Megatron-core
+    return Path(save) / checkpoint_name(iteration)
 
 
 def plan_family(

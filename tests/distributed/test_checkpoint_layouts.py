@@ -11,8 +11,8 @@ from checkpoint_jobs import Curve, allow_fp16, copy_through, differing, resume, 
 from layout_runs import FP32_LAYOUT_TOL
 from table import LAYOUTS, ONE, Layout, build_config
 
-from mor_megatron.checkpointing.pieces import STEP
 from mor_megatron.checkpointing.reader import open_checkpoint
+from mor_megatron.checkpointing.shards import STEP
 from mor_megatron.config.schema import Config
 
 GLOBAL_BATCH = 16

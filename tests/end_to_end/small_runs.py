@@ -15,8 +15,8 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from mor_megatron.checkpointing.pieces import STEP
 from mor_megatron.checkpointing.reader import open_checkpoint, read_buffers, read_parameters
+from mor_megatron.checkpointing.shards import STEP
 from mor_megatron.config.schema import (
     CheckpointConfig,
     Config,

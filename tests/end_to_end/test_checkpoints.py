@@ -24,12 +24,12 @@ from small_runs import (
     small_config,
 )
 
-from mor_megatron.checkpointing import lock
 from mor_megatron.checkpointing import save as saving
 from mor_megatron.checkpointing.directory import candidates
 from mor_megatron.checkpointing.manifest import read_manifest
 from mor_megatron.checkpointing.reader import open_checkpoint
 from mor_megatron.checkpointing.save import SaveError
+from mor_megatron.pretraining import lock
 from mor_megatron.pretraining.pretrain import pretrain
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -241,7 +241,7 @@ def test_saving_in_the_background_saves_the_same(whole, corpus, tmp_path, monkey
     Copying begins long after a step of this model would have changed it.
     """
     copy = saving.Saver._copy
-    monkeypatch.setattr(saving.Saver, "_copy", lambda saver, pieces: time.sleep(0.5) or copy(saver, pieces))
+    monkeypatch.setattr(saving.Saver, "_copy", lambda saver, entries: time.sleep(0.5) or copy(saver, entries))
     pretrain(small_config(corpus, save=str(tmp_path), train_iters=9, save_interval=3, async_save=True))
     for iteration in (3, 6, 9):
         assert_same_checkpoint(tmp_path, whole, iteration)

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from mor_megatron.checkpointing.directory import PARTIAL, checkpoint_name, publish
-from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, Manifest, StoredFile
-from mor_megatron.checkpointing.pieces import BUFFER, STEP, WEIGHT, Cut, Piece
+from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, Manifest
 from mor_megatron.checkpointing.randomness import random_state
-from mor_megatron.checkpointing.tensor_file import write_tensors, write_text
+from mor_megatron.checkpointing.shards import BUFFER, STEP, WEIGHT, ShardEntry, Sharding
+from mor_megatron.checkpointing.stored_file import write_tensors, write_text
 from mor_megatron.training.progress import Progress
 
-CUTS = {
-    "embedding.word_embeddings.weight": Cut((12, 3), dim=0, size=2, rows=11),
-    "layers.0.mlp.linear_fc1.weight": Cut((8, 3), dim=0, stride=2, size=2),
-    "layers.0.mlp.linear_fc2.weight": Cut((3, 4), dim=1, size=2),
-    "final_layernorm.weight": Cut((3,)),
-    "router.balance_bias": Cut((2,)),
+SHARDINGS = {
+    "embedding.word_embeddings.weight": Sharding((12, 3), dim=0, size=2, rows=11),
+    "layers.0.mlp.linear_fc1.weight": Sharding((8, 3), dim=0, stride=2, size=2),
+    "layers.0.mlp.linear_fc2.weight": Sharding((3, 4), dim=1, size=2),
+    "final_layernorm.weight": Sharding((3,)),
+    "router.balance_bias": Sharding((2,)),
 }
 
 
@@ -28,30 +28,32 @@ def whole_tensors(seed: int = 0) -> dict[tuple[str, str], Tensor]:
     """(kind, name) -> what a reader has to give back."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, cut in CUTS.items():
+    for name, sharding in SHARDINGS.items():
         for kind in (BUFFER,) if name == "router.balance_bias" else (WEIGHT, "exp_avg", "exp_avg_sq"):
-            tensors[kind, name] = torch.randn(cut.unpadded, generator=generator)
+            tensors[kind, name] = torch.randn(sharding.unpadded, generator=generator)
     return tensors
 
 
 def write_checkpoint(root: Path, iteration: int = 10, seed: int = 0) -> Path:
-    """Publish it under `root`; every share is written in two pieces, by two ranks."""
+    """Publish it under `root`; every shard is written in two entries, by two ranks."""
     partial = root / f"{checkpoint_name(iteration)}{PARTIAL}"
     partial.mkdir(parents=True)
     by_rank: list[list[tuple[str, Tensor]]] = [[] for _ in range(4)]
     for (kind, name), whole in whole_tensors(seed).items():
-        for share in range(CUTS[name].shares):
-            flat = CUTS[name].cut(whole, share)
+        for shard in range(SHARDINGS[name].shards):
+            flat = SHARDINGS[name].shard(whole, shard)
             middle = flat.numel() // 2
             for replica, (begin, end) in enumerate([(0, middle), (middle, flat.numel())]):
-                by_rank[2 * replica + share].append((str(Piece(kind, name, share, begin)), flat[begin:end].clone()))
+                by_rank[2 * replica + shard].append(
+                    (str(ShardEntry(kind, name, shard, begin)), flat[begin:end].clone())
+                )
         if kind == WEIGHT:
-            by_rank[0].append((str(Piece(STEP, name, 0, 0)), torch.tensor([float(iteration)])))
+            by_rank[0].append((str(ShardEntry(STEP, name, 0, 0)), torch.tensor([float(iteration)])))
     files = {}
-    for rank, pieces in enumerate(by_rank):
+    for rank, entries in enumerate(by_rank):
         file = f"state_{rank:05d}.safetensors"
-        files[file] = StoredFile.of(write_tensors(partial / file, pieces), tuple(key for key, _ in pieces))
-    files[CONFIG] = StoredFile.of(write_text(partial / CONFIG, "hidden-size: 3\n"))
+        files[file] = write_tensors(partial / file, entries)
+    files[CONFIG] = write_text(partial / CONFIG, "hidden-size: 3\n")
     manifest = Manifest(
         progress=asdict(Progress(iteration=iteration, consumed_samples=4 * iteration)),
         model={"hidden-size": 3, "num-recursions": 3},
@@ -60,7 +62,7 @@ def write_checkpoint(root: Path, iteration: int = 10, seed: int = 0) -> Path:
         versions={"torch": "2"},
         loss_scaler=None,
         random=random_state(),
-        parameters=CUTS,
+        parameters=SHARDINGS,
         files=files,
     )
     write_text(partial / MANIFEST, manifest.to_json())

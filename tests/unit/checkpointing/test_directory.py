@@ -11,9 +11,9 @@ import torch
 from checkpoints import whole_tensors, write_checkpoint
 
 from mor_megatron.checkpointing import directory
-from mor_megatron.checkpointing.directory import candidates, delete, publish, superfluous
-from mor_megatron.checkpointing.pieces import WEIGHT
+from mor_megatron.checkpointing.directory import candidates, delete, expired, publish
 from mor_megatron.checkpointing.reader import read_parameters
+from mor_megatron.checkpointing.shards import WEIGHT
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -102,10 +102,10 @@ def test_a_kill_at_any_instant_of_publishing(tmp_path, monkeypatch, again):
 
 def test_retention(tmp_path):
     fill(tmp_path, [5, 10, 15, 20, 25, 30])
-    assert names(superfluous(tmp_path, keep_last=2)) == ["iter_0000020", "iter_0000015", "iter_0000010", "iter_0000005"]
-    assert names(superfluous(tmp_path, 2, keep_every=10)) == ["iter_0000015", "iter_0000005"]
-    assert superfluous(tmp_path, keep_last=6) == []
-    assert superfluous(tmp_path / "nothing", keep_last=1) == []
+    assert names(expired(tmp_path, keep_last=2)) == ["iter_0000020", "iter_0000015", "iter_0000010", "iter_0000005"]
+    assert names(expired(tmp_path, 2, keep_every=10)) == ["iter_0000015", "iter_0000005"]
+    assert expired(tmp_path, keep_last=6) == []
+    assert expired(tmp_path / "nothing", keep_last=1) == []
 
 
 def test_incomplete_ones_are_not_counted_as_kept(tmp_path):
@@ -113,13 +113,13 @@ def test_incomplete_ones_are_not_counted_as_kept(tmp_path):
     (tmp_path / "iter_0000010" / "state_00001.safetensors").unlink()
     (tmp_path / "iter_0000012.partial").mkdir()
     (tmp_path / "iter_0000020.partial").mkdir()  # another process may be writing it
-    assert names(superfluous(tmp_path, keep_last=2)) == ["iter_0000010", "iter_0000012.partial"]
+    assert names(expired(tmp_path, keep_last=2)) == ["iter_0000010", "iter_0000012.partial"]
 
 
 def test_the_future_of_an_older_checkpoint_is_left_alone(tmp_path):
     fill(tmp_path, [5, 10, 15, 20])
     (tmp_path / "latest").write_text("iter_0000010\n")
-    assert names(superfluous(tmp_path, keep_last=1)) == ["iter_0000005"]
+    assert names(expired(tmp_path, keep_last=1)) == ["iter_0000005"]
 
 
 def test_a_deletion_that_is_cut_short_leaves_no_checkpoint(tmp_path, monkeypatch):

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
-from checkpoints import CUTS, whole_tensors, write_checkpoint
+from checkpoints import SHARDINGS, whole_tensors, write_checkpoint
 from safetensors.torch import load_file
 
 from mor_megatron.checkpointing.convert import convert
 from mor_megatron.checkpointing.inspection import describe, verify
 from mor_megatron.checkpointing.manifest import MANIFEST, parse, read_manifest
-from mor_megatron.checkpointing.pieces import BUFFER, WEIGHT, Cut, Piece
 from mor_megatron.checkpointing.reader import open_checkpoint, read_buffers, read_parameters
-from mor_megatron.checkpointing.tensor_file import checksum_of, write_tensors
+from mor_megatron.checkpointing.shards import BUFFER, WEIGHT, ShardEntry, Sharding
+from mor_megatron.checkpointing.stored_file import checksum_of, write_tensors
 
 
 @pytest.fixture
@@ -38,24 +38,26 @@ def test_the_library_reads_what_is_written(tmp_path):
         write_tensors(path, tensors.items())
 
 
-@pytest.mark.parametrize("cut", [*CUTS.values(), Cut((12, 4), 1, 2, 2), Cut((8, 2), 0, 1, 4, rows=5)], ids=str)
-def test_cut_and_join_are_inverse(cut):
-    whole = torch.randn(cut.unpadded)
-    shares = [cut.cut(whole, rank) for rank in range(cut.shares)]
-    assert [share.numel() for share in shares] == [cut.share_numel] * cut.shares
-    assert torch.equal(cut.join(shares), whole)
+@pytest.mark.parametrize(
+    "sharding", [*SHARDINGS.values(), Sharding((12, 4), 1, 2, 2), Sharding((8, 2), 0, 1, 4, rows=5)], ids=str
+)
+def test_shard_and_join_are_inverse(sharding):
+    whole = torch.randn(sharding.unpadded)
+    shards = [sharding.shard(whole, rank) for rank in range(sharding.shards)]
+    assert [shard.numel() for shard in shards] == [sharding.shard_numel] * sharding.shards
+    assert torch.equal(sharding.join(shards), whole)
 
 
-def test_pieces_have_names(checkpoint):
-    piece = Piece("exp_avg", "layers.0.mlp.linear_fc1.weight", 1, 6)
-    assert str(piece) in read_manifest(checkpoint).files["state_00003.safetensors"].pieces
-    assert Piece.parse(str(piece)) == piece
+def test_shard_entries_have_names(checkpoint):
+    entry = ShardEntry("exp_avg", "layers.0.mlp.linear_fc1.weight", 1, 6)
+    assert str(entry) in read_manifest(checkpoint).files["state_00003.safetensors"].entries
+    assert ShardEntry.parse(str(entry)) == entry
     for text in ("exp_avg/name/0", "exp_avg/name/0/-1", "exp_avg/name/x/1", ""):
         with pytest.raises(ValueError):
-            Piece.parse(text)
+            ShardEntry.parse(text)
 
 
-def test_reading_joins_pieces_and_shares(checkpoint):
+def test_reading_joins_entries_and_shards(checkpoint):
     tensors = whole_tensors()
     reader = open_checkpoint(checkpoint)
     for (kind, name), expected in tensors.items():
@@ -63,35 +65,35 @@ def test_reading_joins_pieces_and_shares(checkpoint):
     for name, value in read_parameters(checkpoint).items():
         assert torch.equal(value, tensors[WEIGHT, name])
     assert torch.equal(read_buffers(checkpoint)["router.balance_bias"], tensors[BUFFER, "router.balance_bias"])
-    assert len(read_parameters(checkpoint)) == len(CUTS) - 1
+    assert len(read_parameters(checkpoint)) == len(SHARDINGS) - 1
     assert reader.scalar("final_layernorm.weight") == 10.0
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_any_run_of_any_layout(checkpoint, size):
+def test_any_part_of_any_layout(checkpoint, size):
     """One, two and four tensor-parallel ranks; a vocabulary padded to other lengths."""
     reader = open_checkpoint(checkpoint)
     name = "embedding.word_embeddings.weight"
-    cut = Cut((16, 3), dim=0, size=size, rows=11)
+    sharding = Sharding((16, 3), dim=0, size=size, rows=11)
     expected = torch.zeros(16, 3)
     expected[:11] = whole_tensors()[WEIGHT, name]
     for rank in range(size):
-        share = expected.chunk(size)[rank].reshape(-1)
-        for begin, length in ((0, share.numel()), (1, share.numel() - 2), (5, 1)):
-            got = reader.run_of(WEIGHT, name, cut, rank, begin, length)
-            assert torch.equal(got, share[begin : begin + length]), (rank, begin)
+        shard = expected.chunk(size)[rank].reshape(-1)
+        for begin, length in ((0, shard.numel()), (1, shard.numel() - 2), (5, 1)):
+            got = reader.read_for(sharding, rank, WEIGHT, name, begin, length)
+            assert torch.equal(got, shard[begin : begin + length]), (rank, begin)
     with pytest.raises(
         ValueError, match=r"word_embeddings.weight has shape \[10, 3\], and \[11, 3\] in .*iter_0000010"
     ):
-        reader.run_of(WEIGHT, name, replace(cut, rows=10), 0, 0, 1)
-    with pytest.raises(ValueError, match=r"lacks element 18 of weight/embedding.*, share 0"):
-        reader.run(WEIGHT, name, 0, 10, 20)
+        reader.read_for(replace(sharding, rows=10), 0, WEIGHT, name, 0, 1)
+    with pytest.raises(ValueError, match=r"lacks element 18 of weight/embedding.*, shard 0"):
+        reader.read(WEIGHT, name, 0, 10, 20)
 
 
 def test_the_manifest_comes_back(checkpoint):
     manifest = read_manifest(checkpoint)
     assert parse(manifest.to_json()) == replace(manifest, random=json.loads(json.dumps(manifest.random)))
-    assert manifest.parameters == CUTS
+    assert manifest.parameters == SHARDINGS
     assert manifest.iteration == 10
 
 
@@ -133,7 +135,7 @@ def test_a_manifest_that_lists_too_little_does_not_verify(checkpoint):
     manifest = read_manifest(checkpoint)
     rewrite(checkpoint, {**manifest.files, "state_00003.safetensors": None})
     problems = "\n".join(verify(checkpoint))
-    assert "weight/layers.0.mlp.linear_fc2.weight, share 1, is not whole at element 3" in problems
+    assert "weight/layers.0.mlp.linear_fc2.weight, shard 1, is not whole at element 3" in problems
 
 
 def rewrite(checkpoint: Path, files: dict) -> None:

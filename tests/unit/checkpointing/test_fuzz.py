@@ -16,9 +16,9 @@ from spoil import COUNTS, spoil
 
 from mor_megatron.checkpointing.inspection import verify as verify_checkpoint
 from mor_megatron.checkpointing.manifest import MANIFEST, self_checksum
-from mor_megatron.checkpointing.pieces import STEP
 from mor_megatron.checkpointing.randomness import set_random_state
 from mor_megatron.checkpointing.reader import open_checkpoint
+from mor_megatron.checkpointing.shards import STEP
 from mor_megatron.data.indexed import read_index, verify
 from mor_megatron.training.progress import Progress
 

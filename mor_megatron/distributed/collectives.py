@@ -1,4 +1,4 @@
-"""What all ranks have to know of each other while they save and load."""
+"""Small objects that ranks tell each other."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ def from_rank_0(mine: T) -> T:
     return box[0]
 
 
-def any_rank(mine: bool) -> bool:
-    """Whether it holds on some rank; collective."""
-    return any(from_all_ranks(mine))
+def first_problem(mine: str | None) -> str | None:
+    """The problem of the first rank that has one, None if no rank has; collective.
+
+    What a rank alone raised would leave the others waiting for it.
+    """
+    return next((each for each in from_all_ranks(mine) if each is not None), None)

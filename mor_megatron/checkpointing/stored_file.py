@@ -1,4 +1,4 @@
-"""One file of fp32 runs in the safetensors format: written to the disk and hashed in one pass, and hashed again.
+"""A file of a checkpoint: written to the disk and hashed in one pass. Tensor files are safetensors, of fp32 entries.
 
 The library's own writer wants each tensor as bytes first, which would be a second copy of the state, and the file read
 once more for its checksum. Reading is the library's (`safetensors.safe_open`).
@@ -22,17 +22,19 @@ _CHUNK = 1 << 22  # what is hashed is still in the cache when it is written
 
 
 @dataclass(frozen=True)
-class Written:
+class StoredFile:
     """What went to the disk."""
 
     size: int
     """Bytes."""
     checksum: str
     """XXH3, 128 bits, hexadecimal."""
+    entries: tuple[str, ...] = ()
+    """Names of the tensors in it; none if it is no tensor file."""
 
 
-def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> Written:
-    """Write runs of elements, and return when they are on the disk.
+def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> StoredFile:
+    """Write tensors, and return when they are on the disk.
 
     Args:
         path: must not exist.
@@ -62,24 +64,24 @@ def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> Written:
                 file.write(chunk)
         flush(file)
         size = file.tell()
-    return Written(size, digest.hexdigest())
+    return StoredFile(size, digest.hexdigest(), tuple(header))
 
 
-def write_text(path: Path, text: str) -> Written:
-    """The same for a file of text."""
+def write_text(path: Path, text: str) -> StoredFile:
+    """Write a file of text, and return when it is on the disk."""
     return write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, data: bytes) -> Written:
-    """The same for any small file."""
+def write_bytes(path: Path, data: bytes) -> StoredFile:
+    """Write any small file, and return when it is on the disk."""
     with path.open("xb") as file:
         file.write(data)
         flush(file)
-    return Written(len(data), xxhash.xxh3_128_hexdigest(data))
+    return StoredFile(len(data), xxhash.xxh3_128_hexdigest(data))
 
 
 def checksum_of(path: Path) -> str:
-    """XXH3 of a whole file, as in `Written.checksum`.
+    """XXH3 of a whole file, as in `StoredFile.checksum`.
 
     Raises:
         OSError: it cannot be read.

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mor_megatron.checkpointing import lock
-from mor_megatron.checkpointing.lock import LOCK, Holder, Lock
+from mor_megatron.pretraining import lock
+from mor_megatron.pretraining.lock import LOCK, Holder, Lock
 
 
 def refuse(reason: str) -> None:

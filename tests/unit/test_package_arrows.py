@@ -1,0 +1,84 @@
+"""Packages import downward only."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2] / "mor_megatron"
+FROM_THE_BOTTOM = (
+    "files",
+    "command",
+    "recursion",
+    "config",
+    "data",
+    "planning",
+    "distributed",
+    "model",
+    "pipeline",
+    "training",
+    "checkpointing",
+    "pretraining",
+    "huggingface",
+    "inference",
+    "evaluation",
+    "scaling",
+)
+"""Packages, and modules of the top level; each may import those before it."""
+EXCEPTIONS = {
+    ("config/cli.py", "distributed"),
+    ("config/cli.py", "planning"),
+    ("config/unread.py", "data"),
+    ("config/validate.py", "data"),
+    ("recursion/context.py", "config"),
+    ("recursion/expert_choice.py", "config"),
+    ("recursion/plan.py", "config"),
+    ("recursion/token_choice.py", "config"),
+}
+"""File and package that it should not import."""
+
+
+def imported(tree: ast.AST, package: str) -> Iterator[str]:
+    """Names under mor_megatron that a source imports, wherever the import stands, also for type checkers only."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            parts = package.split(".")[: 1 - node.level or None]
+            modules = [".".join([*parts, node.module or alias.name]) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (module.split(".")[1] for module in modules if module.startswith("mor_megatron."))
+
+
+def test_packages_import_those_below_them():
+    upward, known = set(), set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        place = path.relative_to(PACKAGE)
+        package, names = place.parts[0].removesuffix(".py"), ".".join(["mor_megatron", *place.parts[:-1]])
+        if package == "__init__":
+            continue
+        known.add(package)
+        for target in imported(ast.parse(path.read_text()), names):
+            if FROM_THE_BOTTOM.index(target) > FROM_THE_BOTTOM.index(package):
+                upward.add((str(place), target))
+    assert known == set(FROM_THE_BOTTOM)
+    assert upward - EXCEPTIONS == set()
+
+
+def test_imports_are_seen_wherever_they_stand():
+    source = """
+import mor_megatron.data.batch
+from mor_megatron.model import build_model
+from mor_megatron import files
+from ..config import schema
+if TYPE_CHECKING:
+    from .plan import RecursionPlan
+def later():
+    from mor_megatron.training.engine import Engine
+"""
+    found = list(imported(ast.parse(source), "mor_megatron.recursion"))
+    assert sorted(found) == ["config", "data", "files", "model", "recursion", "training"]
