@@ -81,6 +81,7 @@ class Trace:
         self.takes_part = rank in logging.profile_ranks
         self.folder, self.rank = Path(logging.tensorboard_dir or config.checkpoint.save), rank
         self.profiler: profile | None = None
+        self.begun = self.ended = iteration
         if iteration >= self.last:
             print_rank_0(f"nothing is profiled: iteration {self.last} (profile-step-end) is over")
 

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mor_megatron.scaling.fit import Parabola, fit_parabola, fit_power_law
-from mor_megatron.scaling.results import THRESHOLD, TOPK, Result
+from mor_megatron.scaling.results import RunResult
+from mor_megatron.training.metrics import THRESHOLD_LOSS, TOPK_LOSS
 
 
 @dataclass(frozen=True)
 class Cell:
     """Results of one budget, method and size: a seed each."""
 
-    results: tuple[Result, ...]
+    results: tuple[RunResult, ...]
 
     @property
-    def first(self) -> Result:
+    def first(self) -> RunResult:
         """Stands for what does not depend on the seed."""
         return self.results[0]
 
@@ -39,7 +40,7 @@ Family = dict[float, dict[str, list[Cell]]]
 """Budget -> method -> cells by parameters."""
 
 
-def group(results: Iterable[Result]) -> Family:
+def group(results: Iterable[RunResult]) -> Family:
     """Budgets ascending, methods in the order of the results, sizes ascending."""
     results = list(results)
     family: Family = {}
@@ -64,11 +65,11 @@ def runs_table(family: Family) -> str:
         for method, cells in methods.items():
             for cell in cells:
                 first, executed = cell.first, statistics.fmean(result.executed_flops for result in cell.results)
-                spread = f"{cell.half_range(THRESHOLD):.4f}" if len(cell.results) > 1 else "one seed"
+                spread = f"{cell.half_range(THRESHOLD_LOSS):.4f}" if len(cell.results) > 1 else "one seed"
                 rows.append(
                     f"| {budget:.3g} | {method} | {first.run.size} | {first.parameters:,} | {first.unrolled:,} "
-                    f"| {first.run.iterations:,} | {first.tokens:,} | {executed:.3g} | {cell.mean(TOPK):.4f} "
-                    f"| {cell.mean(THRESHOLD):.4f} | {spread} |"
+                    f"| {first.run.iterations:,} | {first.tokens:,} | {executed:.3g} | {cell.mean(TOPK_LOSS):.4f} "
+                    f"| {cell.mean(THRESHOLD_LOSS):.4f} | {spread} |"
                 )
     return "\n".join(rows)
 
@@ -82,14 +83,14 @@ def optima_table(family: Family) -> str:
     ]
     for budget, methods in family.items():
         for method, cells in methods.items():
-            best = min(cells, key=lambda cell: cell.mean(THRESHOLD))
+            best = min(cells, key=lambda cell: cell.mean(THRESHOLD_LOSS))
             fit = parabola(cells)
             optimum = "no minimum" if fit is None else f"{fit.optimum:,.0f}"
             if fit is not None and not fit.inside:
                 optimum += " (outside the sizes)"
             rows.append(
-                f"| {budget:.3g} | {method} | {best.first.run.size} | {best.mean(TOPK):.4f} "
-                f"| {best.mean(THRESHOLD):.4f} | {optimum} | {'-' if fit is None else f'{fit.minimum:.4f}'} "
+                f"| {budget:.3g} | {method} | {best.first.run.size} | {best.mean(TOPK_LOSS):.4f} "
+                f"| {best.mean(THRESHOLD_LOSS):.4f} | {optimum} | {'-' if fit is None else f'{fit.minimum:.4f}'} "
                 f"| {_minima(cells)} |"
             )
     return "\n".join(rows)
@@ -135,7 +136,7 @@ def growth(family: Family) -> list[str]:
     return lines
 
 
-def parabola(cells: Sequence[Cell], name: str = THRESHOLD) -> Parabola | None:
+def parabola(cells: Sequence[Cell], name: str = THRESHOLD_LOSS) -> Parabola | None:
     """Fit to one budget and method, all seeds together."""
     points = [(result.parameters, result.loss(name)) for cell in cells for result in cell.results]
     return fit_parabola(*zip(*points, strict=True))
@@ -165,11 +166,11 @@ def plot(family: Family, path: Path) -> None:
     for panel, (budget, methods) in zip(panels[0], family.items(), strict=True):
         for index, (method, cells) in enumerate(methods.items()):
             x, colour = [cell.first.parameters for cell in cells], f"C{index}"
-            bars = [[cell.mean(THRESHOLD) - min(cell.losses(THRESHOLD)) for cell in cells]]
-            bars.append([max(cell.losses(THRESHOLD)) - cell.mean(THRESHOLD) for cell in cells])
-            y = [cell.mean(THRESHOLD) for cell in cells]
+            bars = [[cell.mean(THRESHOLD_LOSS) - min(cell.losses(THRESHOLD_LOSS)) for cell in cells]]
+            bars.append([max(cell.losses(THRESHOLD_LOSS)) - cell.mean(THRESHOLD_LOSS) for cell in cells])
+            y = [cell.mean(THRESHOLD_LOSS) for cell in cells]
             panel.errorbar(x, y, bars, fmt="o", color=colour, capsize=3, label=f"{method}, threshold")
-            topk = [cell.mean(TOPK) for cell in cells]
+            topk = [cell.mean(TOPK_LOSS) for cell in cells]
             if topk != y:
                 panel.plot(x, topk, "o", mfc="none", ms=10, color=colour, label=f"{method}, top-k")
             fit = parabola(cells)

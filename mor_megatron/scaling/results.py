@@ -17,12 +17,11 @@ from mor_megatron.planning.accounting import (
     training_flops_per_token,
 )
 from mor_megatron.scaling.family import Run
-
-TOPK, THRESHOLD = "validation_loss_topk", "validation_loss_threshold"
+from mor_megatron.training.metrics import THRESHOLD_LOSS, TOPK_LOSS
 
 
 @dataclass(frozen=True)
-class Result:
+class RunResult:
     """A finished run: trunk up to the branch, and decay."""
 
     run: Run
@@ -39,11 +38,11 @@ class Result:
     """Validation loss, causal selection, nats a token."""
 
     def loss(self, name: str) -> float:
-        """One of `TOPK` and `THRESHOLD`."""
-        return {TOPK: self.topk, THRESHOLD: self.threshold}[name]
+        """One of `TOPK_LOSS` and `THRESHOLD_LOSS`."""
+        return {TOPK_LOSS: self.topk, THRESHOLD_LOSS: self.threshold}[name]
 
 
-def read_result(run: Run) -> Result | None:
+def read_result(run: Run) -> RunResult | None:
     """The result of a run, None if it has not finished.
 
     Raises:
@@ -51,21 +50,21 @@ def read_result(run: Run) -> Result | None:
     """
     records = [*_records(run.trunk, 0, run.branch), *_records(run.decay, run.branch, run.iterations)]
     steps = [record for record in records if "lm_loss" in record]
-    last = [record for record in records if TOPK in record and record["iteration"] == run.iterations]
+    last = [record for record in records if TOPK_LOSS in record and record["iteration"] == run.iterations]
     if len(steps) < run.iterations or not last:
         return None
-    if last[-1][TOPK] is None or last[-1][THRESHOLD] is None:
+    if last[-1][TOPK_LOSS] is None or last[-1][THRESHOLD_LOSS] is None:
         raise ValueError(f"{run.decay}: the validation loss of iteration {run.iterations} is not finite")
     config = read_config(["--config", str(run.configs[1])])
     vocab = resolve_vocab_size(config, configured_tokenizer(config.data))
-    return Result(
+    return RunResult(
         run,
         count_parameters(config, vocab).non_embedding,
         count_parameters(dense_equivalent(config), vocab).non_embedding,
         steps[-1]["consumed_tokens"],
         sum(executed_flops(config, steps, vocab)),
-        last[-1][TOPK],
-        last[-1][THRESHOLD],
+        last[-1][TOPK_LOSS],
+        last[-1][THRESHOLD_LOSS],
     )
 
 

@@ -19,17 +19,11 @@ from mor_megatron.distributed.cpu import device
 from mor_megatron.model.mor_model import MoRModel
 from mor_megatron.pipeline.schedule import MakeContext, run_schedule
 from mor_megatron.recursion.context import RoutingContext, Selection
+from mor_megatron.training.metrics import CORPUS_LOSS, FIXED_DEPTH_LOSS, THRESHOLD_LOSS, TOPK_LOSS
 from mor_megatron.training.train_step import count_tokens, gather_values, masked_sum, num_microbatches
 
-VALIDATION_LOSSES: dict[str, Selection] = {
-    "validation_loss_topk": "capacity",
-    "validation_loss_threshold": "threshold",
-}
+VALIDATION_LOSSES: dict[str, Selection] = {TOPK_LOSS: "capacity", THRESHOLD_LOSS: "threshold"}
 """Metric name -> how tokens are selected."""
-FIXED_DEPTH_LOSS = "validation_loss_depth_{}"
-"""Metric of every token at one depth, counted from 1 (`--eval-fixed-depths`); causal."""
-CORPUS_LOSS = "{}/{}"
-"""Metric of one of several corpora: a name of `VALIDATION_LOSSES` and the corpus's."""
 
 
 def evaluate(
@@ -67,11 +61,10 @@ def evaluate(
     counts, *totals = (columns[i : i + 1 + parts] for i in range(0, len(columns), 1 + parts))
     by_name = dict(zip(options, totals, strict=True))
     means = {name: total[0] / max(1.0, counts[0]) for name, total in by_name.items()}
-    topk = "validation_loss_topk"
-    losses: dict[str, float | None] = {name: means.get(name, means[topk]) for name in VALIDATION_LOSSES} | means
+    losses: dict[str, float | None] = {name: means.get(name, means[TOPK_LOSS]) for name in VALIDATION_LOSSES} | means
     for i, corpus in enumerate(corpora if parts else (), 1):
         for name in VALIDATION_LOSSES:
-            total = by_name.get(name, by_name[topk])[i]
+            total = by_name.get(name, by_name[TOPK_LOSS])[i]
             losses[CORPUS_LOSS.format(name, corpus)] = total / counts[i] if counts[i] else None
     return losses
 
@@ -95,7 +88,7 @@ class _Sums:
 
 def _options(config: Config) -> dict[str, dict]:
     """Metric name -> what its `RoutingContext` is told; without expert-choice one selection serves both names."""
-    names = list(VALIDATION_LOSSES) if config.routing_method.looks_ahead else ["validation_loss_topk"]
+    names = list(VALIDATION_LOSSES) if config.routing_method.looks_ahead else [TOPK_LOSS]
     options: dict[str, dict] = {name: {"selection": VALIDATION_LOSSES[name]} for name in names}
     if config.training.eval_fixed_depths:
         depths = range(1, config.recursion.num_recursions + 1)

@@ -1,7 +1,7 @@
 """What is reported about a run, and under which names.
 
 Every iteration makes one record; metrics.jsonl, TensorBoard and W&B get each, the log line the means since the last
-line. Router metrics keep the names they have in `recursion.context`; validation losses those of `evaluate`.
+line. Router metrics keep the names they have in `recursion.context`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from mor_megatron.config.schema import Config
 from mor_megatron.planning.accounting import measured_fractions, training_flops_per_token
 from mor_megatron.training.progress import Progress
-from mor_megatron.training.train_step import StepReport
+
+if TYPE_CHECKING:  # names and lines are wanted where no engine is
+    from mor_megatron.training.train_step import StepReport
 
 Record = dict[str, float | int | None]
+
+TOPK_LOSS, THRESHOLD_LOSS = "validation_loss_topk", "validation_loss_threshold"
+"""Validation loss by how tokens are selected: the whole sequence's best, which is not causal; one by one, which is."""
+FIXED_DEPTH_LOSS = "validation_loss_depth_{}"
+"""Validation loss with every token at one depth, counted from 1 (`--eval-fixed-depths`); causal."""
+CORPUS_LOSS = "{}/{}"
+"""Loss on one of several corpora: `TOPK_LOSS` or `THRESHOLD_LOSS`, and the corpus's name."""
 
 
 def training_record(

@@ -16,7 +16,7 @@ from torch import nn
 from mor_megatron.config.deepspeed_settings import deepspeed_settings
 from mor_megatron.config.schema import Config
 from mor_megatron.distributed.cpu import device
-from mor_megatron.distributed.mpu import ModelParallelUnit
+from mor_megatron.training.modes.mpu import ModelParallelUnit
 
 
 def wrap(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> deepspeed.DeepSpeedEngine:

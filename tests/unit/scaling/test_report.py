@@ -9,7 +9,7 @@ import pytest
 from mor_megatron.scaling import report
 from mor_megatron.scaling.family import Run
 from mor_megatron.scaling.fit import fit_parabola, fit_power_law
-from mor_megatron.scaling.results import Result
+from mor_megatron.scaling.results import RunResult
 
 SIZES = {"a": 1e5, "b": 2e5, "c": 4e5, "d": 8e5}
 
@@ -35,9 +35,9 @@ def test_power_law_is_found_again():
     assert fit_power_law([1e18, 2e18], [1.0, 2.0]) is None
 
 
-def result(method: str, size: str, seed: int, budget: float, loss: float) -> Result:
+def result(method: str, size: str, seed: int, budget: float, loss: float) -> RunResult:
     run = Run(method, size, seed, budget, 100, 80, f"f/{method}-{size}-seed{seed}")
-    return Result(run, int(SIZES[size]), int(2 * SIZES[size]), 1000, 3e12, loss - 0.01, loss)
+    return RunResult(run, int(SIZES[size]), int(2 * SIZES[size]), 1000, 3e12, loss - 0.01, loss)
 
 
 def family() -> report.Family:
