@@ -31,10 +31,6 @@ EXCEPTIONS = {
     ("config/cli.py", "planning"),
     ("config/unread.py", "data"),
     ("config/validate.py", "data"),
-    ("recursion/context.py", "config"),
-    ("recursion/expert_choice.py", "config"),
-    ("recursion/plan.py", "config"),
-    ("recursion/token_choice.py", "config"),
 }
 """File and package that it should not import."""
 
