@@ -26,13 +26,6 @@ FROM_THE_BOTTOM = (
     "scaling",
 )
 """Packages, and modules of the top level; each may import those before it."""
-EXCEPTIONS = {
-    ("config/cli.py", "distributed"),
-    ("config/cli.py", "planning"),
-    ("config/unread.py", "data"),
-    ("config/validate.py", "data"),
-}
-"""File and package that it should not import."""
 
 
 def imported(tree: ast.AST, package: str) -> Iterator[str]:
@@ -62,7 +55,7 @@ def test_packages_import_those_below_them():
             if FROM_THE_BOTTOM.index(target) > FROM_THE_BOTTOM.index(package):
                 upward.add((str(place), target))
     assert known == set(FROM_THE_BOTTOM)
-    assert upward - EXCEPTIONS == set()
+    assert upward == set()
 
 
 def test_imports_are_seen_wherever_they_stand():
