@@ -10,6 +10,7 @@ from mor_megatron.checkpointing.shards import BUFFER, STEP, WEIGHT, ShardEntry, 
 from mor_megatron.distributed.collectives import from_all_ranks
 from mor_megatron.distributed.replicated import is_tied_copy
 from mor_megatron.model.mor_model import EMBEDDING, HEAD
+from mor_megatron.model.stored_names import stored_parameters
 from mor_megatron.training.engine import Engine
 from mor_megatron.training.modes.slices import ParameterSlice
 
@@ -33,7 +34,7 @@ def local_entries(engine: Engine) -> list[tuple[str, Tensor]]:
 
 def all_shardings(engine: Engine) -> dict[str, Sharding]:
     """How the whole model's parameters and buffers are divided, tied copies left out; collective over all ranks."""
-    named = engine.module.named_parameters()
+    named = stored_parameters(engine.module)
     mine = {name: sharding_of(name, parameter, engine) for name, parameter in named if not is_tied_copy(parameter)}
     mine |= {name: Sharding(tuple(buffer.shape)) for name, buffer in persistent_buffers(engine)}
     return {name: sharding for part in from_all_ranks(mine) for name, sharding in part.items()}
@@ -48,11 +49,6 @@ def sharding_of(name: str, parameter: nn.Parameter, engine: Engine) -> Sharding:
     size = parallel_state.get_tensor_model_parallel_world_size()
     shape[parameter.partition_dim] *= size
     return Sharding(tuple(shape), parameter.partition_dim, parameter.partition_stride, size, rows)
-
-
-def stored_name(name: str, parameter: nn.Parameter) -> str:
-    """The name under which a checkpoint has it: a copy of the tied embedding is stored once, as the embedding."""
-    return EMBEDDING if is_tied_copy(parameter) else name
 
 
 def slice_states(optimizer: torch.optim.Optimizer, part: ParameterSlice) -> dict[str, Tensor]:

@@ -22,7 +22,6 @@ from mor_megatron.checkpointing.engine_state import (
     prepare_states,
     sharding_of,
     slice_states,
-    stored_name,
 )
 from mor_megatron.checkpointing.kept_tokenizer import KeptTokenizer, tokenizer_differences
 from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, Manifest, damage, read_manifest
@@ -34,6 +33,8 @@ from mor_megatron.config.schema import Change, Config
 from mor_megatron.data.corpora import corpus_sizes
 from mor_megatron.distributed.collectives import first_problem, from_rank_0
 from mor_megatron.distributed.initialize import print_rank_0
+from mor_megatron.distributed.replicated import is_tied_copy
+from mor_megatron.model.mor_model import EMBEDDING
 from mor_megatron.training.engine import Engine
 from mor_megatron.training.progress import Progress
 
@@ -198,7 +199,7 @@ def restore(engine: Engine, reader: CheckpointReader, weights_only: bool = False
 def _fill(engine: Engine, reader: CheckpointReader, weights_only: bool) -> None:
     rank = parallel_state.get_tensor_model_parallel_rank()
     optimizer, slices = engine.optimizer, engine.parameter_slices()
-    stored = {part.name: stored_name(part.name, part.parameter) for part in slices}
+    stored = {part.name: EMBEDDING if is_tied_copy(part.parameter) else part.name for part in slices}
     kinds = {} if weights_only else {part.name: reader.kinds[stored[part.name]] for part in slices}
     prepare_states(optimizer, slices, kinds)
     for part in slices:

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from mor_megatron.model.stored_names import stored_parameters
+
 
 @dataclass(frozen=True)
 class ParameterSlice:
     """Consecutive elements of a parameter that this rank updates."""
 
     name: str
+    """Its stored name."""
     parameter: nn.Parameter
     offset: int
     """First element, in this rank's tensor-parallel shard, flattened."""
@@ -29,7 +32,7 @@ class ParameterSlice:
 
 def slices_of_partitions(module: nn.Module, partitions: list[Tensor]) -> Iterator[ParameterSlice]:
     """What lies of each parameter in this rank's flat fp32 partitions, one a parameter group (ZeRO 1 and 2)."""
-    for name, parameter in module.named_parameters():
+    for name, parameter in stored_parameters(module):
         mapping = parameter._hp_mapping
         if mapping is None:  # wholly in other ranks' partitions
             continue

@@ -11,6 +11,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from megatron.core import parallel_state
 from torch import Tensor
 
+from mor_megatron.model.stored_names import stored_parameters
 from mor_megatron.training.gradients import Gradients, clip, global_norm
 from mor_megatron.training.modes.base import Engine, StepOutcome
 from mor_megatron.training.modes.slices import ParameterSlice, slices_of_partitions
@@ -55,7 +56,7 @@ class Fp32(WholeGradients):
         return self.deepspeed.optimizer
 
     def parameter_slices(self) -> list[ParameterSlice]:
-        named = self.module.named_parameters()
+        named = stored_parameters(self.module)
         return [ParameterSlice(name, weight, 0, weight.numel(), weight, 0) for name, weight in named]
 
     def refresh(self) -> None:
@@ -76,7 +77,7 @@ class Bf16(WholeGradients):
 
     def parameter_slices(self) -> list[ParameterSlice]:
         copies = {id(weight): copy for weight, copy in self._copies()}
-        named = self.module.named_parameters()
+        named = stored_parameters(self.module)
         return [ParameterSlice(name, weight, 0, weight.numel(), copies[id(weight)], 0) for name, weight in named]
 
     @torch.no_grad()

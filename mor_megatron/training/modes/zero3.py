@@ -10,6 +10,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from megatron.core import parallel_state
 from torch import nn
 
+from mor_megatron.model.stored_names import stored_parameters
 from mor_megatron.training.gradients import Gradients
 from mor_megatron.training.modes.sharded import ShardedGradients
 from mor_megatron.training.modes.slices import ParameterSlice
@@ -47,7 +48,7 @@ class Zero3(ShardedGradients):
 
     def parameter_slices(self) -> list[ParameterSlice]:
         rank = parallel_state.get_data_parallel_rank()
-        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        names = {id(parameter): name for name, parameter in stored_parameters(self.module)}
         slices = []
         for parameter, group, begin, length in self._places():
             offset = rank * length
