@@ -65,6 +65,17 @@ def test_validation_losses_equal_those_of_one_process(workers, expected, name, m
     assert distinct >= build_config(model, ONE).recursion.num_recursions, "depths or selections were ignored"
 
 
+def test_a_threshold_in_a_ring_of_single_sequences(workers, lone_worker):
+    """With one sequence a micro-batch, the shape of its rows does not tell whether all tokens are among them."""
+    layout = next(layout for layout in LAYOUTS if layout.name == "pp2")
+    configs = [build_config("expert-nr3", each, eval_iters=1, micro_batch_size=1) for each in (ONE, layout)]
+    expected = lone_worker.run(1, ONE.groups, validation_losses, configs[0])[0]
+    found = workers.run(2, layout.groups, validation_losses, configs[1])[0]
+    for loss in ("validation_loss_topk", "validation_loss_threshold"):
+        assert found[loss] == pytest.approx(expected[loss], rel=FP32_TOL), loss
+    assert expected["validation_loss_topk"] != expected["validation_loss_threshold"]
+
+
 def train_with_a_drifted_router(config: Config, drifts: bool) -> str:
     """Two iterations, the check in the second; the router of tensor-parallel rank 1 may be another one."""
     initialize_distributed(config)
