@@ -103,7 +103,7 @@ def layout(config: Config, vocab_size: int) -> dict[str, Any]:
         "pipeline-layers": list(pipeline_plan(config, vocab_size).block_layers),
         "data-parallel ranks": parallel_state.get_data_parallel_world_size(),
         "zero-stage": config.training.zero_stage,
-        "precision": "bf16" if config.training.bf16 else "fp16" if config.training.fp16 else "fp32",
+        "precision": config.training.precision,
     }
 
 

@@ -133,7 +133,7 @@ def _own_settings(config: Config, cuda: bool) -> dict[str, Any]:
             "min_loss_scale": training.min_loss_scale,
             "hysteresis": training.hysteresis,
         }
-    if (training.bf16 or training.fp16) and training.zero_stage > 0:
+    if training.precision != "fp32" and training.zero_stage > 0:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
 

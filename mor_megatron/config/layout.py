@@ -130,11 +130,10 @@ def _stages(config: Config) -> Problem | None:
 
 def _tensor_parallel(config: Config) -> Problem | None:
     model, tp = config.model, config.parallel.tensor_model_parallel_size
-    groups = model.num_query_groups if model.group_query_attention else model.num_attention_heads
     divided = [
         ("num-attention-heads", model.num_attention_heads),
         # Fewer groups than ranks would need copies of a head's keys, whose gradients nobody adds up.
-        ("num-query-groups", groups),
+        ("num-query-groups", model.key_value_heads),
         ("ffn-hidden-size", model.ffn_hidden_size),
     ]
     if config.parallel.sequence_parallel:
@@ -159,7 +158,7 @@ def _pipeline_only(config: Config) -> Problem | None:
             f"schedule of pipeline-model-parallel-size={stages}",
             "--zero-stage 0 or 1",
         )
-    if config.parallel.overlap_p2p_comm == "on" and not is_ring(config):
+    if config.parallel.overlap_p2p_comm == "on" and not config.is_ring:
         return (
             f"overlap-p2p-comm=on needs a ring, and pipeline-model-parallel-size={stages} is an ordinary pipeline with "
             "num-recursions=1 or without cycle sharing",
@@ -205,7 +204,7 @@ def _dealt(config: Config, world_size: int) -> Problem | None:
                 f"START and INCREMENT in multiples of {unit}",
             )
         batch = ramp[0]
-    if is_ring(config) and batch // unit < stages:
+    if config.is_ring and batch // unit < stages:
         return (
             f"{shown} gives a rank {batch // unit} micro-batches (micro-batch-size={training.micro_batch_size}, "
             f"{ranks} data-parallel ranks), too few to fill a ring of pipeline-model-parallel-size={stages}",
@@ -217,11 +216,5 @@ def _dealt(config: Config, world_size: int) -> Problem | None:
 def default_batch(config: Config, world_size: int) -> int:
     """`global_batch_size`, or the smallest that gives every rank a micro-batch and fills a ring."""
     training, parallel = config.training, config.parallel
-    fewest = parallel.pipeline_model_parallel_size if is_ring(config) else 1
+    fewest = parallel.pipeline_model_parallel_size if config.is_ring else 1
     return training.global_batch_size or training.micro_batch_size * data_parallel_size(config, world_size) * fewest
-
-
-def is_ring(config: Config) -> bool:
-    """Whether a micro-batch passes every pipeline rank once a recursion (see planning/stages.py)."""
-    plan = config.plan
-    return config.parallel.pipeline_model_parallel_size > 1 and plan.num_recursions > 1 and plan.is_cyclic

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from mor_megatron.recursion.methods import method_of
 from mor_megatron.recursion.setting import Change, setting
 
@@ -202,6 +204,16 @@ class TrainingConfig:
     """auto: nccl with CUDA, else gloo."""
     distributed_timeout_minutes: float = setting(10.0, above=0, change=Change.SILENT)
     """Limit of one collective; a rank that dies or hangs stops the others within it."""
+
+    @property
+    def precision(self) -> Literal["fp32", "bf16", "fp16"]:
+        """What the model computes in. Master weights, sums of gradients and optimizer are fp32 in any case."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """`precision` as PyTorch's type."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,11 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = setting(128, least=1, change=Change.TOLD)
     """The embedding is padded to a multiple of this."""
 
+    @property
+    def key_value_heads(self) -> int:
+        """Heads that have keys and values: the groups of query heads, or every head."""
+        return self.num_query_groups if self.group_query_attention else self.num_attention_heads
+
 
 @dataclass(frozen=True)
 class SharingConfig:
@@ -136,6 +141,12 @@ class Config:
         depth = effective_depth(self.model.num_layers, count, strategy, recursion.depth_rounding)
         capacities = method_of(recursion.routing).capacities(recursion, count)
         return build_plan(depth, count, strategy, recursion.kv_mode, capacities)
+
+    @property
+    def is_ring(self) -> bool:
+        """Whether a micro-batch passes every pipeline rank once a recursion (planning/stages.py)."""
+        plan = self.plan
+        return self.parallel.pipeline_model_parallel_size > 1 and plan.num_recursions > 1 and plan.is_cyclic
 
     @property
     def routing_method(self) -> RoutingMethod:

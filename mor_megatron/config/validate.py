@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from mor_megatron.config.deepspeed_settings import check_engine
 from mor_megatron.config.layout import check_batch, check_layout, default_batch
@@ -36,10 +36,29 @@ def validate(config: Config, world_size: int = 1) -> Config:
     Raises:
         ValueError: settings contradict each other; the message names field, value and remedy.
     """
-    _check_ranges(config)
-    for step in (_model, _recursion, _data, resolve_length):
-        config = step(config)
-    config = _training(config, world_size)
+    return validate_run(validate_model(config), world_size)
+
+
+def validate_model(config: Config) -> Config:
+    """Check what the model is, and fill in its part: what a checkpoint or an export of it needs, on any machine.
+
+    Raises:
+        ValueError: as `validate`.
+    """
+    _check_ranges(config, _OF_THE_MODEL)
+    return _recursion(_model(config))
+
+
+def validate_run(config: Config, world_size: int) -> Config:
+    """Check how a model is trained on `world_size` ranks, and fill in the rest.
+
+    Args:
+        config: from `validate_model`.
+    Raises:
+        ValueError: as `validate`.
+    """
+    _check_ranges(config, {section.name for section in fields(config)} - _OF_THE_MODEL)
+    config = _training(resolve_length(_data(config)), world_size)
     check_engine(config)
     _check_faults(config)
     _check_evaluation_alone(config)
@@ -48,10 +67,14 @@ def validate(config: Config, world_size: int = 1) -> Config:
     return _without_effect_off(config)
 
 
-def _check_ranges(config: Config) -> None:
-    for _, entry, value in config.settings():
+_OF_THE_MODEL = {"model", "recursion"}
+"""Sections of `Config`."""
+
+
+def _check_ranges(config: Config, sections: set[str]) -> None:
+    for section, entry, value in config.settings():
         rule = rule_of(entry)
-        if isinstance(value, int | float) and not rule.allows(value):
+        if section in sections and isinstance(value, int | float) and not rule.allows(value):
             raise ValueError(f"{entry.name.replace('_', '-')}={value} is out of range: use {rule.range}")
 
 
@@ -80,11 +103,6 @@ def _model(config: Config) -> Config:
         raise ValueError(
             f"kv-channels={model.kv_channels} is odd, and rotary embeddings turn pairs: "
             f"use {_nearest_multiples(model.kv_channels, 2)}"
-        )
-    if config.data.seq_length > model.max_position_embeddings:
-        raise ValueError(
-            f"seq-length={config.data.seq_length} exceeds max-position-embeddings={model.max_position_embeddings}: "
-            "shorten the one or raise the other"
         )
     return replace(config, model=model)
 
@@ -117,6 +135,11 @@ def _recursion(config: Config) -> Config:
 
 
 def _data(config: Config) -> Config:
+    length, longest = config.data.seq_length, config.model.max_position_embeddings
+    if length > longest:
+        raise ValueError(
+            f"seq-length={length} exceeds max-position-embeddings={longest}: shorten the one or raise the other"
+        )
     parts = config.data.split.split(",")
     try:
         shares = [float(part) for part in parts]
@@ -165,7 +188,7 @@ def _training(config: Config, world_size: int) -> Config:
 def _check_kernels(config: Config) -> None:
     """Refuse kernels that are asked for and cannot compute this run on any machine."""
     training = config.training
-    if training.bf16 or training.fp16:
+    if training.precision != "fp32":
         if training.attention_backend == "flash" and config.model.kv_channels > FLASH_LARGEST_HEAD:
             raise ValueError(
                 f"attention-backend=flash has heads of up to {FLASH_LARGEST_HEAD}, and kv-channels="

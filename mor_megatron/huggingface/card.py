@@ -78,7 +78,7 @@ def write_card(model: PreTrainedModel, checkpoint: Checkpoint, verified: Compari
             f"{checkpoint.manifest.optimizer}, peak rate {run.optimizer.lr:g}, {run.optimizer.lr_decay_style} "
             f"schedule, weight decay {run.optimizer.weight_decay:g}, clipping {run.optimizer.clip_grad:g}"
         ),
-        "precision": "bf16" if run.training.bf16 else "fp16" if run.training.fp16 else "fp32",
+        "precision": run.training.precision,
         "seed": f"{run.training.seed}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())

@@ -7,7 +7,6 @@ from dataclasses import fields
 from mor_megatron.config.schema import Config, DataConfig, ModelConfig, RecursionConfig
 from mor_megatron.config.validate import validate
 from mor_megatron.huggingface.configuration_mor import MoRConfig, exported_name
-from mor_megatron.huggingface.weights import num_groups
 from mor_megatron.recursion.methods import method_of
 from mor_megatron.recursion.setting import Rule, rule_of
 
@@ -36,7 +35,7 @@ def export_config(config: Config, vocab_size: int, **tokens: int | None) -> MoRC
         intermediate_size=model.ffn_hidden_size,
         num_hidden_layers=model.num_layers,
         num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=num_groups(model),
+        num_key_value_heads=model.key_value_heads,
         head_dim=model.kv_channels,
         max_position_embeddings=model.max_position_embeddings,
         rms_norm_eps=model.norm_epsilon,

@@ -22,7 +22,7 @@ from mor_megatron.checkpointing.manifest import CONFIG, Manifest, read_manifest
 from mor_megatron.checkpointing.reader import read_buffers, read_parameters
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Config
-from mor_megatron.config.validate import validate
+from mor_megatron.config.validate import validate_model
 from mor_megatron.data.tokenizers import configured_tokenizer
 from mor_megatron.files import as_os_error, give_usual_mode
 from mor_megatron.huggingface.convert_config import export_config
@@ -75,7 +75,7 @@ def read_run_config(checkpoint: Path) -> tuple[Config, Manifest]:
         ValueError: it is damaged.
     """
     manifest = read_manifest(checkpoint)
-    config = validate(read_config(["--config", str(checkpoint / CONFIG)]), world_size=_world_size(manifest))
+    config = validate_model(read_config(["--config", str(checkpoint / CONFIG)]))
     return with_kept_tokenizer(config, checkpoint, manifest), manifest
 
 
@@ -195,12 +195,3 @@ def write(
         shutil.rmtree(partial, ignore_errors=True)
         raise ValueError(f"output={output} cannot be written ({error.strerror or error}): choose another") from error
     return output
-
-
-def _world_size(manifest: Manifest) -> int:
-    layout = manifest.layout
-    sizes = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "data-parallel ranks")
-    size = 1
-    for name in sizes:
-        size *= layout.get(name, 1)
-    return size

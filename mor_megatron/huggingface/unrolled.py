@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from mor_megatron.config.schema import Config
 from mor_megatron.huggingface.export import special_tokens
 from mor_megatron.huggingface.published import LLAMA3
-from mor_megatron.huggingface.weights import layer_names, num_groups, outer_names, split
+from mor_megatron.huggingface.weights import layer_names, outer_names, split
 from mor_megatron.planning.accounting import count_parameters
 from mor_megatron.recursion.plan import VirtualLayer
 
@@ -107,7 +107,7 @@ def _llama_config(config: Config, vocab_size: int, num_layers: int) -> LlamaConf
         intermediate_size=model.ffn_hidden_size,
         num_hidden_layers=num_layers,
         num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=num_groups(model),
+        num_key_value_heads=model.key_value_heads,
         head_dim=model.kv_channels,
         max_position_embeddings=model.max_position_embeddings,
         rms_norm_eps=model.norm_epsilon,

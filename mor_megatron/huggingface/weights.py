@@ -106,7 +106,7 @@ def fuse(name: str, tensors: list[Tensor], model: ModelConfig) -> Tensor:
     if ".linear_qkv." not in name:
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
     inputs = tensors[0].shape[1:]  # a bias has none
-    heads = [t.reshape(num_groups(model), -1, model.kv_channels, *inputs) for t in tensors]
+    heads = [t.reshape(model.key_value_heads, -1, model.kv_channels, *inputs) for t in tensors]
     return torch.cat(heads, dim=1).reshape(-1, *inputs)
 
 
@@ -115,14 +115,9 @@ def split(name: str, tensor: Tensor, count: int, model: ModelConfig) -> list[Ten
     if ".linear_qkv." not in name:
         return [part.contiguous() for part in tensor.chunk(count)]
     inputs = tensor.shape[1:]
-    heads = tensor.reshape(num_groups(model), -1, model.kv_channels, *inputs)
+    heads = tensor.reshape(model.key_value_heads, -1, model.kv_channels, *inputs)
     parts = heads.split([heads.shape[1] - 2, 1, 1], dim=1)
     return [part.reshape(-1, *inputs) for part in parts]
-
-
-def num_groups(model: ModelConfig) -> int:
-    """Key/value heads."""
-    return model.num_query_groups if model.group_query_attention else model.num_attention_heads
 
 
 def _require(there: set[str], wanted: set[str]) -> None:

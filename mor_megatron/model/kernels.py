@@ -41,7 +41,7 @@ def _choose(flag: str, value: str, library: str, fallback: str, obstacle: str | 
 
 def _no_flash(config: Config) -> str | None:
     """What stands against flash-attn, or None."""
-    if not _in_16_bits(config):
+    if config.training.precision == "fp32":
         return "this run computes in fp32"
     if config.model.kv_channels > FLASH_LARGEST_HEAD:
         return f"kv-channels={config.model.kv_channels} is above {FLASH_LARGEST_HEAD}"
@@ -58,7 +58,7 @@ def _no_flash(config: Config) -> str | None:
 
 def _no_transformer_engine(config: Config) -> str | None:
     """What stands against Transformer Engine, or None."""
-    if not _in_16_bits(config):
+    if config.training.precision == "fp32":
         return "this run computes in fp32, which its products round to TF32"
     if not torch.cuda.is_available():
         return "this machine has no CUDA"
@@ -67,7 +67,3 @@ def _no_transformer_engine(config: Config) -> str | None:
     except ImportError as error:
         return f"Transformer Engine cannot be imported ({error})"
     return None
-
-
-def _in_16_bits(config: Config) -> bool:
-    return config.training.bf16 or config.training.fp16

@@ -64,14 +64,12 @@ def transformer_config(config: Config) -> TransformerConfig:
     Layers are told that the pipeline has one stage: which of them run where is the recursion plan's business.
     """
     model, parallel = config.model, config.parallel
-    dtype = torch.bfloat16 if config.training.bf16 else torch.float16 if config.training.fp16 else torch.float32
-
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups if model.group_query_attention else model.num_attention_heads,
+        num_query_groups=model.key_value_heads,
         kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
         layernorm_epsilon=model.norm_epsilon,
         normalization="RMSNorm",
@@ -88,7 +86,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         init_method=_leave_alone,
         output_layer_init_method=_leave_alone,
         embedding_init_method=_leave_alone,
-        params_dtype=dtype,
+        params_dtype=config.training.dtype,
         bf16=config.training.bf16,
         fp16=config.training.fp16,
         # The schedule must not divide by micro-batches: the loss comes divided by the global number of tokens.

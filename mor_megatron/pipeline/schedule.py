@@ -14,7 +14,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mor_megatron.config.layout import is_ring
 from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
 from mor_megatron.model.mor_model import MoRModel
@@ -141,7 +140,7 @@ def _pipeline_config(model: MoRModel, num_microbatches: int) -> TransformerConfi
 
 def overlaps_messages(config: Config) -> bool:
     """Whether a rank computes while its messages are on their way; only the interleaved schedule of a ring can."""
-    return is_ring(config) and config.parallel.overlap_p2p_comm != "off"
+    return config.is_ring and config.parallel.overlap_p2p_comm != "off"
 
 
 def _process_groups() -> ProcessGroupCollection:

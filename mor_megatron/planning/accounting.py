@@ -70,8 +70,7 @@ class _Widths:
 def _widths(config: Config) -> _Widths:
     model = config.model
     head = model.kv_channels or model.hidden_size // model.num_attention_heads
-    groups = model.num_query_groups if model.group_query_attention else model.num_attention_heads
-    query, key_value = head * model.num_attention_heads, head * groups
+    query, key_value = head * model.num_attention_heads, head * model.key_value_heads
     return _Widths(model.hidden_size, model.ffn_hidden_size, query, key_value, model.add_qkv_bias)
 
 

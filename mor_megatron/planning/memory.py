@@ -67,7 +67,7 @@ def rank_state(config: Config, parameters: int, world_size: int) -> RankState:
     training = config.training
     shards = [data_parallel_size(config, world_size) if training.zero_stage >= stage else 1 for stage in (1, 2, 3)]
     optimizer_shards, gradient_shards, weight_shards = shards
-    half = training.bf16 or training.fp16
+    half = training.precision != "fp32"
     moments = 8 if config.optimizer.optimizer == "adam" else 4
     copy = 4 if half or training.zero_stage > 0 else 0
     return RankState(

@@ -59,11 +59,10 @@ def stage_work(config: Config, vocab_size: int, pipeline: PipelinePlan) -> tuple
 def _ranks(config: Config, world_size: int) -> str:
     parallel, training = config.parallel, config.training
     sequence = " with sequence parallel" if parallel.sequence_parallel else ""
-    precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
     return (
         f"layout: {_count(world_size, 'rank')} = TP {parallel.tensor_model_parallel_size}{sequence} x "
         f"PP {parallel.pipeline_model_parallel_size} x DP {data_parallel_size(config, world_size)}, "
-        f"ZeRO {training.zero_stage}, {precision}"
+        f"ZeRO {training.zero_stage}, {training.precision}"
     )
 
 

@@ -51,7 +51,7 @@ def _precision(config: Config) -> str:
     training = config.training
     if training.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(f"bf16=True, but {torch.cuda.get_device_name()} has no bf16: use --fp16, or fp32")
-    return "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
+    return training.precision
 
 
 def capability_line(config: Config) -> str:

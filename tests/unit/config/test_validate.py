@@ -9,7 +9,7 @@ import pytest
 
 from mor_megatron.config.cli import read_config, to_yaml
 from mor_megatron.config.schema import Config
-from mor_megatron.config.validate import validate
+from mor_megatron.config.validate import validate, validate_model, validate_run
 
 EXPERT = "--num-layers 8 --num-recursions 3 --routing expert_choice"
 RAMP = "--train-samples 99 --global-batch-size 32 --micro-batch-size 4 --rampup-batch-size"
@@ -284,3 +284,26 @@ def test_only_the_first_rank_warns(caplog, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     run("--save-interval 5")
     assert caplog.text == ""
+
+
+def test_a_model_is_checked_apart_from_the_ranks_that_train_it(caplog):
+    flags = f"{EXPERT} --tensor-model-parallel-size 3 --micro-batch-size 0 --split all --save-interval 5".split()
+    config = validate_model(read_config(flags))
+    assert config.recursion.capacity == (1.0, 2 / 3, 1 / 3)
+    assert config.training.global_batch_size is None
+    assert caplog.text == ""
+    with pytest.raises(ValueError, match="micro-batch-size=0"):
+        validate_run(config, 3)
+    with pytest.raises(ValueError, match="hidden-size=0"):
+        validate_model(read_config(["--hidden-size", "0"]))
+
+
+def test_what_follows_from_settings_is_a_property_of_them():
+    assert [run(flags).training.precision for flags in ("", "--bf16", "--fp16")] == ["fp32", "bf16", "fp16"]
+    assert run("").model.key_value_heads == 4
+    assert run("--group-query-attention --num-query-groups 2").model.key_value_heads == 2
+    pipeline = "--pipeline-model-parallel-size 2"
+    assert run(f"{EXPERT} {pipeline}", 2).is_ring
+    assert not run(EXPERT).is_ring
+    assert not run(pipeline, 2).is_ring
+    assert not run(f"--num-recursions 2 --sharing-strategy sequence {pipeline}", 2).is_ring
