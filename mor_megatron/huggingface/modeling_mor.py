@@ -151,9 +151,7 @@ class MoRModel(MoRPreTrainedModel):
             cache.commit(depths, columns.rows.lengths)
         states = None
         if read is not None:
-            for position in range(
-                config.num_hidden_layers - 1, -1, -1
-            ):  # one that did not run had no active rows
+            for position in range(config.num_hidden_layers - 1, -1, -1):  # one that did not run had no active rows
                 stream = read.get(position, stream)
                 read[position] = stream
             states = (*(columns.spread(read[i]) for i in range(config.num_hidden_layers)), hidden)

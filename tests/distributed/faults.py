@@ -12,7 +12,7 @@ from mor_megatron.recursion.plan import VirtualLayer
 
 def without_one_recursion(model: MoRModel) -> None:
     """The second use of a tied layer adds nothing to its gradient; forward and all other gradients stay."""
-    run = model.run
+    run = model.run_layers
 
     def spoiled(layers: tuple[VirtualLayer, ...], rows: Tensor, *rest) -> Tensor:
         for recursion, group in groupby(layers, key=lambda layer: layer.recursion):
@@ -25,7 +25,7 @@ def without_one_recursion(model: MoRModel) -> None:
                 weight.requires_grad_(True)
         return rows
 
-    model.run = spoiled
+    model.run_layers = spoiled
 
 
 def doubled_norm_gradient(model: MoRModel) -> None:

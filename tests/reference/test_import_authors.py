@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from mor_megatron.huggingface.export import to_model
 from mor_megatron.huggingface.importing import read_authors
+from mor_megatron.model.stored_names import stored_name
 
 CASES = [
     "mor_expert_cycle_nr2",
@@ -55,6 +56,7 @@ def test_authors_checkpoint(name: str, request, tmp_path: Path, process_group):
     settings = write(case, tmp_path / "model")
     weights, config = read_authors(tmp_path / "model", settings)
     state = model_of(case).state_dict()
+    state = {stored_name(key, state): tensor for key, tensor in state.items()}
     assert weights
     for key, tensor in weights.items():
         assert torch.equal(tensor, state[key].float().cpu()), key
