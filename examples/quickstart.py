@@ -1,7 +1,8 @@
 """From real text to two trained models in five minutes on two CPU cores: what `make quickstart` runs.
 
-Collects a corpus, trains a tokenizer, indexes the text, pretrains a Mixture-of-Recursions model and a plain one of the
-same unrolled depth through the same commands that a big run uses, and compares them in a table and a plot.
+Collects a corpus, trains a tokenizer, indexes the text, and pretrains a Mixture-of-Recursions model and a vanilla model
+of the same unrolled depth with the commands that a large run uses. Then it compares the two in a table and a plot, and
+draws the recursions that each token of a sentence takes.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ CONFIGS = ROOT / "examples" / "configs"
 MODELS = {"MoR": "mor_expert_nr3", "vanilla": "vanilla"}
 """Name in the table -> method preset."""
 VOCABULARY = 4096
+SENTENCE = "The sea was calm, and the captain said to the men of the ship that the war would end before the winter."
+"""The text whose token depths are drawn."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one run has come to, from its metrics.jsonl and its saved settings."""
+    """The outcome of one run, from its metrics.jsonl and its saved settings."""
 
     name: str
     parameters: int
@@ -47,11 +50,11 @@ class Result:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run all steps; the first that fails ends the program with its exit status."""
+    """Run all steps. If one fails, the program ends with that step's exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="directory for everything made")
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="directory for all results")
     parser.add_argument("--sources", nargs="+", help="sources of text (tools/collect_corpus.py); default: all")
-    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="settings for both runs, last of all")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="settings for both runs; must come last")
     args = parser.parse_args(argv)
     start = time.perf_counter()
 
@@ -62,12 +65,16 @@ def main(argv: list[str] | None = None) -> None:
     results = [read_result(name, args.output / name.lower()) for name in MODELS]
     print(table(results))
     plot(results, args.output / "loss.png")
-    print(f"\nLoss curves: {args.output / 'loss.png'}. Checkpoints, settings and metrics: {args.output}/<model>.")
+    step("Show the recursions that each token takes")
+    picture = args.output / "routing.png"
+    run(["tools/show_routing.py", "--model", args.output / "mor", "--text", SENTENCE, "--output", picture])
+    print(f"\nLoss curves: {args.output / 'loss.png'}. Token depths: {picture}.")
+    print(f"Checkpoints, settings and metrics: {args.output}/<model>.")
     print(f"Done in {time.perf_counter() - start:.0f} s.")
 
 
 def prepare_data(output: Path, sources: list[str] | None) -> list[str | Path]:
-    """Corpus, tokenizer and indexed data under `output`, each made once; returns the flags that name them."""
+    """Make corpus, tokenizer and indexed data under `output` unless they exist; return the flags that name them."""
     corpus, tokenizer, prefix = output / "data/corpus.jsonl", output / "data/tokenizer", output / "data/corpus"
     indexed = Path(f"{prefix}_text_document")
     flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer.with_suffix(".model")]
@@ -81,7 +88,7 @@ def prepare_data(output: Path, sources: list[str] | None) -> list[str | Path]:
     step("Index the text")
     if not indexed.with_suffix(".idx").exists():
         run(["tools/preprocess_data.py", "--input", corpus, "--output-prefix", prefix, *flags, "--append-eod"])
-    print(f"{indexed}.bin is there", flush=True)
+    print(f"{indexed}.bin is ready", flush=True)
     return ["--data-path", indexed, *flags]
 
 
@@ -96,7 +103,7 @@ def run(command: list) -> None:
     Args:
         command: program, relative to the repository, and its arguments.
     Raises:
-        SystemExit: it failed; with its exit status.
+        SystemExit: the program failed; carries its exit status.
     """
     status = subprocess.run(words(command)).returncode
     if status:
@@ -104,10 +111,10 @@ def run(command: list) -> None:
 
 
 def pretrain(output: Path, data_flags: list, more_flags: list[str]) -> None:
-    """Pretrain the models at the same time, each on its share of the cores: small models gain little from more.
+    """Pretrain the models at the same time, each on its share of the cores: a small model gains little from more.
 
     Raises:
-        SystemExit: a run failed; with its exit status.
+        SystemExit: a run failed; carries its exit status.
     """
     threads = str(max(1, min(os.cpu_count() or 1, 8) // len(MODELS)))
 
@@ -134,7 +141,7 @@ def pretrain(output: Path, data_flags: list, more_flags: list[str]) -> None:
 
 
 def words(command: list) -> list[str]:
-    """A program of the repository and its arguments as a command line."""
+    """The command line that runs a program of the repository with the given arguments."""
     return [sys.executable, str(ROOT / command[0]), *map(str, command[1:])]
 
 
@@ -149,7 +156,7 @@ def shorten(line: str) -> str:
 
 
 def read_result(name: str, directory: Path) -> Result:
-    """What a run in `directory` reported."""
+    """Read what the run in `directory` reported."""
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "lm_loss" in record]
     total, teraflops = 0.0, []

@@ -56,13 +56,14 @@ def table_page(tokens: list[Shown], num_recursions: int, title: str, means: dict
 
 
 def heat_map(tokens: list[Shown], num_recursions: int, title: str, path: Path, width: int = 48) -> None:
-    """Tokens x recursions as a picture, `width` tokens to a strip.
+    """Draw tokens x recursions as a picture, in strips of at most `width` tokens.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the picture cannot be written.
     """
     from matplotlib.figure import Figure
 
+    width = min(width, len(tokens))
     strips = [tokens[i : i + width] for i in range(0, len(tokens), width)]
     figure = Figure(figsize=(0.26 * width + 1, (0.3 * num_recursions + 1.2) * len(strips) + 0.5))
     figure.suptitle(title)

@@ -1,4 +1,4 @@
-"""`make quickstart` in small: the same steps on the text inside Python, a few iterations."""
+"""`make quickstart` on a small scale: the same steps on the text inside Python, for a few iterations."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def test_quickstart_ends_with_a_table_of_what_the_runs_reported(tmp_path):
     # 4 unique layers against 8, and capacities of 1, 2/3, 1/3 over the shared ones.
     assert int(unique[0].replace(",", "")) < int(unique[1].replace(",", ""))
     assert 0.5 < float(flops[0]) / float(flops[1]) < 1
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("loss.png", "routing.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_failing_step_ends_the_quickstart_with_its_status(tmp_path):
