@@ -78,7 +78,8 @@ def run_case(path: Path, layout: str) -> Numbers:
         return losses[-1]
 
     run_schedule(model, [Batch(ids, labels=ids.roll(-1, dims=1))] * count, make_context, loss)
-    reduce_replicated(model, [(p, p.grad) for p in model.parameters() if p.grad is not None])
+    gradients = [(p, p.grad) for p in model.parameters() if p.grad is not None]
+    reduce_replicated(gradients, model.config.sequence_parallel, model.tied_weight)
     gradients = gradients_of(case, gather_gradients(model), model)
     total = float(torch.stack(losses).sum()) if losses else None
     return Numbers(total, {name: float(value) for name, value in contexts[0].metrics.items()}, gradients)
