@@ -108,11 +108,11 @@ def layout(config: Config, vocab_size: int) -> dict[str, Any]:
 
 
 def refuse(directory: Path, found: list[Difference], may_differ: set[Change]) -> None:
-    """Refuse a checkpoint that cannot be gone on from with these settings.
+    """Refuse a checkpoint that a run with these settings cannot resume.
 
     Args:
         found: from `differences`.
-        may_differ: besides what is only told.
+        may_differ: besides what is only reported.
     Raises:
         ValueError: names the setting, both values and the remedy.
     """

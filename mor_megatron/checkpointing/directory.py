@@ -1,10 +1,10 @@
-"""The directory of a run's checkpoints: names, which one to begin with, which ones to delete.
+"""The directory of a run's checkpoints: their names, which one to resume from, which ones to delete.
 
 ```
 DIR/latest                 name of the newest checkpoint
-DIR/iter_0000010/          a checkpoint: complete, for it has got its name last
-DIR/iter_0000020.partial/  one that is being written, or never was finished
-DIR/iter_0000010.replaced/ one that is giving its name to another of the same iteration
+DIR/iter_0000010/          a checkpoint; it gets this name when it is complete
+DIR/iter_0000020.partial/  one that is being written, or was never finished
+DIR/iter_0000010.replaced/ an older one, while another of the same iteration takes its name
 ```
 """
 
@@ -30,7 +30,7 @@ def checkpoint_name(iteration: int) -> str:
 def candidates(root: Path) -> list[Path]:
     """Checkpoints to resume from, best first: the one that `latest` names, then older ones from new to old.
 
-    Without a usable `latest`, all of them from new to old. Nothing is said about their being intact.
+    Without a usable `latest`, all of them from new to old. They may be damaged.
     """
     found = _found(root)
     try:
@@ -53,7 +53,7 @@ def checkpoints(root: Path) -> list[Path]:
 def publish(partial: Path) -> Path:
     """Give a complete checkpoint its name, then point `latest` to it; every step is on the disk before the next.
 
-    A kill at any instant leaves either the old checkpoint of that name or the new one in sight of `candidates`.
+    Killed at any instant, it leaves the old checkpoint of that name or the new one where `candidates` finds it.
 
     Raises:
         OSError: the directory cannot be changed.
@@ -79,32 +79,32 @@ def publish(partial: Path) -> Path:
 
 
 def expired(root: Path, keep_last: int, keep_every: int | None = None) -> list[Path]:
-    """Checkpoints that retention no longer wants, and remains of saves that were never finished.
+    """Checkpoints that retention does not keep, and what unfinished saves left behind.
 
-    Up to the one that `latest` names: the `keep_last` newest complete ones stay, and all whose iteration is a multiple
-    of `keep_every`. Incomplete ones (no manifest, a file missing or of another size) do not count, and go.
+    Of those up to the one that `latest` names, the `keep_last` newest complete ones stay, and all whose iteration is
+    a multiple of `keep_every`. Incomplete ones (no manifest, a file missing or of another size) expire.
     """
     newest = next(iter(candidates(root)), None)
     if newest is None:
         return []
     limit = _iteration(newest)
-    unwanted, kept = [], 0
+    found, kept = [], 0
     for iteration, path in _found(root):
-        if iteration > limit:  # of a future that a run resumed from an older checkpoint has left
+        if iteration > limit:  # written before the run went back to an older checkpoint
             continue
         if not _complete(path):
-            unwanted.append(path)
+            found.append(path)
         elif kept < keep_last:
             kept += 1
         elif keep_every is None or iteration % keep_every:
-            unwanted.append(path)
+            found.append(path)
     # A later one may be what a run is writing at this moment.
     remains = [path for path in root.glob(f"iter_*{PARTIAL}") if path.name <= f"{checkpoint_name(limit)}{PARTIAL}"]
-    return unwanted + sorted(remains)
+    return found + sorted(remains)
 
 
 def delete(paths: list[Path]) -> None:
-    """Delete checkpoints; one that is killed halfway is none any more, for its manifest goes first.
+    """Delete checkpoints, the manifest first, so that one half deleted is no checkpoint.
 
     Raises:
         OSError: no rights.
@@ -116,7 +116,7 @@ def delete(paths: list[Path]) -> None:
 
 
 def _found(root: Path) -> list[tuple[int, Path]]:
-    """Iterations and directories of what has a checkpoint's name, from new to old; a replaced one after its heir."""
+    """Iterations and directories under a checkpoint's name, from new to old; a replaced one after its successor."""
     names = [_NAME.fullmatch(path.name) for path in root.iterdir()] if root.is_dir() else []
     matches = sorted((match for match in names if match), key=lambda m: (-int(m[1]), m[2] is not None))
     return [(int(match[1]), root / match[0]) for match in matches]

@@ -45,9 +45,9 @@ def load_checkpoint(
     """Restore the newest intact checkpoint of `config.checkpoint.load`; collective over all ranks.
 
     Without `--load`, or with a directory that has no checkpoint, the run begins with that of `--branch-from`,
-    else from scratch, and rank 0 says so. A damaged or incomplete one is named, and the one before it is taken, unless
+    else from scratch, which rank 0 prints. A damaged or incomplete one is named, and the one before it is taken, unless
     `load_strict` or `ckpt_step`. With `finetune`, weights are all that is loaded, and the run starts at iteration 0.
-    Rank 0 says what has changed since the checkpoint was written.
+    Rank 0 prints the settings that differ from the checkpoint's.
 
     Args:
         tokenizer: the run's.
@@ -55,7 +55,7 @@ def load_checkpoint(
         How far the loaded run is.
     Raises:
         ValueError: the checkpoint is of another model or tokenizer (names setting and both values), none is intact, or
-            there is none and there should be.
+            there is none where one is required.
     """
     found = _find(config)
     if found is None:

@@ -1,8 +1,8 @@
 """The state of the global random generators as JSON.
 
 All ranks are seeded alike and there is no dropout, so one state, rank 0's, is every rank's. Nothing in training draws
-from it (weights and the order of samples are functions of the seed); it is kept so that a user's code that does draw
-goes on where it was.
+from it (weights and the order of samples are functions of the seed); it is kept for code of users that
+does, such as a routing method with noise.
 """
 
 from __future__ import annotations

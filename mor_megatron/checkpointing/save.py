@@ -3,7 +3,7 @@
 1. rank 0 makes `iter_N.partial`;
 2. every rank writes its entries there, flushed to the disk; with `--async-save`, a thread copies them and then writes;
 3. all ranks exchange what they wrote, or what went wrong;
-4. rank 0 writes config and manifest, renames the directory, points `latest` to it, deletes what retention gives up.
+4. rank 0 writes config and manifest, renames the directory, points `latest` to it, deletes expired ones.
 
 Whatever fails, older checkpoints stay as they are. Collectives are the main thread's alone: the other thread copies
 and writes, and an asynchronous save is completed between two iterations (`poll`). The state changes in the optimizer's
@@ -46,7 +46,7 @@ class SaveError(RuntimeError):
 
 @dataclass
 class _Save:
-    """One that is under way."""
+    """A save under way."""
 
     partial: Path
     manifest: Manifest
@@ -250,7 +250,7 @@ def _make_empty(partial: Path) -> None:
 
 
 def _failure(action: Callable[[], None]) -> str | None:
-    """Do it; what the operating system had against it, in words, or None."""
+    """Run an action; the error of the operating system in words, or None."""
     try:
         action()
     except OSError as error:

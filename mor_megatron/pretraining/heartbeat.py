@@ -35,8 +35,8 @@ class Heartbeat:
         self._failing = False
 
     def beat(self, iteration: int, state: State) -> None:
-        """Say that `iteration` iterations are completed. A file that cannot be written is reported once, and no more:
-        a watchdog's concern must not end a run."""
+        """Write that `iteration` iterations are completed. A file that cannot be written is reported once, and does not
+        end the run."""
         now = time.time()
         if state == self._last[1] and now - self._last[0] < self.seconds:
             return

@@ -1,6 +1,6 @@
-"""What a run can observe of itself besides its metrics: the norm of its weights, where its time goes, a profile.
+"""What a run measures besides its metrics: the norm of its weights, where its time goes, a profile.
 
-Nothing here changes what is computed, and without its flag each costs nothing.
+Nothing here changes what is computed, and each costs nothing without its flag.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Observer:
             self.trace.begin(iteration)
 
     def end(self, iteration: int) -> dict[str, float]:
-        """After an iteration: what belongs into its record, this rank's times among it."""
+        """After an iteration; the fields that this adds to its record, times of this rank among them."""
         if self.trace is not None:
             self.trace.end(iteration)
         found = {}
@@ -45,7 +45,7 @@ class Observer:
         return found | {_field(name): self._since_last(name) for name in IN_AN_ITERATION if self.timers is not None}
 
     def time_of_evaluation(self) -> dict[str, float]:
-        """What belongs into the record of an evaluation."""
+        """Fields for the record of an evaluation."""
         return {} if self.timers is None else {_field("eval-time"): self._since_last("eval-time")}
 
     def report(self, iterations: int) -> None:

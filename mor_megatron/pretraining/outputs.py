@@ -1,7 +1,7 @@
 """Before anything is built: whether a run may write where it wants to, and can.
 
-A directory that cannot be written, that another run uses, or that has another run's checkpoints; Weights & Biases
-without a login. All ranks look, and all of them raise the same error.
+A directory that cannot be written, that another run uses, or that has another run's checkpoints is refused; so is
+Weights & Biases without a login. All ranks check, and all raise the same error.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _claim(config: Config, stack: contextlib.ExitStack) -> list[Writer]:
 
 
 def require_own_checkpoints(checkpoint: CheckpointConfig) -> None:
-    """Refuse a `save` with checkpoints of a run that this one does not go on with, and would replace one by one.
+    """Refuse a `save` with checkpoints of a run that this one does not continue, and would replace one by one.
 
     Raises:
         ValueError: it has some.
@@ -92,7 +92,7 @@ def require_own_checkpoints(checkpoint: CheckpointConfig) -> None:
 
 @contextlib.contextmanager
 def _writable(name: str, directory: str) -> Iterator[None]:
-    """Make sure that a directory is there and can be written; what fails in the block is no better."""
+    """Make sure that a directory exists and can be written; an OSError in the block is reported alike."""
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as file:

@@ -2,8 +2,8 @@
 
 The loss is compared with its exponential moving average, which is part of the run's progress, so that a resumed run
 notices the same spikes. Early on the loss falls, and the average lies above it: no spike is seen where there is none.
-What to do about one is the loop's business: log, or go back to the last checkpoint and leave out the samples since
-(as PaLM was trained, arXiv:2204.02311, sec. 5.1).
+The loop decides what to do about one: log it, or go back to the last checkpoint and leave out the samples since (as
+PaLM was trained, arXiv:2204.02311, sec. 5.1).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where records of a run go: metrics.jsonl, TensorBoard, Weights & Biases. None of them ends a run."""
+"""Where records of a run go: metrics.jsonl, TensorBoard, Weights & Biases. A failure of theirs never ends a run."""
 
 from __future__ import annotations
 
@@ -166,11 +166,11 @@ class WeightsAndBiases:
 
 
 class Tolerant:
-    """A writer that a full disk may stop, but not the run: it is said, tried again later, and what is missing counted.
+    """A writer whose failure does not end the run: it is printed, retried later, and missing records are counted.
 
     Args:
         name: for messages.
-        open_at: makes the writer; given the iterations that are completed, it goes on after them.
+        open_at: makes the writer, which continues after the given number of completed iterations.
         iteration: iterations that the run has completed.
     """
 
@@ -178,7 +178,7 @@ class Tolerant:
         self.name = name
         self._open_at = open_at
         self._iteration = iteration
-        """Up to which everything that can be was written."""
+        """Later records are still to be written."""
         self._writer: Writer | None = None
         self._missing = 0
         self._retry_at = 0.0
@@ -192,12 +192,12 @@ class Tolerant:
             self._missing += 1
 
     def rewind(self, iteration: int) -> None:
-        """The same of the writer, now or when it works again."""
+        """Rewind the writer, now or when it works again."""
         self._iteration = iteration
         self._tries(lambda writer: writer.rewind(iteration))
 
     def close(self) -> None:
-        """The same of the writer."""
+        """Close the writer."""
         self._tries(lambda writer: writer.close())
 
     def _tries(self, action: Callable[[Writer], None]) -> bool:

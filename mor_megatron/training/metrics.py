@@ -51,7 +51,7 @@ def training_record(
         peak_tflops: of one of them.
         observed: what an `Observer` adds.
     Returns:
-        Name -> value; None where it is not finite, for JSON has no word for that. `tflops_per_gpu` and `utilisation`
+        Name -> value; None where it is not finite, which JSON cannot express. `tflops_per_gpu` and `utilisation`
         count model FLOPs (MFU), `hardware_utilisation` those that recomputation repeats, too (HFU).
     """
     tokens = config.training.global_batch_size * config.data.seq_length
@@ -117,7 +117,7 @@ def validation_line(record: Record, split: str | None = None) -> str:
     """Losses of one evaluation and their perplexities, in the manner of Megatron-LM.
 
     Args:
-        split: named where it is not plain that it is validation.
+        split: printed if given; None where only validation is evaluated.
     """
     losses = {name: value for name, value in record.items() if name.startswith("validation_loss")}
     where = "" if split is None else f" on {split} set"
