@@ -16,8 +16,9 @@ def named_checkpoints(path: Path) -> list[Path]:
         ValueError: there is none.
     """
     from mor_megatron.checkpointing.directory import candidates
+    from mor_megatron.checkpointing.manifest import MANIFEST
 
-    if (path / "manifest.json").exists() or path.name.startswith("iter_"):
+    if (path / MANIFEST).exists() or path.name.startswith("iter_"):
         return [path]
     found = candidates(path)
     if not found:

@@ -15,7 +15,7 @@ import re
 import shutil
 from pathlib import Path
 
-from mor_megatron.checkpointing.manifest import damage, read_manifest
+from mor_megatron.checkpointing.manifest import MANIFEST, damage, read_manifest
 from mor_megatron.files import flush, flush_directory
 
 LATEST = "latest"
@@ -110,8 +110,7 @@ def delete(paths: list[Path]) -> None:
         OSError: no rights.
     """
     for path in paths:
-        for manifest in path.glob("manifest.json"):
-            manifest.unlink()
+        (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path)
 
 

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from mor_megatron import command
 from mor_megatron.checkpointing.directory import candidates
 from mor_megatron.checkpointing.kept_tokenizer import with_kept_tokenizer
-from mor_megatron.checkpointing.manifest import CONFIG, Manifest, read_manifest
+from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, Manifest, read_manifest
 from mor_megatron.checkpointing.reader import read_buffers, read_parameters
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Config
@@ -58,7 +58,7 @@ def newest_checkpoint(path: str | Path) -> Path:
         ValueError: there is none.
     """
     path = Path(path)
-    if (path / "manifest.json").exists():
+    if (path / MANIFEST).exists():
         return path
     found = candidates(path)
     if not found:
