@@ -4,7 +4,7 @@
     python tools/gpu_check.py --device cpu --quick  # the same stages on the CPU in small, to see that they run
 
 - reference: the authors' numbers (`tests/reference`), fp32.
-- layouts: the small models of `tests/distributed`, five fp32 steps in every layout that needs no more ranks than there
+- layouts: the small models of `tests/distributed`, a few fp32 steps in every layout that needs no more ranks than there
   are GPUs, compared with one process: losses, metrics, norms, every parameter.
 - kernels: gradients with flash-attn and Transformer Engine, compared with those without, bf16.
 - curves: losses of small models in bf16, compared with a run on the CPU.

@@ -21,7 +21,7 @@ from mor_megatron.training.engine import Engine, build_engine
 from mor_megatron.training.progress import Progress
 from mor_megatron.training.train_step import StepReport
 
-SAVED_AFTER, UNTIL = 2, 5
+SAVED_AFTER, UNTIL = 2, 4
 
 
 @dataclass

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 from layout_runs import DECISION_MARGIN, Result, train
-from table import GLOBAL_BATCH, ONE, build_config
+from table import GLOBAL_BATCH, ONE, Layout, build_config
 from worker_pool import WorkerPool
+
+from mor_megatron.config.schema import Config
 
 SEEDS = range(10)
 """The first whose routing decisions are all clear ones is taken: the same on every machine, but for rounding."""
@@ -28,6 +30,20 @@ def single(lone_worker: WorkerPool) -> Callable[..., Result]:
             if bf16 or result.margin > DECISION_MARGIN:
                 known[key] = result
                 break
+        return known[key]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(workers: WorkerPool) -> Callable[[Layout, Config], Result]:
+    """trained(layout, config) -> the run as rank 0 sees it; tests that want the same one share it."""
+    known: dict[tuple, Result] = {}
+
+    def run(layout: Layout, config: Config) -> Result:
+        key = layout.world_size, config
+        if key not in known:
+            known[key] = workers.run(layout.world_size, layout.groups, train, config)[0]
         return known[key]
 
     return run

@@ -26,12 +26,12 @@ from mor_megatron.training.engine import Engine, build_engine
 from mor_megatron.training.train_step import StepReport, train_step
 
 FP32_LAYOUT_TOL = 1e-5
-"""Largest relative difference between two layouts over five fp32 steps. They add the same numbers in another order:
-1e-7 for a sum, tens of sums deep, and five updates that feed on each other."""
+"""Largest relative difference between two layouts over all fp32 steps. They add the same numbers in another order:
+1e-7 for a sum, tens of sums deep, and updates that feed on each other."""
 FP32_ROUNDING = STEPS * 2.0**-24
 """What rounding a weight after each update may move it, relative to its size: no agreement can be expected below."""
 DECISION_MARGIN = 5e-6
-"""Router logits of two layouts differ by some 1e-7 at the fifth step; see `Margins`."""
+"""Router logits of two layouts differ by some 1e-7 at the last step; see `Margins`."""
 
 
 class Margins:
@@ -91,7 +91,7 @@ class Result:
 
 
 def train(config: Config, fault: Callable[[nn.Module], None] | None = None) -> Result:
-    """Five steps in the layout of `config`; collective.
+    """A few steps in the layout of `config`; collective.
 
     Args:
         fault: spoils the model before it is wrapped, to see whether the comparison notices.
@@ -186,7 +186,7 @@ def _numel(parameter: nn.Parameter) -> int:
 def differences(got: Result, expected: Result, tolerance: float = FP32_LAYOUT_TOL) -> list[tuple[str, float]]:
     """What differs by more than the tolerance, and by how much, in the order in which it came about.
 
-    Numbers are compared by |a - b| / |b|, parameters and buffers by max|a - b| / max|b|. Weights hardly move in five
+    Numbers are compared by |a - b| / |b|, parameters and buffers by max|a - b| / max|b|. Weights hardly move in a few
     steps, so what training changed in them is compared too, by (max|a - b| - rounding) / max|change|.
     """
     found: list[tuple[str, float]] = []

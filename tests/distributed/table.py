@@ -28,7 +28,8 @@ BLOCK = 4
 MICRO_BATCH = 2
 GLOBAL_BATCH = 8
 """Four micro-batches for one replica, which fill a ring of four; layouts that need more have more."""
-STEPS = 5
+STEPS = 3
+"""Momentum and moments act from the second on, and the masks of odd and even steps differ."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from mor_megatron.checkpointing.reader import open_checkpoint
 from mor_megatron.checkpointing.shards import STEP
 from mor_megatron.config.schema import Config
 
-GLOBAL_BATCH = 16
+GLOBAL_BATCH = 8
 """Fills a ring of four ranks, and four data-parallel ranks."""
 BY_NAME = {layout.name: layout for layout in [ONE, *LAYOUTS]} | {
     "one-zero0": replace(ONE, name="one-zero0", zero=0),

@@ -16,11 +16,13 @@ from mor_megatron.pretraining.pretrain import pretrain
 from mor_megatron.pretraining.spikes import WARMUP, is_spike, update_average
 from mor_megatron.training.progress import Progress
 
+ITERATIONS = 90
+"""The noise is met early, when too little has been learned for it to stand out, and then in iteration 69."""
 SETTINGS = {
     "split": "1,0,0",
     "eval_iters": 0,
-    "train_iters": 120,
-    "lr_decay_iters": 120,
+    "train_iters": ITERATIONS,
+    "lr_decay_iters": ITERATIONS,
     "micro_batch_size": 2,
     "global_batch_size": 2,
     "save_interval": 10,
@@ -57,13 +59,18 @@ def test_a_spike_is_reported_and_training_goes_on(process_group, spoilt, tmp_pat
     assert found
     assert min(found) > WARMUP
     assert len(found) < 4, "noise fills three samples at most"
-    assert [line["iteration"] for line in read_metrics(tmp_path)] == list(range(1, 121))
+    assert [line["iteration"] for line in read_metrics(tmp_path)] == list(range(1, ITERATIONS + 1))
 
 
 def test_a_rollback_leaves_the_samples_out(process_group, spoilt, tmp_path, capsys):
     save = str(tmp_path / "run")
     # Measured in samples, those left out must count neither for the end of the run nor for its learning rate.
-    in_samples = {"train_iters": None, "train_samples": 240, "lr_warmup_samples": 4, "lr_wsd_decay_samples": 16}
+    in_samples = {
+        "train_iters": None,
+        "train_samples": 2 * ITERATIONS,
+        "lr_warmup_samples": 4,
+        "lr_wsd_decay_samples": 16,
+    }
     in_iterations = {"lr_warmup_iters": 0, "lr_decay_iters": None, "lr_wsd_decay_iters": None}
     settings = {**SETTINGS, **in_samples, **in_iterations, "max_rollbacks": 1, "save": save}
     pretrain(small_config(spoilt, **settings))
@@ -76,10 +83,10 @@ def test_a_rollback_leaves_the_samples_out(process_group, spoilt, tmp_path, caps
     )
 
     lines = read_metrics(save)
-    assert [line["iteration"] for line in lines] == list(range(1, 121))
+    assert [line["iteration"] for line in lines] == list(range(1, ITERATIONS + 1))
     consumed = [line["consumed_samples"] for line in lines]
-    assert consumed == [2 * i + (left_out if i > back else 0) for i in range(1, 121)]
-    assert [line["learning_rate"] for line in lines if line["iteration"] > 112] == [
+    assert consumed == [2 * i + (left_out if i > back else 0) for i in range(1, ITERATIONS + 1)]
+    assert [line["learning_rate"] for line in lines if line["iteration"] > ITERATIONS - 8] == [
         1e-2 * i / 8 for i in range(8, 0, -1)
     ]
     dropped = [json.loads(line) for line in (Path(save) / "metrics.dropped.jsonl").read_text().splitlines()]
@@ -95,7 +102,7 @@ def test_a_rollback_leaves_the_samples_out(process_group, spoilt, tmp_path, caps
     pretrain(small_config(spoilt, **{**settings, "save": part, "load": part}))
     assert " rollback " not in capsys.readouterr().out
     assert read_metrics(part) == lines
-    assert_same_checkpoint(save, part, 120)
+    assert_same_checkpoint(save, part, ITERATIONS)
 
 
 def test_without_a_checkpoint_there_is_no_way_back(process_group, spoilt, tmp_path, capsys):
