@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before torch is imported: tests share the cores with each other and with the ranks they start, and two threads that
@@ -55,6 +56,12 @@ def pytest_collection_modifyitems(items):
     tests = Path(__file__).parent
     for item in items:
         item.add_marker(pytest.mark.xdist_group(item.path.relative_to(tests).parts[0]))
+
+
+def pytest_collection_finish():
+    """Everything is imported. DeepSpeed collects garbage dozens of times an engine: not among objects of modules."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser):

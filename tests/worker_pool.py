@@ -1,7 +1,7 @@
 """Processes that the distributed tests share: started once, formed into a world of some of them for each layout.
 
-Starting a process that imports torch, Megatron-core and DeepSpeed takes longer than the test that it is for. A worker
-that raises, dies or hangs fails the test with the tracebacks of all ranks, and the next test gets fresh workers.
+A worker that raises, dies or hangs fails the test with the tracebacks of all ranks, and the next test gets fresh
+workers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from forkserver import fork_context
 
 TIMEOUT = 120.0
 """Seconds until a job counts as hung; the longest takes a few."""
@@ -84,22 +86,13 @@ class WorkerPool:
         self.workers, self.world = [], None
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["mor_megatron.training.train_step"])  # imported once, then forked
-        environment = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "DS_ACCELERATOR": "cpu"}
-        before = {name: os.environ.get(name) for name in environment}
-        os.environ.update(environment)
+        context = fork_context()
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs, self.directory.name), daemon=True)
             process.start()
             theirs.close()
             self.workers.append((process, ours))
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
     def _collect(self, used: list[tuple[Any, Connection]], timeout: float) -> dict[int, tuple[bool, Any]]:
         pending = {connection: rank for rank, (_, connection) in enumerate(used)}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import run_program
 
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.validate import validate
@@ -24,22 +24,21 @@ spec.loader.exec_module(gpu_check)
 def check(tmp_path: Path, *stages: str) -> dict:
     """The JSON of a quick run on the CPU that found nothing wrong."""
     output = tmp_path / "check.json"
-    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--quick", "--json", str(output), "--stages", *stages]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "all agree" in done.stdout
+    words = ["--device", "cpu", "--quick", "--json", output, "--stages", *stages]
+    status, printed = run_program("tools/gpu_check.py", words, tmp_path)
+    assert status == 0, printed
+    assert "all agree" in printed
     return json.loads(output.read_text())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what it would run where there is no GPU")
 def test_without_a_gpu_it_says_what_it_would_run(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--json", str(tmp_path / "check.json")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    status, printed = run_program("tools/gpu_check.py", ["--json", tmp_path / "check.json"], tmp_path)
+    assert status == 0, printed
     for stage in gpu_check.STAGES:
-        assert f"\n{stage} " in done.stdout
-    assert "tp2-sp-pp2" in done.stdout
-    assert "1.7b mor_expert_nr3" in done.stdout
+        assert f"\n{stage} " in printed
+    assert "tp2-sp-pp2" in printed
+    assert "1.7b mor_expert_nr3" in printed
     assert not (tmp_path / "check.json").exists()
 
 
@@ -87,12 +86,13 @@ def test_curves_are_compared_where_they_begin_and_end():
     "stage",
     [
         lambda plan: [{"largest difference": 1.0, "failed": True}],
-        lambda plan: gpu_check.run_job(plan, "layout", {"name": "one", "models": ["vanilla"], "results": "nowhere"}),
+        lambda plan: gpu_check.run_job(plan, "layout", {"name": "one"}),
     ],
     ids=["a disagreement", "a process that fails"],
 )
 def test_what_fails_turns_it_red(tmp_path, monkeypatch, capsys, stage):
     monkeypatch.setitem(gpu_check.STAGES, "layouts", stage)
+    monkeypatch.setattr(gpu_check, "JOBS", tmp_path / "nowhere.py")
     output = tmp_path / "check.json"
     assert gpu_check.main(["--device", "cpu", "--quick", "--stages", "layouts", "--json", str(output)]) == 1
     assert "DISAGREES: layouts" in capsys.readouterr().out

@@ -6,13 +6,10 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from forked_ranks import free_port, running
-from small_runs import ROOT, SMALL_MODEL
+from small_runs import SMALL_MODEL
 
 FLAGS = f"{SMALL_MODEL} --train-iters 1000000 --eval-iters 0 --log-interval 5"
 LIMIT = 120.0  # seconds until a rank counts as hung; 10 are the rule
@@ -30,6 +27,12 @@ def a_job() -> str:
     raise AssertionError("no port is free")
 
 
+def as_srun(count: int) -> list[dict[str, str]]:
+    """What Slurm tells each task."""
+    job = {"SLURM_JOB_ID": a_job(), "SLURM_STEP_ID": "0", "SLURM_NTASKS": str(count)}
+    return [job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(count)]
+
+
 @pytest.mark.parametrize(
     ("count", "victim", "layout"),
     [
@@ -38,34 +41,17 @@ def a_job() -> str:
     ],
 )
 def test_the_others_stop_and_name_it(corpus, tmp_path, count, victim, layout):
-    command = [sys.executable, str(ROOT / "pretrain_mor.py"), *FLAGS.split(), *layout.split(), "--data-path", corpus]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MASTER", "LOCAL_"))}
-    job = {"SLURM_JOB_ID": a_job(), "SLURM_STEP_ID": "0", "SLURM_NTASKS": str(count), "OMP_NUM_THREADS": "1"}
-    outputs = [tmp_path / f"{rank}.log" for rank in range(count)]
-    processes = []
-    try:
-        for rank in range(count):
-            task = clean | job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
-            with outputs[rank].open("w") as output:
-                pipes = {"stdout": subprocess.PIPE if rank == 0 else output, "stderr": output}
-                processes.append(subprocess.Popen(command, env=task, **pipes))
-        for line in processes[0].stdout:
-            if b"iteration       10/" in line:
-                break
-        else:
-            pytest.fail("training did not begin: " + outputs[0].read_text()[-2000:])
-        processes[victim].kill()
-        for rank, process in enumerate(processes):
-            process.communicate(timeout=LIMIT)
-            assert rank == victim or process.returncode == 1, outputs[rank].read_text()[-2000:]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    reports = re.findall(r"^error: .*", "\n".join(map(Path.read_text, outputs)), re.MULTILINE)
+    with running([*FLAGS.split(), *layout.split(), "--data-path", corpus], count, tmp_path, launcher=as_srun) as ranks:
+        ranks.wait_for("iteration       10/")
+        ranks.signal(signal.SIGKILL, victim)
+        statuses = ranks.join()
+        outputs = [ranks.output(rank) for rank in range(count)]
+        lost = ranks.processes[victim].pid
+    assert all(status == 1 for rank, status in enumerate(statuses) if rank != victim), outputs
+    reports = re.findall(r"^error: .*", "\n".join(outputs), re.MULTILINE)
     assert len(reports) == 1
     assert re.match(
-        rf"error: lost rank {victim} \(\S+, process {processes[victim].pid}, [^)]*\) of {count} in iteration \d+; ",
+        rf"error: lost rank {victim} \(\S+, process {lost}, [^)]*\) of {count} in iteration \d+; ",
         reports[0],
     )
 

@@ -25,17 +25,17 @@ LAYOUT_TOL = 2e-6  # two ranks add the same fp32 gradients in another order; eig
 @pytest.fixture(scope="module")
 def two_ranks(corpus, tmp_path_factory):
     output = tmp_path_factory.mktemp("two_ranks")
-    with running([corpus, str(output)], 2, output / "logs", program="two_ranks_worker") as ranks:
+    with running([corpus, str(output)], 2, output / "logs", program="tests/end_to_end/two_ranks_worker.py") as ranks:
         assert ranks.join() == [0, 0], ranks.output(0)[-3000:] + ranks.output(1)[-6000:]
     return output
 
 
 @pytest.mark.parametrize("mode", RESUMED, ids=mode_name)
-def test_ten_and_ten_is_twenty(two_ranks, mode):
+def test_five_and_five_is_ten(two_ranks, mode):
     whole, parts = (two_ranks / f"{mode_name(mode)}-{name}" for name in ("whole", "parts"))
-    assert len(read_metrics(whole)) == 22
+    assert len(read_metrics(whole)) == 12
     assert read_metrics(parts) == read_metrics(whole)
-    for iteration in (10, 20):
+    for iteration in (5, 10):
         assert_same_checkpoint(whole, parts, iteration)
 
 

@@ -28,9 +28,9 @@ from mor_megatron.training.train_step import train_step
 
 def resume(corpus: str, output: Path, mode) -> None:
     whole, parts = (str(output / f"{mode_name(mode)}-{name}") for name in ("whole", "parts"))
-    pretrain(small_config(corpus, mode=mode, save=whole, save_interval=10))
-    pretrain(small_config(corpus, mode=mode, save=parts, load=parts, train_iters=10))
-    pretrain(small_config(corpus, mode=mode, save=parts, load=parts))
+    for save, load, end in ((whole, None, 10), (parts, parts, 5), (parts, parts, 10)):
+        intervals = {"save_interval": 5, "eval_interval": 5}
+        pretrain(small_config(corpus, mode=mode, save=save, load=load, train_iters=end, **intervals))
 
 
 def fault(corpus: str, mode, values: tuple[float, float]) -> list[dict]:
@@ -103,3 +103,7 @@ def main() -> int:
         (output / "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

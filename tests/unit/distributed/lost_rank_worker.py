@@ -21,7 +21,7 @@ from mor_megatron.distributed.roll_call import answer_roll_calls, hold_roll_call
 def main(fate: str, victim: int, directory: str) -> None:
     store, rank, world_size = next(dist.rendezvous("env://"))
     # As long as starting under load may take one rank longer than another, and not longer than a test may.
-    timeout = timedelta(seconds=10)
+    timeout = timedelta(seconds=5)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     config = Config(
         parallel=ParallelConfig(pipeline_model_parallel_size=2), checkpoint=CheckpointConfig(save=directory)

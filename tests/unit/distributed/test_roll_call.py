@@ -1,58 +1,32 @@
-"""Whatever happens to a rank, the others end and name it. Real processes over gloo, of torch alone."""
+"""Whatever happens to a rank, the others end and name it. Real processes over gloo."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import socket
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from forked_ranks import LIMIT, Ranks, running
 
 from mor_megatron.distributed import initialize as distributed
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
-LIMIT = 90.0  # seconds until a rank counts as hung; 15 are the rule
+
+def ranks(count: int, fate: str, victim: int, directory: Path):
+    """Workers without a launcher, which would end the others itself; none survives the block."""
+    words = [fate, str(victim), str(directory)]
+    return running(words, count, directory / "logs", program="tests/unit/distributed/lost_rank_worker.py")
 
 
-@contextlib.contextmanager
-def ranks(count: int, fate: str, victim: int, directory: Path) -> Iterator[list[subprocess.Popen]]:
-    """Worker processes without a launcher, which would end the others itself; none survives the block."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment = os.environ | shared | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "lost_rank_worker.py"), fate, str(victim), str(directory)]
-    processes = []
-    try:
-        for rank in range(count):
-            processes.append(
-                subprocess.Popen(
-                    command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-                )
-            )
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-
-
-def errors(processes: list[subprocess.Popen], victim: int) -> list[str]:
+def errors(ranks: Ranks, victim: int) -> list[str]:
     """Wait for all but the victim, which must fail; the lines that they report."""
     reports = []
-    for rank, process in enumerate(processes):
+    for rank, process in enumerate(ranks.processes):
         if rank != victim:
-            text = process.communicate(timeout=LIMIT)[1].decode()
-            assert process.returncode == 1, f"rank {rank}: {text}"
+            process.join(LIMIT)
+            text = ranks.output(rank)
+            assert process.exitcode == 1, f"rank {rank}: {text}"
             assert "Traceback" not in text
             reports += [line for line in text.splitlines() if line.startswith("error: ")]
     return reports
@@ -61,9 +35,9 @@ def errors(processes: list[subprocess.Popen], victim: int) -> list[str]:
 @pytest.mark.parametrize("fate", ["killed", "stopped"])
 def test_the_lost_rank_is_named_once(tmp_path, fate):
     """With its place in the layout and the iteration; the others leave their stacks."""
-    with ranks(4, fate, 2, tmp_path) as processes:
-        (report,) = errors(processes, victim=2)
-        pid = processes[2].pid
+    with ranks(4, fate, 2, tmp_path) as workers:
+        (report,) = errors(workers, victim=2)
+        pid = workers.processes[2].pid
     place = "pipeline stage 1 of 2, data-parallel rank 0 of 2"
     assert re.match(rf"error: lost rank 2 \(\S+, process {pid}, {place}\) of 4 in iteration 7; rank [013]: ", report)
     assert report.endswith(f"; stacks of the ranks that answered are in {tmp_path / 'stacks'}")
@@ -75,26 +49,25 @@ def test_the_lost_rank_is_named_once(tmp_path, fate):
 
 
 def test_the_host_of_the_store_is_named(tmp_path):
-    with ranks(2, "killed", 0, tmp_path) as processes:
-        (report,) = errors(processes, victim=0)
+    with ranks(2, "killed", 0, tmp_path) as workers:
+        (report,) = errors(workers, victim=0)
     assert report.startswith("error: lost rank 0, which hosts the rendezvous store; rank 1: ")
 
 
 def test_a_rank_that_lives_and_does_not_come_is_not_called_lost(tmp_path):
     """Its stack says where it hangs."""
-    with ranks(2, "sleeps", 1, tmp_path) as processes:
-        (report,) = errors(processes, victim=1)
-        assert processes[1].wait(LIMIT) == 1, "it ends with the others"
+    with ranks(2, "sleeps", 1, tmp_path) as workers:
+        (report,) = errors(workers, victim=1)
+        assert workers.join() == [1, 1], "it ends with the others"
     assert report.startswith("error: an exchange failed although all 2 ranks are alive: ")
     assert "iteration 7" in report
     assert "in suffer" in (tmp_path / "stacks" / "rank_00001.txt").read_text()
 
 
 def test_without_a_loss_nothing_is_said(tmp_path):
-    with ranks(2, "nothing", 0, tmp_path) as processes:
-        outputs = [process.communicate(timeout=LIMIT) for process in processes]
-        assert [process.returncode for process in processes] == [0, 0]
-    assert b"TCPStore" not in b"".join(stream for output in outputs for stream in output)
+    with ranks(2, "nothing", 0, tmp_path) as workers:
+        assert workers.join() == [0, 0]
+        assert "TCPStore" not in workers.output(0) + workers.output(1)
 
 
 def test_ranks_that_do_not_meet_in_time_end_whatever_the_library_does(monkeypatch, capsys):

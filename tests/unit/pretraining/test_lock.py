@@ -22,10 +22,11 @@ def refuse(reason: str) -> None:
 
 def leave(directory: Path, holder: Holder | str, age: float) -> None:
     """What a process leaves behind whose last sign of life was `age` seconds ago."""
-    path = directory / LOCK
-    path.write_text(holder if isinstance(holder, str) else json.dumps(asdict(holder)))
+    path, new = directory / LOCK, directory / "new"
+    new.write_text(holder if isinstance(holder, str) else json.dumps(asdict(holder)))
     then = lock._now(directory) - age
-    os.utime(path, (then, then))
+    os.utime(new, (then, then))
+    new.replace(path)  # at once: a heartbeat may be reading
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_the_heartbeat_shows_and_sees_others(tmp_path, mine, monkeypatch):
         while (tmp_path / LOCK).stat().st_mtime == 0:
             pass
         (tmp_path / LOCK).unlink()  # by hand: it is written again
-        while not (tmp_path / LOCK).exists():
+        while not (tmp_path / LOCK).exists() or (tmp_path / LOCK).read_text() != json.dumps(asdict(mine)):
             pass
         leave(tmp_path, replace(mine, pid=1, host="other"), 0)
         assert lost.wait(60)

@@ -1,37 +1,45 @@
-"""Ranks of `pretrain_mor.py` that tests may kill: real processes, forked from one that has everything imported.
+"""Programs and their ranks that tests may kill: real processes, forked from one that has everything imported.
 
-Imports take most of a short run. A server process imports them once; each rank is a fork of it, made before anything
-of a run exists, and runs the entry point as `python pretrain_mor.py FLAGS` does, its output in a file.
+Each rank is made before anything of a run exists, and runs the entry point as `python pretrain_mor.py FLAGS` does, its
+output in a file.
 """
 
 from __future__ import annotations
 
 import atexit
-import importlib
-import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from small_runs import ROOT
+from forkserver import fork_context
 
+ROOT = Path(__file__).parents[1]
 LIMIT = 300.0  # seconds until a rank counts as hung; a few are the rule
+
+
+def as_torchrun(count: int) -> list[dict[str, str]]:
+    """What torchrun tells each rank."""
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 class Ranks:
     """The processes of one run.
 
     Args:
-        flags: of `pretrain_mor.py`.
+        flags: of the program.
         count: ranks.
         outputs: directory of `rank_0.log`, ...
         environment: what a launcher sets beside rank and number of ranks.
-        program: module whose `main` they run.
+        program: its path below the repository.
+        launcher: number of ranks -> the environment of each.
     """
 
     def __init__(
@@ -40,18 +48,17 @@ class Ranks:
         count: int,
         outputs: Path,
         environment: dict[str, str] | None = None,
-        program: str = "pretrain_mor",
+        program: str = "pretrain_mor.py",
+        launcher: Callable[[int], list[dict[str, str]]] = as_torchrun,
     ):
         outputs.mkdir(parents=True, exist_ok=True)
         self.logs = [outputs / f"rank_{rank}.log" for rank in range(count)]
-        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        shared |= environment or {}
         self.started = time.monotonic()
         self.processes: list[ForkServerProcess] = []
-        for rank, log in enumerate(self.logs):
+        for own, log in zip(launcher(count), self.logs, strict=True):
             log.unlink(missing_ok=True)
-            environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            self.processes.append(_context().Process(target=be_a_rank, args=(flags, environment, str(log), program)))
+            arguments = flags, own | (environment or {}), str(log), program
+            self.processes.append(fork_context().Process(target=be_a_rank, args=arguments))
         for process in self.processes:
             process.start()
 
@@ -110,10 +117,10 @@ def running(flags: list[str], count: int, outputs: Path, environment: dict[str, 
         ranks.stop()
 
 
-def _context():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mor_megatron.pretraining.pretrain", "mor_megatron.config.cli", "forked_ranks"])
-    return context
+def run_program(program: str, words: list, outputs: Path) -> tuple[int, str]:
+    """Exit status and output of `python PROGRAM WORDS`, without the wait for its imports."""
+    with running(list(map(str, words)), 1, outputs, program=program, launcher=lambda count: [{}]) as ranks:
+        return ranks.join()[0], ranks.output(0)
 
 
 @contextmanager
@@ -123,7 +130,7 @@ def launcher(flags: list[str], outputs: Path):
     logs = [outputs / f"rank_{rank}.log" for rank in range(2)]
     for log in logs:
         log.touch()
-    process = _context().Process(target=_launch, args=(flags, logs))
+    process = fork_context().Process(target=_launch, args=(flags, logs))
     process.start()
     try:
         yield process, lambda rank: logs[rank].read_text()
@@ -133,12 +140,10 @@ def launcher(flags: list[str], outputs: Path):
 
 
 def _launch(flags: list[str], logs: list[Path]) -> None:
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared |= {"TORCHELASTIC_RUN_ID": "none"}
-    for rank, log in enumerate(logs):
+    for environment, log in zip(as_torchrun(2), logs, strict=True):
         if os.fork() == 0:
             try:
-                be_a_rank(flags, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, str(log))
+                be_a_rank(flags, environment | {"TORCHELASTIC_RUN_ID": "none"}, str(log))
             except SystemExit as end:
                 print(f"exit status {end.code}", flush=True)
             finally:
@@ -146,28 +151,25 @@ def _launch(flags: list[str], logs: list[Path]) -> None:
     os.wait()
 
 
-def be_a_rank(flags: list[str], environment: dict[str, str], log: str, program: str = "pretrain_mor") -> None:
+def be_a_rank(flags: list[str], environment: dict[str, str], log: str, program: str = "pretrain_mor.py") -> None:
+    """Run a program as the process that this is, and end with its exit status."""
     os.environ.update(environment)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a test before may have run to a stop, which ignores late signals
     sys.stdout.flush()
     with open(log, "w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    sys.path.insert(0, str(ROOT))
-    sys.argv = [f"{program}.py", *flags]
+    sys.argv, path = [program, *flags], ROOT / program
+    sys.path.insert(0, str(path.parent))
     import torch
 
-    main = importlib.import_module(program).main
     torch.set_num_threads(1)  # ranks share the cores
-
-    status = 1
     try:
-        status = main()
+        runpy.run_path(str(path), run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # multiprocessing ends a process without them
         sys.stdout.flush()
         sys.stderr.flush()
-    sys.exit(status)
 
 
 def free_port() -> int:
