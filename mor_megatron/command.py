@@ -6,10 +6,29 @@ Programs import what needs torch after they have read their arguments: --help an
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """What --dtype takes -> torch's name."""
+
+
+def add_extension(parser: ArgumentParser) -> None:
+    """The option --extension, for programs that read exports; checkpoints name their extension themselves."""
+    text = "Python file with the routing method or sharing strategy of an export (docs/extending.md)"
+    parser.add_argument("--extension", help=text)
+
+
+def load_extension(arguments: Namespace) -> None:
+    """Load the file of --extension, if it is given.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    if arguments.extension is not None:
+        from mor_megatron.config.extension import load_extension as load
+
+        load(arguments.extension)
 
 
 def exit_status(work: Callable[[], int | None], failures: tuple[type[ValueError], ...] = ()) -> int:

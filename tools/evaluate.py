@@ -13,7 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from mor_megatron.command import DTYPES, exit_status
+from mor_megatron.command import DTYPES, add_extension, exit_status, load_extension
 from mor_megatron.config.schema import Config
 from mor_megatron.data.corpora import SOURCES
 from mor_megatron.distributed.launch import adopt_srun, is_launched
@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
         initialize_distributed(Config())
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     device = args.device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
+    load_extension(args)
     model, tokenizer = load_model(args.model, args.dtype, device)
     if args.router_threshold is not None:
         if not model.config.routing_method.looks_ahead:
@@ -84,6 +85,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="export, a run's --save directory, or a checkpoint")
+    add_extension(parser)
     data = parser.add_argument_group("data (default: the run's own validation split; with --tasks, none)")
     source = data.add_mutually_exclusive_group()
     source.add_argument("--data-path", nargs="+", default=[], help="indexed corpora: PREFIX .., or WEIGHT PREFIX ..")

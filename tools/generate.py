@@ -12,7 +12,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from mor_megatron.command import DTYPES, exit_status
+from mor_megatron.command import DTYPES, add_extension, exit_status, load_extension
 from mor_megatron.files import whole_file, write_whole
 
 _CHOICE = ("temperature", "top_k", "top_p", "depth", "router_threshold")
@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from mor_megatron.inference.loading import continuation, encode, load_model, opening
 
     prompts = None if args.prompts is None else read_prompts(args.prompts)
+    load_extension(args)
     model, tokenizer = load_model(args.model, args.dtype, args.device)
     torch.manual_seed(args.seed)
     choice = {name: getattr(args, name) for name in _CHOICE}
@@ -76,6 +77,7 @@ def main() -> int:
     """0: done; 2: the model or the prompts cannot be read, or a setting does not apply."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="export, a run's --save directory, or a checkpoint")
+    add_extension(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="text, ids if the model has no tokenizer; default: a document's beginning")
     source.add_argument("--prompts", type=Path, help="a prompt a line, or records with a field `prompt`")

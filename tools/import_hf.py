@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from mor_megatron.command import exit_status
+from mor_megatron.command import add_extension, exit_status, load_extension
 from mor_megatron.config.schema import RecursionConfig
 from mor_megatron.huggingface.uptraining import INITIALIZATIONS
 from mor_megatron.recursion.plan import STRATEGIES
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> Path:
         write_checkpoint,
     )
 
+    load_extension(args)
     given = {name: getattr(args, name) for name in _OF_LLAMA if getattr(args, name) is not None}
     kind = "authors" if args.authors_config is not None else kind_of(args.model)
     if kind != "llama" and given:
@@ -42,6 +44,7 @@ def run(args: argparse.Namespace) -> Path:
         weights, config = read_authors(args.model, args.authors_config)
     elif kind == "mor":
         weights, config = read_export(args.model)
+        config = replace(config, recursion=replace(config.recursion, extension=args.extension))
     else:
         if given.get("num_recursions", 1) == 1 and set(given) & set(_SHARING):
             raise ValueError("sharing and its initialization need --num-recursions above 1")
@@ -66,6 +69,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="directory with config.json and weights")
     parser.add_argument("--output", type=Path, required=True, help="new directory of checkpoints")
+    add_extension(parser)
     parser.add_argument("--authors-config", type=Path, help="YAML of the authors' run; the model is theirs")
     group = parser.add_argument_group("models of the LLaMA family (Llama, Mistral, Qwen2), and up-training of them")
     group.add_argument("--max-position-embeddings", type=int, help="longest sequence; default the model's")

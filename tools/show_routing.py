@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mor_megatron.command import exit_status
+from mor_megatron.command import add_extension, exit_status, load_extension
 from mor_megatron.files import write_whole
 
 
@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.output.suffix not in (".png", ".html"):
         raise ValueError(f"output={args.output} must end in .png or .html")
+    load_extension(args)
     model, tokenizer = load_model(args.model, device=args.device)
     if not model.config.routing_method.routes:
         raise ValueError(f"model={args.model} has routing=none: every token passes every recursion")
@@ -48,6 +49,7 @@ def main() -> int:
     """0: done; 2: something cannot be read or written, or the model does not route."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="export, a run's --save directory, or a checkpoint")
+    add_extension(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", help="ids if the model has no tokenizer")
     source.add_argument("--text-file", type=Path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from mor_megatron.config import schema
 from mor_megatron.config.schema import Config, DataConfig, ModelConfig, RecursionConfig
 from mor_megatron.config.validate import validate
 from mor_megatron.huggingface.configuration_mor import MoRConfig, exported_name
@@ -104,7 +105,7 @@ def _recursion(exported: MoRConfig) -> RecursionConfig:
     for name, rule in _method_settings(exported.routing).items():
         if rule.read_with is None or rule.read_with[1](stored):  # a run reports a setting that would do nothing
             settings[name] = getattr(stored, name)
-    return RecursionConfig(**settings)
+    return schema.RecursionConfig(**settings)  # the current one: an extension adds settings
 
 
 def _method_settings(routing: str) -> dict[str, Rule]:

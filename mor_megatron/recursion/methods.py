@@ -28,5 +28,6 @@ def method_of(name: str) -> type[RoutingMethod]:
         ValueError: there is none.
     """
     if name not in METHODS:
-        raise ValueError(f"routing={name} is unknown: use one of {', '.join(METHODS)}")
+        known = ", ".join(METHODS)
+        raise ValueError(f"routing={name} is unknown: use one of {known}, or load the extension that defines it")
     return METHODS[name]

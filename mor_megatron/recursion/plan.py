@@ -170,7 +170,10 @@ def effective_depth(num_layers: int, num_recursions: int, strategy: str, roundin
         ValueError: the strategy is unknown, too few layers are left, or the depth does not fit and rounding is `error`.
     """
     if strategy not in STRATEGIES:
-        raise ValueError(f"sharing-strategy={strategy} is unknown: use one of {', '.join(STRATEGIES)}")
+        known = ", ".join(STRATEGIES)
+        raise ValueError(
+            f"sharing-strategy={strategy} is unknown: use one of {known}, or load the extension that defines it"
+        )
     if num_recursions < 1:
         raise ValueError(f"num-recursions={num_recursions} must be at least 1")
     share = STRATEGIES[strategy]

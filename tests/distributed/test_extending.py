@@ -20,7 +20,7 @@ from mor_megatron.config.cli import parse_config, read_config
 from mor_megatron.config.schema import Config
 from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
-from mor_megatron.huggingface.export import read_checkpoint, write
+from mor_megatron.huggingface.export import read_checkpoint, to_model, write
 from mor_megatron.model import build_model
 from mor_megatron.planning.accounting import (
     count_parameters,
@@ -142,7 +142,7 @@ def saved(process_group, tmp_path) -> Path:
 
 @torch.no_grad()
 def test_it_resumes_is_exported_and_generates(saved: Path, tmp_path: Path, modules_of_exports):
-    from mor_megatron.huggingface.export import to_model
+    from mor_megatron.huggingface.importing import read_export
     from mor_megatron.huggingface.verify import training_model
 
     checkpoint = read_checkpoint(saved)
@@ -158,3 +158,6 @@ def test_it_resumes_is_exported_and_generates(saved: Path, tmp_path: Path, modul
     cached, plain = (exported.generate(ids, use_cache=cached, **options) for cached in (True, False))
     assert torch.equal(cached, plain)
     assert cached.shape == (3, 22)
+    weights, config = read_export(output)
+    assert config.recursion.parity_period == 2
+    assert all(torch.equal(weights[name], value) for name, value in checkpoint.weights.items()), "it is imported again"
