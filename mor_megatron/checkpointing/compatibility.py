@@ -59,7 +59,7 @@ def differences(saved: Config, vocab_size: int, wanted: Config, wanted_vocab_siz
 def corpus_differences(before: dict[str, int], now: dict[str, int]) -> list[Difference]:
     """Corpora of the same name that were written again: sizes in bytes, from `corpus_sizes`, differ."""
     return [
-        Difference(f"size of {prefix}.bin", Change.TOLD, before[prefix], size)
+        Difference(f"size of {prefix}.bin", Change.REPORTED, before[prefix], size)
         for prefix, size in now.items()
         if prefix in before and before[prefix] != size
     ]
@@ -117,7 +117,7 @@ def refuse(directory: Path, found: list[Difference], may_differ: set[Change]) ->
         ValueError: names the setting, both values and the remedy.
     """
     for each in found:
-        if each.change is Change.TOLD or each.change in may_differ:
+        if each.change is Change.REPORTED or each.change in may_differ:
             continue
         raise ValueError(
             f"{each.name}={_words(each.now)} does not fit {directory}, written with {each.name}={_words(each.was)}: "

@@ -286,9 +286,9 @@ class FaultConfig:
     """Save and exit with status 85 after the first iteration that ends later than this."""
     exit_interval: int | None = setting(None, least=1)
     """Save and exit with status 85 after iterations that this divides."""
-    loss_spike_factor: float | None = setting(None, above=1, change=Change.TOLD)
+    loss_spike_factor: float | None = setting(None, above=1, change=Change.REPORTED)
     """Report a loss above this many times its moving average; above 1. Default: none is looked for."""
-    max_rollbacks: int = setting(0, least=0, read_with=_WITH_SPIKES, change=Change.TOLD)
+    max_rollbacks: int = setting(0, least=0, read_with=_WITH_SPIKES, change=Change.REPORTED)
     """After so many loss spikes, go back to the last checkpoint of --save and leave out the samples since."""
 
 

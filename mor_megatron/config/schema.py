@@ -54,7 +54,7 @@ class ModelConfig:
     """Key/value heads when --group-query-attention is set."""
     kv_channels: int | None = setting(None, least=1, change=Change.WEIGHTS)
     """Width of one head; default hidden-size / num-attention-heads."""
-    max_position_embeddings: int = setting(2048, least=1, change=Change.TOLD)
+    max_position_embeddings: int = setting(2048, least=1, change=Change.REPORTED)
     """Longest sequence the model may see."""
     norm_epsilon: float = setting(1e-5, above=0)
     """RMSNorm epsilon."""
@@ -66,13 +66,13 @@ class ModelConfig:
     """How far: 8 in Llama 3.1 and 3.3, 32 in Llama 3.2."""
     add_qkv_bias: bool = setting(False, change=Change.WEIGHTS)
     """Give the query, key and value projections a bias, as Qwen2 does; it starts at 0."""
-    init_method_std: float = setting(0.02, least=0, change=Change.TOLD)
+    init_method_std: float = setting(0.02, least=0, change=Change.REPORTED)
     """Every linear, embedding and router weight starts from N(0, std^2) (MoR: no depth scaling)."""
     untie_embeddings_and_output_weights: bool = setting(False, change=Change.WEIGHTS)
     """Give the LM head its own weight instead of the embedding's."""
     vocab_size: int | None = setting(None, least=1, change=Change.WEIGHTS)
     """Vocabulary before padding; default: the tokenizer's."""
-    make_vocab_size_divisible_by: int = setting(128, least=1, change=Change.TOLD)
+    make_vocab_size_divisible_by: int = setting(128, least=1, change=Change.REPORTED)
     """The embedding is padded to a multiple of this."""
 
     @property
@@ -121,10 +121,10 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig, metadata={CHANGE: Change.FUNCTION})
     recursion: RecursionConfig = field(default_factory=lambda: RecursionConfig(), metadata={CHANGE: Change.FUNCTION})
-    data: DataConfig = field(default_factory=DataConfig, metadata={CHANGE: Change.TOLD})
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig, metadata={CHANGE: Change.TOLD})
-    training: TrainingConfig = field(default_factory=TrainingConfig, metadata={CHANGE: Change.TOLD})
-    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata={CHANGE: Change.TOLD})
+    data: DataConfig = field(default_factory=DataConfig, metadata={CHANGE: Change.REPORTED})
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig, metadata={CHANGE: Change.REPORTED})
+    training: TrainingConfig = field(default_factory=TrainingConfig, metadata={CHANGE: Change.REPORTED})
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata={CHANGE: Change.REPORTED})
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata={CHANGE: Change.SILENT})
     faults: FaultConfig = field(default_factory=FaultConfig, metadata={CHANGE: Change.SILENT})
     logging: LoggingConfig = field(default_factory=LoggingConfig, metadata={CHANGE: Change.SILENT})

@@ -27,6 +27,7 @@ from .code_mor import write_code
 from .columns_mor import Columns, predictable
 from .configuration_mor import MoRConfig
 from .layers_mor import MoRDecoderLayer, MoRRMSNorm
+from .options_mor import check_options, refuse_unknown
 from .outputs_mor import MoRHeadOutput, MoRModelOutput
 from .rows_mor import PackedRows, Rows
 from .serving_mor import NotServed, refuse_graphs
@@ -375,37 +376,6 @@ class MoRForSequenceClassification(MoRPreTrainedModel):
             if outputs.router_loss is not None:
                 loss = loss + outputs.router_loss
         return MoRHeadOutput(loss, logits, outputs.cache, outputs.hidden_states, outputs.depths, outputs.router_loss)
-
-
-def check_options(config: MoRConfig, depth: int | None, threshold: float, selection: str) -> None:
-    """What one call asks of the routing.
-
-    Raises:
-        ValueError: a value is out of range, or means nothing to this kind of model.
-    """
-    count = config.num_recursions
-    if depth is not None and not 1 <= depth <= count:
-        raise ValueError(f"depth={depth} must be between 1 and num_recursions={count}")
-    if not 0.0 <= threshold <= 1.0:
-        raise ValueError(f"router_threshold={threshold} must be between 0 and 1")
-    if threshold != 0.5 and not config.routing_method.looks_ahead:
-        raise ValueError(
-            f"router_threshold={threshold} needs a model that selects by threshold, and this one has "
-            f"routing={config.routing}: leave it out"
-        )
-    if selection not in ("threshold", "capacity"):
-        raise ValueError(f"selection={selection} is unknown: use threshold or capacity")
-
-
-def refuse_unknown(kwargs: dict) -> None:
-    """Nothing that is asked for is ignored.
-
-    Raises:
-        ValueError: an argument that is not known has a value.
-    """
-    for name, value in kwargs.items():
-        if value is not None and value is not False:
-            raise ValueError(f"{name} is not known to MoR models: leave it out")
 
 
 __all__ = ["MoRForCausalLM", "MoRForSequenceClassification", "MoRModel", "MoRPreTrainedModel"]

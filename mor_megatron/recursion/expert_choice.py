@@ -38,21 +38,21 @@ class ExpertChoiceSettings(RouterSettings):
 
     capacity: tuple[float, ...] | None = None
     """expert_choice: fraction of tokens kept at each recursion, non-increasing; default (Nr-r)/Nr."""
-    capacity_warmup_iters: int = setting(0, least=0, change=Change.TOLD, in_export=False)
+    capacity_warmup_iters: int = setting(0, least=0, change=Change.REPORTED, in_export=False)
     """Iterations over which capacities fall from 1 to their value along a cosine."""
     router_objective: Literal["aux_loss", "aux_router"] = "aux_loss"
     """expert_choice: what learns the causal 0.5 threshold: the router itself, or a second, detached router."""
-    router_aux_loss_coeff: float = setting(0.001, least=0, change=Change.TOLD)
+    router_aux_loss_coeff: float = setting(0.001, least=0, change=Change.REPORTED)
     """expert_choice: coefficient of the binary cross entropy towards the top-k selection (sum over recursions)."""
     router_aux_lr_mult: float = setting(
         10.0,
         least=0,
         read_with=("--router-objective aux_router", lambda settings: settings.router_objective == "aux_router"),
-        change=Change.TOLD,
+        change=Change.REPORTED,
         in_export=False,
     )
     """Learning-rate multiplier of the auxiliary router (router-objective aux_router)."""
-    router_aux_loss_per_microbatch: bool = setting(False, change=Change.TOLD, in_export=False)
+    router_aux_loss_per_microbatch: bool = setting(False, change=Change.REPORTED, in_export=False)
     """Authors' scaling: sum the auxiliary loss over micro-batches instead of averaging it, so that its effective
     coefficient grows with gradient accumulation."""
 

@@ -31,7 +31,7 @@ class RouterSettings:
     """The router reads hidden / temperature."""
     router_gating: Literal["weighted", "additive"] = "weighted"
     """weighted: h + g*y; additive: h + y (the router then learns from its own losses only)."""
-    router_z_loss_coeff: float = setting(0.0, least=0, change=Change.TOLD)
+    router_z_loss_coeff: float = setting(0.0, least=0, change=Change.REPORTED)
     """Coefficient of the router z-loss, mean(logsumexp(logits)^2)."""
 
 

@@ -15,7 +15,7 @@ class Change(Enum):
     WEIGHTS = "the stored weights are those of another model"
     FUNCTION = "the same weights would compute something else: fine-tuning may, a resumed run may not"
     STATE = "the optimizer's stored state is of no use"
-    TOLD = "training goes on otherwise, and says so"
+    REPORTED = "training goes on, and reports it"
     SILENT = "nothing that is computed depends on it"
 
 

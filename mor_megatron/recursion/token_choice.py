@@ -35,12 +35,12 @@ _WITH_LOSS = ("--router-balance loss", lambda settings: settings.router_balance 
 class TokenChoiceSettings(RouterSettings):
     """Settings of token-choice routing."""
 
-    router_balance: Literal["loss", "loss_free", "none"] = setting("loss", change=Change.TOLD)
+    router_balance: Literal["loss", "loss_free", "none"] = setting("loss", change=Change.REPORTED)
     """token_choice: balance depths by a loss, by a bias without gradient, or not at all."""
-    router_balance_coeff: float = setting(0.1, least=0, read_with=_WITH_LOSS, change=Change.TOLD)
+    router_balance_coeff: float = setting(0.1, least=0, read_with=_WITH_LOSS, change=Change.REPORTED)
     """token_choice: coefficient of the balancing loss."""
     router_balance_scope: Literal["sequence", "microbatch"] = setting(
-        "sequence", read_with=_WITH_LOSS, change=Change.TOLD
+        "sequence", read_with=_WITH_LOSS, change=Change.REPORTED
     )
     """token_choice: over what the balancing loss counts depths. sequence does not depend on how a batch is cut;
     microbatch is the authors'."""
@@ -48,11 +48,11 @@ class TokenChoiceSettings(RouterSettings):
         0.001,
         least=0,
         read_with=("--router-balance loss_free", lambda settings: settings.router_balance == "loss_free"),
-        change=Change.TOLD,
+        change=Change.REPORTED,
         in_export=False,
     )
     """token_choice: step of the loss-free bias."""
-    router_balance_warmup_iters: int = setting(0, least=0, change=Change.TOLD, in_export=False)
+    router_balance_warmup_iters: int = setting(0, least=0, change=Change.REPORTED, in_export=False)
     """token_choice: first iterations in which every token takes full depth."""
 
 

@@ -49,7 +49,7 @@ OF_THE_WEIGHTS = {
     "untie_embeddings_and_output_weights": True,
     "add_qkv_bias": True,
 }
-TOLD = {
+REPORTED = {
     "lr": (1e-3, "lr was 0.003, is now 0.001"),
     "data_path": (("0.3", "a", "0.7", "b"), "data-path was a, is now 0.3 a 0.7 b"),
     "split": ("9,1,0", "split was 969,30,1, is now 9,1,0"),
@@ -88,9 +88,9 @@ def test_another_function_is_for_fine_tuning_and_other_weights_are_for_nobody(na
             refuse(HERE, found(wanted), {Change.FUNCTION, Change.STATE})
 
 
-@pytest.mark.parametrize("name", TOLD)
+@pytest.mark.parametrize("name", REPORTED)
 def test_what_trains_on_otherwise_is_told(name: str) -> None:
-    value, told = TOLD[name]
+    value, told = REPORTED[name]
     differ = found(changed(**{name: value}))
     assert told in [str(each) for each in differ]
     refuse(HERE, differ, set())

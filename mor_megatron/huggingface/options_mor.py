@@ -1,0 +1,39 @@
+"""What may be asked of a call of a MoR model. This file travels with an exported model."""
+
+from __future__ import annotations
+
+from .configuration_mor import MoRConfig
+
+
+def check_options(config: MoRConfig, depth: int | None, threshold: float, selection: str) -> None:
+    """What one call asks of the routing.
+
+    Raises:
+        ValueError: a value is out of range, or means nothing to this kind of model.
+    """
+    count = config.num_recursions
+    if depth is not None and not 1 <= depth <= count:
+        raise ValueError(f"depth={depth} must be between 1 and num_recursions={count}")
+    if not 0.0 <= threshold <= 1.0:
+        raise ValueError(f"router_threshold={threshold} must be between 0 and 1")
+    if threshold != 0.5 and not config.routing_method.looks_ahead:
+        raise ValueError(
+            f"router_threshold={threshold} needs a model that selects by threshold, and this one has "
+            f"routing={config.routing}: leave it out"
+        )
+    if selection not in ("threshold", "capacity"):
+        raise ValueError(f"selection={selection} is unknown: use threshold or capacity")
+
+
+def refuse_unknown(kwargs: dict) -> None:
+    """Nothing that is asked for is ignored.
+
+    Raises:
+        ValueError: an argument that is not known has a value.
+    """
+    for name, value in kwargs.items():
+        if value is not None and value is not False:
+            raise ValueError(f"{name} is not known to MoR models: leave it out")
+
+
+__all__ = ["check_options", "refuse_unknown"]
