@@ -73,7 +73,7 @@ def prepare_states(optimizer: torch.optim.Optimizer, slices: list[ParameterSlice
     for part in slices:
         optimizer.state.pop(part.updated, None)
     for part in slices:
-        for kind in kinds.get(part.name, set()) - {WEIGHT}:
+        for kind in sorted(kinds.get(part.name, set()) - {WEIGHT}):
             state = optimizer.state[part.updated]
             if kind == STEP:
                 place = part.updated.device if counts_on_device else torch.device("cpu")  # as torch would
