@@ -9,9 +9,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "mor_megatron"
 FROM_THE_BOTTOM = (
     "files",
-    "command",
     "recursion",
     "config",
+    "command",
     "data",
     "planning",
     "distributed",
