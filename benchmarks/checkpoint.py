@@ -78,7 +78,7 @@ def build(args: argparse.Namespace, directory: str) -> tuple[Engine, Config]:
         )
     )
     initialize_distributed(config)
-    engine = build_engine(build_model(config, VOCABULARY), config)
+    engine = build_engine(build_model(config), config)
     engine.module.train()
     iterate(engine, config)
     return engine, config
@@ -116,7 +116,7 @@ def measure_saving(args: argparse.Namespace) -> dict:
         entries = [memoryview(entry.numpy()).cast("B") for _, entry in local_entries(engine)]
         chunks = [entry[at : at + CHUNK] for entry in entries for at in range(0, len(entry), CHUNK)]
         background = replace(config, checkpoint=replace(config.checkpoint, async_save=True))
-        savers = Saver(engine, config, VOCABULARY), Saver(engine, background, VOCABULARY)
+        savers = Saver(engine, config), Saver(engine, background)
         times: dict[str, list[float]] = {
             name: [] for name in ("plain", "sync", "async stall", "async", "iteration", "checksum")
         }

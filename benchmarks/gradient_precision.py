@@ -76,7 +76,7 @@ def micro_batches(count: int) -> Iterator[Batch]:
 
 def build(config: Config, naive: bool = False) -> tuple[Engine, list[nn.Parameter]]:
     """An engine in training mode, and the parameters of the layers between the first and the last."""
-    model = build_model(config, VOCABULARY)
+    model = build_model(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())

@@ -186,7 +186,7 @@ class Run:
             self.share = 0
         else:
             self.count = num_microbatches(config)
-            self.engine = build_engine(build_model(config, config.model.vocab_size), config)
+            self.engine = build_engine(build_model(config), config)
             self.engine.module.train()
             self.share = parallel_state.get_data_parallel_rank()
         generator = torch.Generator().manual_seed(0)

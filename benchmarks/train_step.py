@@ -73,7 +73,7 @@ class OurStep:
             )
         )
         self.batch = Batch(args.tokens, args.tokens.roll(-1, dims=1))
-        model = build_model(self.config, args.vocab_size)
+        model = build_model(self.config)
         if recursion.get("routing") == "token_choice":
             _balance_depths(model, self.batch)
         self.engine = build_engine(model, self.config)

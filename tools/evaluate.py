@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
             eod = model.config.eos_token_id if tokenizer is None else None
             pieces = text_pieces(args.text, tokenizer, vocab_size, length, args.sequences, eod)
         else:
-            pieces = IndexedPieces(settings, args.sequences, vocab_size)
+            pieces = IndexedPieces(settings, args.sequences)
         modes = modes_of(model.config, not args.no_fixed_depths)
         nbytes = None if tokenizer is None else token_bytes(tokenizer, vocab_size)
         found = likelihood(model, pieces, modes, args.batch_size, nbytes)

@@ -24,12 +24,12 @@ def run(args: argparse.Namespace) -> Path:
     from mor_megatron.huggingface.verify import EXTRACT, compare
 
     checkpoint = read_checkpoint(args.load)
-    config, vocab_size = checkpoint.config, checkpoint.vocab_size
+    config = checkpoint.config
     is_llama, tokenizer, comparison = args.family == "llama", None, None
     if not args.no_tokenizer:
         longest, trained = config.model.max_position_embeddings, checkpoint.is_trained
         tokenizer = export_tokenizer(config.data, longest, own_padding=not is_llama, trained=trained)
-    facts = (checkpoint.weights, config, vocab_size, tokenizer)
+    facts = (checkpoint.weights, config, tokenizer)
 
     def build():
         return to_llama(*facts, args.depth) if is_llama else to_model(*facts)
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> Path:
     model = build()
     card = write_card(model, checkpoint, comparison)
     if is_llama:
-        print(unrolling(model, config, vocab_size), flush=True)
+        print(unrolling(model, config), flush=True)
     output = write(model, tokenizer, args.output, args.dtype)
     write_whole(output / "README.md", card)
     return output

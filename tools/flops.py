@@ -18,7 +18,7 @@ from mor_megatron.command import exit_status
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Config
 from mor_megatron.config.validate import validate
-from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocab_size
+from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocabulary
 from mor_megatron.planning.accounting import (
     count_parameters,
     dense_equivalent,
@@ -38,15 +38,15 @@ Rows = list[tuple[str, float, float]]
 """What is counted, for the model, for the unrolled one."""
 
 
-def load(files: list[Path], settings: list[str]) -> tuple[Config, int]:
-    """A validated configuration, and its vocabulary size."""
+def load(files: list[Path], settings: list[str]) -> Config:
+    """A validated configuration, its vocabulary resolved."""
     config = read_config(["--config", *map(str, files), *settings])
     parallel = config.parallel
     config = validate(config, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
-    return config, resolve_vocab_size(config, configured_tokenizer(config.data))
+    return resolve_vocabulary(config, configured_tokenizer(config.data))
 
 
-def rows(config: Config, vocab_size: int, fractions: tuple[float, ...] | None, budget: float | None) -> Rows:
+def rows(config: Config, fractions: tuple[float, ...] | None, budget: float | None) -> Rows:
     """Everything that is counted.
 
     Args:
@@ -58,12 +58,12 @@ def rows(config: Config, vocab_size: int, fractions: tuple[float, ...] | None, b
     def add(name: str, count) -> None:
         result.append((name, count(config, fractions), count(dense_equivalent(config), None)))
 
-    add("unique parameters", lambda c, _: count_parameters(c, vocab_size).unique)
-    add("  without embedding and head", lambda c, _: count_parameters(c, vocab_size).non_embedding)
+    add("unique parameters", lambda c, _: count_parameters(c).unique)
+    add("  without embedding and head", lambda c, _: count_parameters(c).non_embedding)
     add("paper: forward FLOPs a token, as planned", lambda c, _: paper_flops_per_token(c))
-    add("executed: forward FLOPs a token", lambda c, f: executed_flops_per_token(c, f, vocab_size))
-    add("  training, model FLOPs a token (MFU)", lambda c, f: training_flops_per_token(c, f, vocab_size).model)
-    add("  training, hardware FLOPs a token (HFU)", lambda c, f: training_flops_per_token(c, f, vocab_size).hardware)
+    add("executed: forward FLOPs a token", lambda c, f: executed_flops_per_token(c, f))
+    add("  training, model FLOPs a token (MFU)", lambda c, f: training_flops_per_token(c, f).model)
+    add("  training, hardware FLOPs a token (HFU)", lambda c, f: training_flops_per_token(c, f).hardware)
     add("bytes of keys and values a token, 16 bits", kv_bytes_per_token)
     if budget is not None:
         add(f"iterations for {budget:g} of the paper's FLOPs", lambda c, _: iterations_for_budget(c, budget))
@@ -84,7 +84,7 @@ def show_model(files: list[Path], settings: list[str], fractions: list[float] | 
     Raises:
         ValueError: the settings do not fit, there is no vocabulary, or not one fraction a recursion.
     """
-    config, vocab_size = load(files, settings)
+    config = load(files, settings)
     count = config.recursion.num_recursions
     if fractions is not None and (len(fractions) != count or not all(0 <= value <= 1 for value in fractions)):
         raise ValueError(f"fractions={fractions} must be as many as num-recursions={count}, from 0 to 1")
@@ -93,16 +93,16 @@ def show_model(files: list[Path], settings: list[str], fractions: list[float] | 
     recompute = config.training.recompute_granularity or "nothing"
     print(
         f"routing {config.recursion.routing}, tokens at each recursion {shown}, sequences of {config.data.seq_length}, "
-        f"vocabulary {vocab_size}, recomputed: {recompute}"
+        f"vocabulary {config.model.vocab_size}, recomputed: {recompute}"
     )
-    print(table(rows(config, vocab_size, None if fractions is None else tuple(fractions), budget)))
+    print(table(rows(config, None if fractions is None else tuple(fractions), budget)))
 
 
 def show_paper(budget: float) -> None:
     """Print the iterations that a budget buys the paper's models at 360M."""
     print(f"{'360M':28}{'layers':>7}{'unique':>7}{'MFLOP a token':>15}{'iterations':>12}{'published, 16.5e18':>20}")
     for name in PAPER:
-        config, _ = load([PRESETS / f"{name}.yaml", PRESETS / "360m.yaml"], [])
+        config = load([PRESETS / f"{name}.yaml", PRESETS / "360m.yaml"], [])
         plan = config.plan
         print(
             f"{name:28}{plan.num_layers:>7}{plan.num_physical_layers:>7}{paper_flops_per_token(config) / 1e6:>15.1f}"

@@ -124,7 +124,7 @@ def curves(iterations: int) -> list[Row]:
     for model, recursion in CURVE_MODELS.items():
         config = _small_config(recursion, "auto", "auto")
         initialize_distributed(config)
-        engine = build_engine(build_model(config, CURVE_VOCABULARY), config)
+        engine = build_engine(build_model(config), config)
         engine.module.train()
         losses = [
             train_step(engine, iter([_walk(config, step)]), config, step, lr=3e-3 * min(1.0, step / 10)).lm_loss
@@ -145,7 +145,7 @@ def throughput(settings: list[str], size: str, model: str, iterations: int) -> l
     config = validate(read_config(settings), world)
     initialize_distributed(config)
     vocabulary = config.model.vocab_size
-    engine = build_engine(build_model(config, vocabulary), config)
+    engine = build_engine(build_model(config), config)
     engine.module.train()
     peak, _ = device_peak(config)
     shape = (config.training.micro_batch_size, config.data.seq_length)
@@ -156,7 +156,7 @@ def throughput(settings: list[str], size: str, model: str, iterations: int) -> l
         start = time.perf_counter()
         report = train_step(engine, batches, config, step, lr=1e-5)  # its report waits for the device
         timing = {"lr": 1e-5, "seconds": time.perf_counter() - start, "ranks": world, "peak_tflops": peak}
-        records.append(training_record(config, vocabulary, Progress(), report, **timing))
+        records.append(training_record(config, Progress(), report, **timing))
     timed = records[2:]
     memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     measured = ("tokens_per_second", "tflops_per_gpu", "utilisation")
@@ -201,7 +201,7 @@ def _walk(config: Config, step: int) -> Batch:
 def _gradients(config: Config) -> Tensor:
     """All gradients of one batch in one fp32 vector; weights are the same for every implementation."""
     initialize_distributed(config)
-    model = build_model(config, CURVE_VOCABULARY)
+    model = build_model(config)
     model(_walk(config, 1).to(device())).mean().backward()
     return torch.cat([p.grad.float().view(-1) for _, p in sorted(model.named_parameters())]).cpu()
 

@@ -33,25 +33,24 @@ class Difference:
         return f"{self.name} was {_words(self.was)}, is now {_words(self.now)}"
 
 
-def model_shape(config: Config, vocab_size: int) -> dict[str, Any]:
+def model_shape(config: Config) -> dict[str, Any]:
     """The settings that decide which function of its parameters the model is, and what shape they have."""
-    config = _plain(config, vocab_size)
     decisive = (Change.WEIGHTS, Change.FUNCTION)
-    shape = {flag_name(entry.name): value for entry, change, value in _settings(config) if change in decisive}
+    shape = {flag_name(entry.name): value for entry, change, value in _settings(_plain(config)) if change in decisive}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in shape.items()}  # as JSON has it
 
 
-def differences(saved: Config, vocab_size: int, wanted: Config, wanted_vocab_size: int) -> list[Difference]:
+def differences(saved: Config, wanted: Config) -> list[Difference]:
     """What differs between two runs, of the settings that both read and something depends on.
 
     Args:
-        saved, vocab_size: validated settings and resolved vocabulary of the run that wrote a checkpoint.
-        wanted, wanted_vocab_size: of the run that loads it.
+        saved: resolved settings of the run that wrote a checkpoint.
+        wanted: of the run that loads it.
     """
-    before = {entry.name: value for entry, _, value in _settings(_plain(saved, vocab_size))}
+    before = {entry.name: value for entry, _, value in _settings(_plain(saved))}
     return [
         Difference(flag_name(entry.name), change, before[entry.name], value)
-        for entry, change, value in _settings(_plain(wanted, wanted_vocab_size))
+        for entry, change, value in _settings(_plain(wanted))
         if change is not Change.SILENT and entry.name in before and before[entry.name] != value
     ]
 
@@ -74,9 +73,9 @@ def _settings(config: Config) -> Iterator[tuple[Field, Change, Any]]:
                 yield entry, rule_of(entry).change or section.metadata[CHANGE], getattr(part, entry.name)
 
 
-def _plain(config: Config, vocab_size: int) -> Config:
-    """One spelling of each model: its vocabulary resolved, and no query groups where every head is one."""
-    model = replace(config.model, vocab_size=vocab_size)
+def _plain(config: Config) -> Config:
+    """One spelling of each model: no query groups where every head is one."""
+    model = config.model
     if model.num_query_groups == model.num_attention_heads:
         model = replace(model, group_query_attention=False)
     return replace(config, model=model)
@@ -93,14 +92,14 @@ def _words(value: Any) -> str:
     return (" ".join(map(str, value)) or "None") if isinstance(value, tuple) else str(value)
 
 
-def layout(config: Config, vocab_size: int) -> dict[str, Any]:
+def layout(config: Config) -> dict[str, Any]:
     """How state is divided among ranks and in which form."""
     parallel = config.parallel
     return {
         "tensor-model-parallel-size": parallel.tensor_model_parallel_size,
         "sequence-parallel": parallel.sequence_parallel,
         "pipeline-model-parallel-size": parallel.pipeline_model_parallel_size,
-        "pipeline-layers": list(pipeline_plan(config, vocab_size).block_layers),
+        "pipeline-layers": list(pipeline_plan(config).block_layers),
         "data-parallel ranks": parallel_state.get_data_parallel_world_size(),
         "zero-stage": config.training.zero_stage,
         "precision": config.training.precision,

@@ -24,11 +24,10 @@ from mor_megatron.checkpointing.engine_state import (
     slice_states,
 )
 from mor_megatron.checkpointing.kept_tokenizer import KeptTokenizer, tokenizer_differences
-from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, Manifest, damage, read_manifest
+from mor_megatron.checkpointing.manifest import MANIFEST, Manifest, damage, read_manifest, read_settings
 from mor_megatron.checkpointing.randomness import set_random_state
 from mor_megatron.checkpointing.reader import CheckpointReader
 from mor_megatron.checkpointing.shards import BUFFER, STEP, WEIGHT, Sharding
-from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Change, Config
 from mor_megatron.data.corpora import corpus_sizes
 from mor_megatron.distributed.collectives import first_problem, from_rank_0
@@ -39,9 +38,7 @@ from mor_megatron.training.engine import Engine
 from mor_megatron.training.progress import Progress
 
 
-def load_checkpoint(
-    engine: Engine, config: Config, vocab_size: int, tokenizer: KeptTokenizer | None = None
-) -> Progress:
+def load_checkpoint(engine: Engine, config: Config, tokenizer: KeptTokenizer | None = None) -> Progress:
     """Restore the newest intact checkpoint of `config.checkpoint.load`; collective over all ranks.
 
     Without `--load`, or with a directory that has no checkpoint, the run begins with that of `--branch-from`,
@@ -64,7 +61,7 @@ def load_checkpoint(
     checkpoint = config.checkpoint
     weights_only = finetune or checkpoint.no_load_optim
     may_differ = ({Change.FUNCTION} if finetune else set()) | ({Change.STATE} if weights_only else set())
-    changed = _differences(directory, manifest, config, vocab_size, tokenizer)
+    changed = _differences(directory, manifest, config, tokenizer)
     refuse(directory, changed, may_differ)
     require_same_parameters(directory, manifest.parameters, all_shardings(engine), finetune)
     restore(engine, CheckpointReader(directory, manifest), weights_only)
@@ -118,14 +115,13 @@ def _accept_missing(config: Config) -> None:
 
 
 def _differences(
-    directory: Path, manifest: Manifest, config: Config, vocab_size: int, tokenizer: KeptTokenizer | None
+    directory: Path, manifest: Manifest, config: Config, tokenizer: KeptTokenizer | None
 ) -> list[Difference]:
     """What is otherwise than in the run that wrote a checkpoint, which rank 0 reads."""
     found, problem = [], None
     if dist.get_rank() == 0:
         try:
-            saved = read_config(["--config", str(directory / CONFIG)])
-            found = differences(saved, manifest.model["vocab-size"], config, vocab_size)
+            found = differences(read_settings(directory, manifest), config)
             found += corpus_differences(manifest.corpora or {}, corpus_sizes(config.data))
             found += [] if tokenizer is None else tokenizer_differences(directory, manifest, tokenizer)
         except ValueError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,6 +16,9 @@ import xxhash
 
 from mor_megatron.checkpointing.shards import STEP, ShardEntry, Sharding
 from mor_megatron.checkpointing.stored_file import StoredFile, checksum_of
+from mor_megatron.config.cli import read_config
+from mor_megatron.config.schema import Config
+from mor_megatron.config.validate import validate_model
 from mor_megatron.training.progress import Progress
 
 FORMAT = "mor-megatron checkpoint 2"
@@ -77,6 +80,16 @@ def read_manifest(directory: Path) -> Manifest:
         return parse(text)
     except ValueError as error:
         raise ValueError(f"{path} is damaged or of another version: {error}") from error
+
+
+def read_settings(directory: Path, manifest: Manifest) -> Config:
+    """Settings of the run that wrote a checkpoint, those of its model resolved; what ranks it had does not matter.
+
+    Raises:
+        ValueError: they are those of another version.
+    """
+    config = validate_model(read_config(["--config", str(directory / CONFIG)]))
+    return replace(config, model=replace(config.model, vocab_size=manifest.model["vocab-size"]))
 
 
 def parse(text: str) -> Manifest:

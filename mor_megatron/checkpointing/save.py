@@ -67,14 +67,12 @@ class Saver:
     """Writes the checkpoints of a run under `config.checkpoint.save`. All ranks call the same methods together.
 
     Args:
-        vocab_size: before padding.
         tokenizer: to be kept in each.
     """
 
-    def __init__(self, engine: Engine, config: Config, vocab_size: int, tokenizer: KeptTokenizer | None = None):
+    def __init__(self, engine: Engine, config: Config, tokenizer: KeptTokenizer | None = None):
         self.engine = engine
         self.config = config
-        self.vocab_size = vocab_size
         self.tokenizer = tokenizer
         self.corpora = corpus_sizes(config.data)
         self.root = Path(config.checkpoint.save)
@@ -216,8 +214,8 @@ class Saver:
     def _manifest(self, progress: Progress) -> Manifest:
         return Manifest(
             progress=asdict(progress),
-            model=model_shape(self.config, self.vocab_size),
-            layout=layout(self.config, self.vocab_size),
+            model=model_shape(self.config),
+            layout=layout(self.config),
             optimizer=self.config.optimizer.optimizer,
             versions={package: version(package) for package in ("torch", "megatron-core", "deepspeed")},
             loss_scaler=self.engine.loss_scaler_state(),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -243,8 +244,8 @@ def configured_tokenizer(data: DataConfig) -> Tokenizer | None:
     return None if data.tokenizer_type is None else build_tokenizer(data.tokenizer_type, data.tokenizer_model)
 
 
-def resolve_vocab_size(config: Config, tokenizer: Tokenizer | None) -> int:
-    """Vocabulary before padding: `--vocab-size`, else the tokenizer's.
+def resolve_vocabulary(config: Config, tokenizer: Tokenizer | None) -> Config:
+    """The configuration with `model.vocab_size` set, before padding: `--vocab-size`, else the tokenizer's.
 
     Raises:
         ValueError: neither is given, or the tokenizer has more tokens than the model would.
@@ -253,13 +254,13 @@ def resolve_vocab_size(config: Config, tokenizer: Tokenizer | None) -> int:
     if tokenizer is None and wanted is None:
         raise ValueError("vocab-size is not set: give it, or --tokenizer-type and --tokenizer-model")
     if wanted is None:
-        return tokenizer.vocab_size
+        return replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
     if tokenizer is not None and tokenizer.vocab_size > wanted:
         raise ValueError(
             f"vocab-size={wanted} is smaller than the {tokenizer.vocab_size} tokens of {config.data.tokenizer_model}: "
             "raise it or leave it out"
         )
-    return wanted
+    return config
 
 
 def _huggingface(model: str) -> Tokenizer:

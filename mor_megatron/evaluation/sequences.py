@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -76,14 +76,13 @@ class IndexedPieces:
     """The first samples of a corpus's validation split, in the order in which `training.evaluate` takes them.
 
     Args:
-        config: its data section and seed say which samples these are.
+        config: its data section and seed say which samples these are; its vocabulary is resolved.
         count: samples; at most one pass over the split (a blend repeats its smaller corpora, as in training).
-        vocab_size: of the model.
     Raises:
         ValueError: there is no such corpus or it does not fit (see `build_datasets`), or documents are kept apart.
     """
 
-    def __init__(self, config: Config, count: int, vocab_size: int):
+    def __init__(self, config: Config, count: int):
         data = config.data
         if data.reset_attention_mask or data.reset_position_ids:
             raise ValueError(
@@ -93,7 +92,6 @@ class IndexedPieces:
         self.data = data
         tokenizer = configured_tokenizer(data)
         self.eod = tokenizer.eod if data.eod_mask_loss else None
-        config = replace(config, model=replace(config.model, vocab_size=vocab_size))
         validation = read_blends(data)[1]
         is_blend = validation is not None and len(validation.paths) > 1
         _, self.samples, _ = build_datasets(config, tokenizer, (0, count if is_blend else 1, 0))

@@ -71,7 +71,7 @@ def write_card(model: PreTrainedModel, checkpoint: Checkpoint, verified: Compari
             f"{config.hidden_size}, {config.intermediate_size}, {config.num_attention_heads}, "
             f"{config.num_key_value_heads}"
         ),
-        "vocabulary, longest sequence": f"{checkpoint.vocab_size:,}, {config.max_position_embeddings:,}",
+        "vocabulary, longest sequence": f"{run.model.vocab_size:,}, {config.max_position_embeddings:,}",
         "trained on": f"{tokens:,} tokens in {progress['iteration']:,} iterations",
         "global batch": f"{run.training.global_batch_size:,} sequences of {run.data.seq_length:,} tokens",
         "optimizer": (

@@ -15,13 +15,12 @@ SHARING = ("num_recursions", "sharing_strategy", "kv_mode", "routing")
 """Settings of every recursive model, of one name and meaning in both; those of its routing method come on top."""
 
 
-def export_config(config: Config, vocab_size: int, **tokens: int | None) -> MoRConfig:
+def export_config(config: Config, **tokens: int | None) -> MoRConfig:
     """The exported model's configuration.
 
     Args:
-        config: of the run, validated.
-        vocab_size: without the padding that a run adds for its ranks.
-        tokens: bos_token_id, eos_token_id, pad_token_id, padding_row.
+        config: of the run, validated, its vocabulary resolved.
+        tokens: bos_token_id, eos_token_id, pad_token_id, padding_row; the last is a row behind the vocabulary.
     """
     model, recursion = config.model, config.recursion
     settings = {name: getattr(recursion, name) for name in SHARING}
@@ -31,7 +30,7 @@ def export_config(config: Config, vocab_size: int, **tokens: int | None) -> MoRC
     if recursion.num_recursions == 1:
         settings["sharing_strategy"] = "cycle"  # no layers are shared, so that no strategy applies
     return MoRConfig(
-        vocab_size=vocab_size,
+        vocab_size=model.vocab_size + (tokens.get("padding_row") is not None),
         hidden_size=model.hidden_size,
         intermediate_size=model.ffn_hidden_size,
         num_hidden_layers=model.num_layers,

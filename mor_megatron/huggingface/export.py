@@ -18,11 +18,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from mor_megatron import command
 from mor_megatron.checkpointing.directory import candidates
 from mor_megatron.checkpointing.kept_tokenizer import with_kept_tokenizer
-from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, Manifest, read_manifest
+from mor_megatron.checkpointing.manifest import MANIFEST, Manifest, read_manifest, read_settings
 from mor_megatron.checkpointing.reader import read_buffers, read_parameters
-from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Config
-from mor_megatron.config.validate import validate_model
 from mor_megatron.data.tokenizers import configured_tokenizer
 from mor_megatron.files import as_os_error, give_usual_mode
 from mor_megatron.huggingface.convert_config import export_config
@@ -38,9 +36,7 @@ class Checkpoint:
 
     path: Path
     config: Config
-    """Validated."""
-    vocab_size: int
-    """Without padding."""
+    """Its model resolved."""
     manifest: Manifest
     weights: dict[str, Tensor]
     """Whole, fp32, by our names; the balancing bias among them."""
@@ -67,7 +63,7 @@ def newest_checkpoint(path: str | Path) -> Path:
 
 
 def read_run_config(checkpoint: Path) -> tuple[Config, Manifest]:
-    """Validated settings of the run that wrote a checkpoint, and what the checkpoint says of itself.
+    """Settings of the run that wrote a checkpoint, and what the checkpoint says of itself.
 
     The tokenizer that the settings name is the one in the checkpoint, if there is one.
 
@@ -75,8 +71,7 @@ def read_run_config(checkpoint: Path) -> tuple[Config, Manifest]:
         ValueError: it is damaged.
     """
     manifest = read_manifest(checkpoint)
-    config = validate_model(read_config(["--config", str(checkpoint / CONFIG)]))
-    return with_kept_tokenizer(config, checkpoint, manifest), manifest
+    return with_kept_tokenizer(read_settings(checkpoint, manifest), checkpoint, manifest), manifest
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -88,30 +83,28 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = newest_checkpoint(path)
     config, manifest = read_run_config(path)
     weights = read_parameters(path) | read_buffers(path)
-    return Checkpoint(path, config, manifest.model["vocab-size"], manifest, weights)
+    return Checkpoint(path, config, manifest, weights)
 
 
 def to_model(
-    weights: Mapping[str, Tensor], config: Config, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None = None
+    weights: Mapping[str, Tensor], config: Config, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> MoRForCausalLM:
     """The exported model in memory, fp32, in evaluation mode.
 
     Args:
         weights: whole tensors by our names, vocabulary without padding.
-        config: validated settings of the run.
-        vocab_size: without padding.
+        config: settings of the run, those of its model resolved.
         tokenizer: gives the special tokens; a padding token behind the vocabulary gets a row of zeros.
     Raises:
         ValueError: the weights are not of this model.
     """
     tokens = special_tokens(tokenizer, config)
     state = to_theirs(weights, export_names(config), config.model)
-    if tokens.get("pad_token_id") == vocab_size:
-        tokens["padding_row"] = vocab_size
-        vocab_size += 1
+    if tokens.get("pad_token_id") == config.model.vocab_size:
+        tokens["padding_row"] = config.model.vocab_size
         for name in {"model.embed_tokens.weight", "lm_head.weight"} & state.keys():
             state[name] = F.pad(state[name], (0, 0, 0, 1))
-    exported = export_config(config, vocab_size, **tokens)
+    exported = export_config(config, **tokens)
     if exported.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     with torch.device("meta"):
@@ -148,7 +141,6 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 def export(
     weights: Mapping[str, Tensor],
     config: Config,
-    vocab_size: int,
     tokenizer: PreTrainedTokenizerBase | None,
     output: str | Path,
     dtype: str = "fp32",
@@ -158,7 +150,7 @@ def export(
     Raises:
         ValueError: as either.
     """
-    return write(to_model(weights, config, vocab_size, tokenizer), tokenizer, output, dtype)
+    return write(to_model(weights, config, tokenizer), tokenizer, output, dtype)
 
 
 def write(

@@ -158,7 +158,7 @@ def write_checkpoint(
     entries = [(str(ShardEntry(kinds[name], name, 0, 0)), tensor.float().flatten()) for name, tensor in weights.items()]
     manifest = Manifest(
         progress=asdict(Progress()),
-        model=model_shape(config, config.model.vocab_size),
+        model=model_shape(config),
         layout={},
         optimizer=config.optimizer.optimizer,
         versions={},

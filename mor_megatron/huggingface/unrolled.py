@@ -23,7 +23,6 @@ from mor_megatron.recursion.plan import VirtualLayer
 def to_llama(
     weights: Mapping[str, Tensor],
     config: Config,
-    vocab_size: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
     depth: int | None = None,
 ) -> LlamaForCausalLM:
@@ -31,8 +30,8 @@ def to_llama(
 
     Args:
         weights: whole tensors by our names, vocabulary without padding.
-        config: validated settings of the run.
-        vocab_size: without padding. A Llama cannot leave out a row: there is none for a padding token.
+        config: settings of the run, those of its model resolved. The vocabulary is the run's: a Llama cannot leave out
+            a row for a padding token.
         tokenizer: gives the special tokens.
         depth: recursions that every token passes; default all.
     Raises:
@@ -52,7 +51,7 @@ def to_llama(
         state |= zeros
     if tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    llama = LlamaForCausalLM(_llama_config(config, vocab_size, len(layers)))
+    llama = LlamaForCausalLM(_llama_config(config, len(layers)))
     llama.load_state_dict(state)
     llama.config.rope_theta = model.rotary_base  # where readers older than rope_parameters look for it
     tokens = special_tokens(tokenizer, config)
@@ -86,23 +85,23 @@ def unrolled_layers(config: Config, depth: int | None = None) -> tuple[VirtualLa
     return layers
 
 
-def unrolling(llama: LlamaForCausalLM, config: Config, vocab_size: int) -> str:
+def unrolling(llama: LlamaForCausalLM, config: Config) -> str:
     """In one line, what became of the model."""
     count, trained = len(llama.model.layers), config.plan.num_physical_layers
     line = f"LlamaForCausalLM of {count} layers"
     if count <= trained:
         return line
-    unique, stored = count_parameters(config, vocab_size).unique, sum(p.numel() for p in llama.parameters())
+    unique, stored = count_parameters(config).unique, sum(p.numel() for p in llama.parameters())
     return f"{line}, copies of the {trained} that were trained: {stored:,} weights in place of {unique:,}"
 
 
-def _llama_config(config: Config, vocab_size: int, num_layers: int) -> LlamaConfig:
+def _llama_config(config: Config, num_layers: int) -> LlamaConfig:
     model = config.model
     rope = {"rope_type": "default", "rope_theta": model.rotary_base}
     if model.use_rope_scaling:
         rope |= {"rope_type": "llama3", "factor": model.rope_scaling_factor} | LLAMA3
     return LlamaConfig(
-        vocab_size=vocab_size,
+        vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
         intermediate_size=model.ffn_hidden_size,
         num_hidden_layers=num_layers,

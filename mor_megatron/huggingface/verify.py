@@ -60,7 +60,6 @@ def compare(
     directory: str | Path,
     weights: Mapping[str, Tensor],
     config: Config,
-    vocab_size: int,
     tokenizer: PreTrainedTokenizerBase | None,
     text: str = EXTRACT,
     sequences: int = 4,
@@ -70,7 +69,7 @@ def compare(
 
     Args:
         directory: of the export, its weights stored in fp32.
-        weights, config, vocab_size: of the run, as in `export.export`.
+        weights, config: of the run, as in `export.export`.
         tokenizer: of the export; without one, the characters' numbers stand for ids.
         text: to run on; cut into `sequences` pieces of at most 512 tokens.
         depth: recursions of every token in the training stack; None lets the router decide.
@@ -80,17 +79,17 @@ def compare(
     if tokenizer is not None:
         ids = tokenizer(text[: 20_000 * sequences], add_special_tokens=False)["input_ids"]
     else:
-        ids = [ord(character) % vocab_size for character in text]
+        ids = [ord(character) % config.model.vocab_size for character in text]
     length = min(512, config.model.max_position_embeddings, len(ids) // sequences)
     if length < 2:
         raise ValueError(f"text of {len(ids)} tokens is too short: give at least {2 * sequences}")
     batch = torch.tensor(ids[: sequences * length]).view(sequences, length)
     context = RoutingContext(selection="threshold", trace={}, fixed_depth=depth)
-    model = training_model(weights, config, vocab_size)
+    model = training_model(weights, config)
     ours = model(Batch(batch.to(next(model.parameters()).device)), context).float().cpu()
     exported = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32).eval()
     output = exported(batch)
-    theirs = output.logits[..., :vocab_size]  # the export may have a row for padding
+    theirs = output.logits[..., : config.model.vocab_size]  # the export may have a row for padding
     depth = depths_of(context, config)
     difference = (ours - theirs).abs()
     return Comparison(
@@ -104,12 +103,12 @@ def compare(
 
 
 @torch.no_grad()
-def training_model(weights: Mapping[str, Tensor], config: Config, vocab_size: int) -> MoRModel:
+def training_model(weights: Mapping[str, Tensor], config: Config) -> MoRModel:
     """The training stack's model of these weights, on one rank, fp32, in evaluation mode."""
     alone = TrainingConfig(micro_batch_size=1, transformer_impl="local", attention_backend="sdpa", zero_stage=0)
     config = replace(config, training=alone, parallel=ParallelConfig())
     initialize_distributed(config)
-    model = build_model(config, vocab_size)
+    model = build_model(config)
     state = model.state_dict()
     for name, target in state.items():
         whole = weights.get(stored_name(name, state))

@@ -44,7 +44,7 @@ def load_model(
         checkpoint = read_checkpoint(path)
         data, longest = checkpoint.config.data, checkpoint.config.model.max_position_embeddings
         tokenizer = export_tokenizer(data, longest, strict=False, trained=checkpoint.is_trained)
-        model = to_model(checkpoint.weights, checkpoint.config, checkpoint.vocab_size, tokenizer)
+        model = to_model(checkpoint.weights, checkpoint.config, tokenizer)
         model = cast(model, DTYPES[dtype])
     return model.to(device).eval(), tokenizer
 

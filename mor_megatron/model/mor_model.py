@@ -54,22 +54,21 @@ class MoRModel(MegatronModule):
     """Mixture-of-Recursions language model; vanilla is Nr=1, recursive is routing none.
 
     Args:
-        config: a validated run configuration.
-        vocab_size: vocabulary before padding.
+        config: a validated run configuration, its vocabulary resolved.
     Raises:
         ValueError: depth, Nr and sharing do not fit (see `Config.plan`).
     """
 
-    def __init__(self, config: Config, vocab_size: int):
+    def __init__(self, config: Config):
         layer_config = transformer_config(config)
         super().__init__(config=layer_config)
         self.run_config = config
-        self.pipeline: PipelinePlan = pipeline_plan(config, vocab_size)
+        self.pipeline: PipelinePlan = pipeline_plan(config)
         self.plan: RecursionPlan = self.pipeline.plan
         self.stage = parallel_state.get_pipeline_model_parallel_rank()
-        self.vocab_size = vocab_size
+        self.vocab_size = config.model.vocab_size
         self.padded_vocab_size = padded_vocab_size(
-            vocab_size, config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size
+            self.vocab_size, config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size
         )
         self.model_type = ModelType.encoder_or_decoder
         self.tied = not config.model.untie_embeddings_and_output_weights
@@ -253,7 +252,7 @@ def _run_layer(layer: MoRTransformerLayer, rows: Tensor, call: LayerCall) -> tup
     return layer(rows, call)
 
 
-def build_model(config: Config, vocab_size: int) -> MoRModel:
+def build_model(config: Config) -> MoRModel:
     """This rank's part of the model on its device, in the run's parameter type, with weights drawn from the run's seed.
 
     Needs `initialize_distributed` first.
@@ -261,7 +260,7 @@ def build_model(config: Config, vocab_size: int) -> MoRModel:
     Raises:
         ValueError: the configuration does not describe a model.
     """
-    model = MoRModel(config, vocab_size)
+    model = MoRModel(config)
     aliases = {HEAD: EMBEDDING} if model.tied else {}
-    initialize_weights(model, config.training.seed, config.model.init_method_std, vocab_size, aliases)
+    initialize_weights(model, config.training.seed, config.model.init_method_std, model.vocab_size, aliases)
     return model.to(device())

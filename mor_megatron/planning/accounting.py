@@ -74,11 +74,10 @@ def _widths(config: Config) -> _Widths:
     return _Widths(model.hidden_size, model.ffn_hidden_size, query, key_value, model.add_qkv_bias)
 
 
-def _vocabulary(config: Config, vocab_size: int | None) -> int:
-    vocabulary = vocab_size or config.model.vocab_size
-    if vocabulary is None:
+def _vocabulary(config: Config) -> int:
+    if config.model.vocab_size is None:
         raise ValueError("vocab-size is not set: give it, or a tokenizer")
-    return vocabulary
+    return config.model.vocab_size
 
 
 def router_parameters(config: Config) -> int:
@@ -89,16 +88,14 @@ def router_parameters(config: Config) -> int:
     return sum(weight.numel() for weight in method.parameters())
 
 
-def count_parameters(config: Config, vocab_size: int | None = None) -> ParameterCount:
+def count_parameters(config: Config) -> ParameterCount:
     """Unique, non-embedding and unrolled parameter counts.
 
     Raises:
-        ValueError: neither vocab_size nor config.model.vocab_size is set.
+        ValueError: no vocabulary size is known.
     """
     widths, plan = _widths(config), config.plan
-    embedding = (
-        _vocabulary(config, vocab_size) * widths.hidden * (2 if config.model.untie_embeddings_and_output_weights else 1)
-    )
+    embedding = _vocabulary(config) * widths.hidden * (2 if config.model.untie_embeddings_and_output_weights else 1)
     rest = router_parameters(config) + widths.hidden  # final norm
     layer = layer_parameters(config)
     non_embedding = plan.num_physical_layers * layer + rest
@@ -160,30 +157,25 @@ def iterations_for_budget(config: Config, budget: float) -> int:
     return round(budget / (paper_flops_per_token(config) * tokens))
 
 
-def executed_flops_per_token(
-    config: Config, fractions: Sequence[float] | None = None, vocab_size: int | None = None
-) -> float:
+def executed_flops_per_token(config: Config, fractions: Sequence[float] | None = None) -> float:
     """Forward FLOPs a token that are really multiplied.
 
     Args:
         config: the run.
         fractions: measured fraction of tokens active at each recursion, [Nr]; default: as planned.
-        vocab_size: default config.model.vocab_size.
     Raises:
         ValueError: no vocabulary size is known.
     """
-    head = head_flops_per_token(config, vocab_size)
+    head = head_flops_per_token(config)
     return head + router_flops_per_token(config, fractions) + sum(layer_flops_per_token(config, fractions))
 
 
-def training_flops_per_token(
-    config: Config, fractions: Sequence[float] | None = None, vocab_size: int | None = None
-) -> TrainingFlops:
+def training_flops_per_token(config: Config, fractions: Sequence[float] | None = None) -> TrainingFlops:
     """Executed FLOPs of a training token; arguments and errors as `executed_flops_per_token`.
 
     Recomputing a layer or a whole pass repeats the forward of every layer, that of the core repeats its attention.
     """
-    model = FORWARDS_PER_STEP * executed_flops_per_token(config, fractions, vocab_size)
+    model = FORWARDS_PER_STEP * executed_flops_per_token(config, fractions)
     layers = _layer_work(config, fractions)
     again = {
         None: 0.0,
@@ -204,13 +196,13 @@ def router_flops_per_token(config: Config, fractions: Sequence[float] | None = N
     return config.routing_method.flops_per_token(router_parameters(config), fractions)
 
 
-def head_flops_per_token(config: Config, vocab_size: int | None = None) -> float:
+def head_flops_per_token(config: Config) -> float:
     """Forward FLOPs a token of the LM head, vocabulary padding left out.
 
     Raises:
         ValueError: no vocabulary size is known.
     """
-    return 2.0 * config.model.hidden_size * _vocabulary(config, vocab_size)
+    return 2.0 * config.model.hidden_size * _vocabulary(config)
 
 
 def kv_bytes_per_token(config: Config, fractions: Sequence[float] | None = None, bytes_per_number: int = 2) -> float:

@@ -43,14 +43,14 @@ class RankState:
         return self.weights + self.gradients + self.optimizer
 
 
-def rank_parameters(config: Config, vocab_size: int, pipeline: PipelinePlan, stage: int) -> int:
+def rank_parameters(config: Config, pipeline: PipelinePlan, stage: int) -> int:
     """Weights on each tensor-parallel rank of a pipeline stage, vocabulary padding included.
 
     Matrices, embedding and head are divided among tensor-parallel ranks; norms and routers are whole on each. The first
     stage has embedding and routers, the last the head; a tied head is a weight of its own only if they are two ranks.
     """
     tp, hidden = config.parallel.tensor_model_parallel_size, config.model.hidden_size
-    padded = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by, tp)
+    padded = padded_vocab_size(config.model.vocab_size, config.model.make_vocab_size_divisible_by, tp)
     is_first, is_last = stage == 0, stage == pipeline.num_stages - 1
     count = len(pipeline.physical_layers(stage)) * layer_parameters(config, tp)
     if is_first:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from mor_megatron.config.layout import data_parallel_size
 from mor_megatron.config.schema import Config, TrainingConfig
 from mor_megatron.config.validate import validate
-from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocab_size
+from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocabulary
 from mor_megatron.planning.accounting import head_flops_per_token, layer_flops_per_token, router_parameters
 from mor_megatron.planning.memory import RankState, rank_parameters, rank_state
 from mor_megatron.planning.stages import PipelinePlan, microbatch_group_size, pipeline_plan
@@ -26,33 +26,32 @@ def dry_run(config: Config, world_size: int | None) -> str:
     parallel = config.parallel
     ranks = world_size or parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     config = validate(config, ranks)
-    vocab_size = resolve_vocab_size(config, configured_tokenizer(config.data))
-    return f"{pipeline_plan(config, vocab_size).plan.table()}\n\n{describe_layout(config, vocab_size, ranks)}"
+    config = resolve_vocabulary(config, configured_tokenizer(config.data))
+    return f"{config.plan.table()}\n\n{describe_layout(config, ranks)}"
 
 
-def describe_layout(config: Config, vocab_size: int, world_size: int) -> str:
+def describe_layout(config: Config, world_size: int) -> str:
     """Ranks, stages, state, split, schedule and batch of a run, a line each.
 
     Args:
-        config: validated for `world_size` ranks.
-        vocab_size: before padding.
+        config: validated for `world_size` ranks, its vocabulary resolved.
         world_size: ranks of the run.
     """
-    pipeline = pipeline_plan(config, vocab_size)
-    lines = [_ranks(config, world_size), *_stages(config, vocab_size, world_size, pipeline)]
+    pipeline = pipeline_plan(config)
+    lines = [_ranks(config, world_size), *_stages(config, world_size, pipeline)]
     if pipeline.num_stages > 1:
-        lines.append(_split(config, vocab_size, pipeline))
+        lines.append(_split(config, pipeline))
     return "\n".join([*lines, _batch(config, world_size), _schedule(config, world_size, pipeline)])
 
 
-def stage_work(config: Config, vocab_size: int, pipeline: PipelinePlan) -> tuple[float, ...]:
+def stage_work(config: Config, pipeline: PipelinePlan) -> tuple[float, ...]:
     """Share of each pipeline rank in the forward FLOPs of a token, with the planned number of tokens a recursion."""
     layer_flops = layer_flops_per_token(config)
     work = [
         sum(layer_flops[layer.index] for chunk in range(pipeline.num_chunks) for layer in pipeline.layers(stage, chunk))
         for stage in range(pipeline.num_stages)
     ]
-    work[-1] += head_flops_per_token(config, vocab_size)
+    work[-1] += head_flops_per_token(config)
     return tuple(part / sum(work) for part in work)
 
 
@@ -66,13 +65,13 @@ def _ranks(config: Config, world_size: int) -> str:
     )
 
 
-def _stages(config: Config, vocab_size: int, world_size: int, pipeline: PipelinePlan) -> list[str]:
+def _stages(config: Config, world_size: int, pipeline: PipelinePlan) -> list[str]:
     """A table: one line a pipeline rank, numbers of one of its ranks."""
     per_stage = world_size // pipeline.num_stages
     where = " (CPU)" if config.training.optimizer_cpu_offload else ""
     rows = [("ranks", "holds", "parameters", "weights", "gradients", f"optimizer{where}", "sum", "work")]
-    for stage, work in enumerate(stage_work(config, vocab_size, pipeline)):
-        state = rank_state(config, rank_parameters(config, vocab_size, pipeline, stage), world_size)
+    for stage, work in enumerate(stage_work(config, pipeline)):
+        state = rank_state(config, rank_parameters(config, pipeline, stage), world_size)
         ranks = _span(range(stage * per_stage, (stage + 1) * per_stage))
         rows.append((ranks, _holds(config, pipeline, stage), *_state_cells(state), f"{100 * work:.1f}%"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -105,8 +104,8 @@ def _holds(config: Config, pipeline: PipelinePlan, stage: int) -> str:
     return ", ".join(parts)
 
 
-def _split(config: Config, vocab_size: int, pipeline: PipelinePlan) -> str:
-    work = stage_work(config, vocab_size, pipeline)
+def _split(config: Config, pipeline: PipelinePlan) -> str:
+    work = stage_work(config, pipeline)
     excess = 100 * (max(work) * len(work) - 1)
     slowest = work.index(max(work))
     reason = "as given" if config.parallel.pipeline_layers else "the best balance of FLOPs, ends and head counted"

@@ -62,12 +62,11 @@ class PipelinePlan:
         return range(start, start + self.block_layers[rank])
 
 
-def pipeline_plan(config: Config, vocab_size: int | None = None) -> PipelinePlan:
+def pipeline_plan(config: Config) -> PipelinePlan:
     """The pipeline of a validated run.
 
     Args:
-        config: `pipeline_layers` decides the split if it is set; else `balanced_split` does.
-        vocab_size: weight of the head in the balance; default config.model.vocab_size.
+        config: `pipeline_layers` decides the split if it is set; else `balanced_split` does, by FLOPs, the head's too.
     Raises:
         ValueError: no vocabulary size is known and the split has to be balanced.
     """
@@ -75,7 +74,7 @@ def pipeline_plan(config: Config, vocab_size: int | None = None) -> PipelinePlan
     stages = parallel.pipeline_model_parallel_size
     if stages == 1:
         return PipelinePlan(plan, (plan.block_size,))
-    split = parallel.pipeline_layers or balanced_split(*_costs(config, plan, vocab_size), plan.block_size, stages)
+    split = parallel.pipeline_layers or balanced_split(*_costs(config, plan), plan.block_size, stages)
     assert len(split) == stages, "validate the configuration"
     assert sum(split) == plan.block_size
     return PipelinePlan(plan, split)
@@ -130,8 +129,8 @@ def microbatch_group_size(num_microbatches: int, stages: int) -> int:
     return next(size for size in sizes if num_microbatches % size == 0 or num_microbatches % size >= stages)
 
 
-def _costs(config: Config, plan: RecursionPlan, vocab_size: int | None) -> tuple[float, float, float]:
+def _costs(config: Config, plan: RecursionPlan) -> tuple[float, float, float]:
     flops = layer_flops_per_token(config)
     block = sum(flops[layer.index] for layer in plan.shared) / plan.block_size
     ends = [sum(flops[layer.index] for layer in end) for end in (plan.first, plan.last)]
-    return block, ends[0], ends[1] + head_flops_per_token(config, vocab_size)
+    return block, ends[0], ends[1] + head_flops_per_token(config)

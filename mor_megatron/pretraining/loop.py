@@ -42,7 +42,6 @@ def train(
     config: Config,
     progress: Progress,
     batches: Batches,
-    vocab_size: int,
     stopper: Stopper,
     tokenizer: KeptTokenizer | None = None,
     writers: Sequence[Writer] = (),
@@ -55,8 +54,8 @@ def train(
     with contextlib.ExitStack() as stack:
         saver = None
         if config.checkpoint.save is not None:
-            saver = stack.enter_context(Saver(engine, config, vocab_size, tokenizer))
-        loop = _Loop(engine, config, progress, batches, vocab_size, stopper, saver, writers)
+            saver = stack.enter_context(Saver(engine, config, tokenizer))
+        loop = _Loop(engine, config, progress, batches, stopper, saver, writers)
         stack.callback(loop.close)
         state: State = "failed"
         try:
@@ -80,7 +79,6 @@ class _Loop:
         config: Config,
         progress: Progress,
         batches: Batches,
-        vocab_size: int,
         stopper: Stopper,
         saver: Saver | None,
         writers: Sequence[Writer],
@@ -89,7 +87,6 @@ class _Loop:
         self.config = config
         self.progress = progress
         self.batches = batches
-        self.vocab_size = vocab_size
         self.stopper = stopper
         self.saver = saver
         self.peak, source = device_peak(config)
@@ -156,7 +153,6 @@ class _Loop:
         advance(progress, report, config)
         record = training_record(
             config,
-            self.vocab_size,
             progress,
             report,
             lr=lr,
@@ -200,7 +196,7 @@ class _Loop:
             return False
         spiked = copy(progress)
         saved_here = CheckpointConfig(save=save, load=save)
-        restored = load_checkpoint(self.engine, replace(self.config, checkpoint=saved_here), self.vocab_size)
+        restored = load_checkpoint(self.engine, replace(self.config, checkpoint=saved_here))
         left_out = spiked.consumed_samples - restored.consumed_samples
         vars(progress).update(vars(restored))
         progress.consumed_samples = spiked.consumed_samples

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch.distributed as dist
 
 from mor_megatron.checkpointing.kept_tokenizer import KeptTokenizer
 from mor_megatron.checkpointing.load import load_checkpoint
 from mor_megatron.config.schema import Config
 from mor_megatron.config.validate import validate
-from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocab_size
+from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocabulary
 from mor_megatron.distributed.initialize import initialize_distributed, print_rank_0
 from mor_megatron.distributed.launch import launched_world_size
 from mor_megatron.model import build_model
@@ -49,19 +47,19 @@ def pretrain(config: Config) -> bool:
 
 def _pretrain(config: Config, stopper: Stopper, writers: list[Writer]) -> bool:
     tokenizer = configured_tokenizer(config.data)
-    vocab_size = resolve_vocab_size(config, tokenizer)
+    config = resolve_vocabulary(config, tokenizer)
     kept = None if tokenizer is None else KeptTokenizer.of(config.data.tokenizer_type, tokenizer)
     batches = build_data(config, tokenizer)
-    model = build_model(config, vocab_size)
+    model = build_model(config)
     engine = build_engine(model, config)
     print_rank_0(capability_line(config))
-    progress = load_checkpoint(engine, config, vocab_size, kept)
-    print_rank_0(_description(config, vocab_size))
-    print_rank_0(describe_layout(config, vocab_size, dist.get_world_size()))
+    progress = load_checkpoint(engine, config, kept)
+    print_rank_0(_description(config))
+    print_rank_0(describe_layout(config, dist.get_world_size()))
     if config.training.skip_train:
         _evaluate_splits(engine.module, config, progress.iteration, batches)
         return True
-    return train(engine, config, progress, batches, vocab_size, stopper, kept, writers)
+    return train(engine, config, progress, batches, stopper, kept, writers)
 
 
 def _evaluate_splits(model: MoRModel, config: Config, iteration: int, batches: Batches) -> None:
@@ -72,12 +70,11 @@ def _evaluate_splits(model: MoRModel, config: Config, iteration: int, batches: B
             print_rank_0(validation_line({"iteration": iteration} | losses, name))
 
 
-def _description(config: Config, vocab_size: int) -> str:
-    counted = replace(config, model=replace(config.model, vocab_size=vocab_size))
-    parameters = count_parameters(counted)
+def _description(config: Config) -> str:
+    parameters = count_parameters(config)
     return (
         f"{config.model.num_layers} layers unrolled, routing {config.recursion.routing}, "
-        f"{config.recursion.num_recursions} recursions, vocabulary {vocab_size}: {parameters.unique:,} parameters "
-        f"({parameters.non_embedding:,} without embedding), "
-        f"{executed_flops_per_token(counted) / 1e6:.1f} MFLOP a token forward"
+        f"{config.recursion.num_recursions} recursions, vocabulary {config.model.vocab_size}: "
+        f"{parameters.unique:,} parameters ({parameters.non_embedding:,} without embedding), "
+        f"{executed_flops_per_token(config) / 1e6:.1f} MFLOP a token forward"
     )

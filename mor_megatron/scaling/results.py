@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Config
-from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocab_size
+from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocabulary
 from mor_megatron.planning.accounting import (
     count_parameters,
     dense_equivalent,
@@ -56,24 +56,24 @@ def read_result(run: Run) -> RunResult | None:
     if last[-1][TOPK_LOSS] is None or last[-1][THRESHOLD_LOSS] is None:
         raise ValueError(f"{run.decay}: the validation loss of iteration {run.iterations} is not finite")
     config = read_config(["--config", str(run.configs[1])])
-    vocab = resolve_vocab_size(config, configured_tokenizer(config.data))
+    config = resolve_vocabulary(config, configured_tokenizer(config.data))
     return RunResult(
         run,
-        count_parameters(config, vocab).non_embedding,
-        count_parameters(dense_equivalent(config), vocab).non_embedding,
+        count_parameters(config).non_embedding,
+        count_parameters(dense_equivalent(config)).non_embedding,
         steps[-1]["consumed_tokens"],
-        sum(executed_flops(config, steps, vocab)),
+        sum(executed_flops(config, steps)),
         last[-1][TOPK_LOSS],
         last[-1][THRESHOLD_LOSS],
     )
 
 
-def executed_flops(config: Config, steps: list[dict], vocab_size: int) -> Iterator[float]:
+def executed_flops(config: Config, steps: list[dict]) -> Iterator[float]:
     """Executed training FLOPs of each iteration, from the fractions of tokens that it reports."""
     tokens = config.training.global_batch_size * config.data.seq_length
     for step in steps:
         fractions = measured_fractions(step, config.recursion.num_recursions)
-        yield tokens * training_flops_per_token(config, fractions, vocab_size).model
+        yield tokens * training_flops_per_token(config, fractions).model
 
 
 def _records(directory: Path, first: int, last: int) -> list[dict]:

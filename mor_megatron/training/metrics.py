@@ -30,7 +30,6 @@ CORPUS_LOSS = "{}/{}"
 
 def training_record(
     config: Config,
-    vocab_size: int,
     progress: Progress,
     report: StepReport,
     *,
@@ -56,7 +55,7 @@ def training_record(
     """
     tokens = config.training.global_batch_size * config.data.seq_length
     fractions = measured_fractions(report.routing, config.recursion.num_recursions)
-    flops = training_flops_per_token(config, fractions, vocab_size)
+    flops = training_flops_per_token(config, fractions)
     tera_a_second = tokens / seconds / ranks / 1e12
     record = {
         "iteration": progress.iteration,

@@ -8,7 +8,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from full_state import gather_buffers, gather_parameters
 from layout_runs import run_steps, unique_elements
-from table import VOCABULARY
 from torch import Tensor
 
 from mor_megatron.checkpointing.engine_state import slice_states
@@ -45,7 +44,7 @@ def with_directory(config: Config, directory: str, **changes) -> Config:
 def new_engine(config: Config, seed: int | None = None) -> Engine:
     initialize_distributed(config)
     other = config if seed is None else replace(config, training=replace(config.training, seed=seed))
-    return build_engine(build_model(other, VOCABULARY), config)
+    return build_engine(build_model(other), config)
 
 
 def allow_fp16() -> None:
@@ -58,7 +57,7 @@ def save_halfway(config: Config, directory: str, **changes) -> Curve:
     config = with_directory(config, directory, **changes)
     engine = new_engine(config)
     run_steps(engine, config, first=1, count=SAVED_AFTER)
-    saver = Saver(engine, config, VOCABULARY)
+    saver = Saver(engine, config)
     size = config.training.global_batch_size
     saver.save(Progress(iteration=SAVED_AFTER, consumed_samples=SAVED_AFTER * size))
     curve = finish(engine, config)
@@ -71,7 +70,7 @@ def resume(config: Config, directory: str, trained: int = 0) -> Curve:
     config = with_directory(config, directory)
     engine = new_engine(config, seed=config.training.seed + 1)
     run_steps(engine, config, first=4, count=trained)
-    progress = load_checkpoint(engine, config, VOCABULARY)
+    progress = load_checkpoint(engine, config)
     size = config.training.global_batch_size
     assert progress == Progress(iteration=SAVED_AFTER, consumed_samples=SAVED_AFTER * size)
     return finish(engine, config)
@@ -80,8 +79,8 @@ def resume(config: Config, directory: str, trained: int = 0) -> Curve:
 def copy_through(config: Config, source: str, target: str) -> None:
     """Load a checkpoint and save what was loaded."""
     engine = new_engine(config, seed=config.training.seed + 1)
-    progress = load_checkpoint(engine, with_directory(config, source), VOCABULARY)
-    Saver(engine, with_directory(config, target), VOCABULARY).save(progress)
+    progress = load_checkpoint(engine, with_directory(config, source))
+    Saver(engine, with_directory(config, target)).save(progress)
 
 
 def finish(engine: Engine, config: Config) -> Curve:

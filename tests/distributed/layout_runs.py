@@ -97,7 +97,7 @@ def train(config: Config, fault: Callable[[nn.Module], None] | None = None) -> R
         fault: spoils the model before it is wrapped, to see whether the comparison notices.
     """
     initialize_distributed(config)
-    model = build_model(config, VOCABULARY)
+    model = build_model(config)
     initial = gather_parameters(model)
     if fault is not None:
         fault(model)
@@ -126,7 +126,7 @@ def step_with_a_fault(config: Config, victim: int, where: Literal["loss", "gradi
     if config.training.fp16:
         get_accelerator().is_fp16_supported = lambda: True  # PyTorch computes fp16 on any CPU, slowly
     initialize_distributed(config)
-    engine = build_engine(build_model(config, VOCABULARY), config)
+    engine = build_engine(build_model(config), config)
     engine.module.train()
     run_steps(engine, config, count=1)
     before = gather_parameters(engine.module)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch.distributed as dist
 from layout_runs import describe, differences, my_batches, run_steps, step_with_a_fault, train
-from table import VOCABULARY, Layout, build_config
+from table import Layout, build_config
 
 from mor_megatron.config.schema import Config
 from mor_megatron.distributed.initialize import initialize_distributed
@@ -30,7 +30,7 @@ def partitioned(tmp_path):
 
 def start(config: Config):
     initialize_distributed(config)
-    engine = build_engine(build_model(config, VOCABULARY), config)
+    engine = build_engine(build_model(config), config)
     engine.module.train()
     return engine
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from layout_runs import my_batches
 from megatron.core import parallel_state
-from table import LAYOUTS, ONE, VOCABULARY, Layout, build_config
+from table import LAYOUTS, ONE, Layout, build_config
 
 from mor_megatron.config.schema import Config
 from mor_megatron.distributed.consistency import RoutingMismatchError
@@ -31,7 +31,7 @@ CELLS = [
 
 def validation_losses(config: Config) -> dict[str, float]:
     initialize_distributed(config)
-    model = build_model(config, VOCABULARY)
+    model = build_model(config)
     batches = (replace(batch, corpus_ids=batch.tokens[:, 0] % 3) for batch in my_batches(config, step=1))
     return evaluate(model, batches, config, iteration=0, corpora=("a", "b", "c", "of no sample"))
 
@@ -79,7 +79,7 @@ def test_a_threshold_in_a_ring_of_single_sequences(workers, lone_worker):
 def train_with_a_drifted_router(config: Config, drifts: bool) -> str:
     """Two iterations, the check in the second; the router of tensor-parallel rank 1 may be another one."""
     initialize_distributed(config)
-    engine = build_engine(build_model(config, VOCABULARY), config)
+    engine = build_engine(build_model(config), config)
     engine.module.train()
     try:
         train_step(engine, my_batches(config, 1), config, 1, 0.0)

@@ -100,7 +100,7 @@ def test_its_settings_are_settings(capsys):
 
 def test_it_is_counted(process_group):
     config = config_of(ONE, "--make-vocab-size-divisible-by", str(VOCABULARY))
-    model = build_model(config, VOCABULARY)
+    model = build_model(config)
     assert count_parameters(config).unique == sum(weight.numel() for weight in model.parameters())
     assert router_parameters(config) == 32
     ids = torch.arange(2 * SEQ_LENGTH).view(2, SEQ_LENGTH) % VOCABULARY
@@ -146,11 +146,11 @@ def test_it_resumes_is_exported_and_generates(saved: Path, tmp_path: Path, modul
     from mor_megatron.huggingface.verify import training_model
 
     checkpoint = read_checkpoint(saved)
-    output = write(to_model(checkpoint.weights, checkpoint.config, VOCABULARY), None, tmp_path / "export")
+    output = write(to_model(checkpoint.weights, checkpoint.config), None, tmp_path / "export")
     exported = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)
     assert type(exported.model.router).__module__.endswith(".parity")
     ids = torch.arange(3 * 16).view(3, 16) % VOCABULARY
-    ours = training_model(checkpoint.weights, checkpoint.config, VOCABULARY)(Batch(ids))
+    ours = training_model(checkpoint.weights, checkpoint.config)(Batch(ids))
     found = exported(ids)
     torch.testing.assert_close(found.logits, ours, atol=1e-5, rtol=0)  # fp32: the same sums in another order
     assert torch.equal(found.depths, torch.where(ids % 2 == 0, 2, 1).to(torch.int8))

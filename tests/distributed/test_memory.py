@@ -5,7 +5,7 @@ from __future__ import annotations
 import footprint
 import pytest
 from layout_runs import my_batches
-from table import LAYOUTS, VOCABULARY, build_config
+from table import LAYOUTS, build_config
 from torch import Tensor
 
 from mor_megatron.config.schema import Config
@@ -35,7 +35,7 @@ QUICK = [CASES[0], CASES[3], CASES[5], CASES[6], *CASES[8:10], CASES[12]]
 def measure(config: Config) -> tuple[int, int, int, int, int]:
     """Parameters, those of the largest tensor; bytes of weights, gradients, optimizer state before the update."""
     initialize_distributed(config)
-    model = build_model(config, VOCABULARY)
+    model = build_model(config)
     sizes = [parameter.numel() for parameter in model.parameters()]
     engine = build_engine(model, config)
     engine.module.train()
@@ -71,11 +71,11 @@ def optimizer_state(engine) -> list[Tensor]:
 def test_the_table_is_what_engines_hold(workers, name, model, optimizer, bf16):
     layout = BY_NAME[name]
     config = build_config(model, layout, optimizer, bf16=bf16)
-    pipeline = pipeline_plan(config, VOCABULARY)
+    pipeline = pipeline_plan(config)
     found = workers.run(layout.world_size, layout.groups, measure, config)
     for rank, (parameters, largest, *held) in enumerate(found):
         stage = rank * layout.pp // layout.world_size
-        planned = rank_state(config, rank_parameters(config, VOCABULARY, pipeline, stage), layout.world_size)
+        planned = rank_state(config, rank_parameters(config, pipeline, stage), layout.world_size)
         # ZeRO-2 keeps the whole gradient of a tensor that two ranks divide.
         boundary = 4 * largest if layout.zero == 2 else 0
         assert parameters == planned.parameters, f"rank {rank}"

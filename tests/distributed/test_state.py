@@ -60,7 +60,7 @@ def test_every_rank_holds_its_part_once(workers, single, layout):
 def elements_after_loading(config: Config, directory: str) -> int:
     save_halfway(config, directory)
     engine = new_engine(config, seed=config.training.seed + 1)
-    load_checkpoint(engine, with_directory(config, directory), VOCABULARY)
+    load_checkpoint(engine, with_directory(config, directory))
     return unique_elements(engine.module)
 
 
@@ -93,4 +93,4 @@ def test_rank_numbers(workers):
 def stage_of_rank(config: Config) -> int:
     initialize_distributed(config)
     assert dist.get_world_size() == 4
-    return build_model(config, VOCABULARY).stage
+    return build_model(config).stage

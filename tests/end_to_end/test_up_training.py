@@ -46,7 +46,7 @@ def test_up_training(corpus: str, tmp_path: Path, monkeypatch, capsys, process_g
     for name, weight in start.items():
         assert not torch.equal(weight, end[name]), f"{name} was not trained"
     checkpoint = read_checkpoint(tmp_path / "run")
-    made = (checkpoint.weights, checkpoint.config, VOCABULARY)
+    made = (checkpoint.weights, checkpoint.config)
     ids = torch.arange(48).view(2, 24)
     with torch.no_grad():
         ours = training_model(*made)(Batch(ids), RoutingContext(selection="threshold"))

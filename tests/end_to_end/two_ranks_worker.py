@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from small_runs import MODES, RESUMED, VOCABULARY, mode_name, small_config
+from small_runs import MODES, RESUMED, mode_name, small_config
 
 from mor_megatron.config.validate import validate
 from mor_megatron.distributed.initialize import initialize_distributed
@@ -37,7 +37,7 @@ def fault(corpus: str, mode, values: tuple[float, float]) -> list[dict]:
     """One element of rank r's gradient becomes values[r] (0: stays) in the second of three iterations."""
     config = validate(small_config(corpus, mode=mode, eval_iters=0), 2)
     batches = build_data(config, None).training(Progress())
-    engine = build_engine(build_model(config, VOCABULARY), config)
+    engine = build_engine(build_model(config), config)
     engine.module.train()
     train_step(engine, batches, config, 1, 0.01)
     before = [parameter.detach().clone() for parameter in engine.module.parameters()]
@@ -70,11 +70,11 @@ def fault(corpus: str, mode, values: tuple[float, float]) -> list[dict]:
 def give_up(corpus: str) -> str:
     """Rank 1 is broken in every iteration: what the error says."""
     config = validate(small_config(corpus, eval_iters=0, max_skipped_steps=2), 2)
-    engine = build_engine(build_model(config, VOCABULARY), config)
+    engine = build_engine(build_model(config), config)
     if dist.get_rank() == 1:
         engine.module.register_forward_hook(lambda module, args, losses: losses * math.nan)
     try:
-        train(engine, config, Progress(), build_data(config, None), VOCABULARY, Stopper(config.faults))
+        train(engine, config, Progress(), build_data(config, None), Stopper(config.faults))
     except NonFiniteError as error:
         return str(error)
     return "no error"

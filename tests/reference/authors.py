@@ -87,7 +87,7 @@ def model_of(case: Case) -> MoRModel:
     Raises:
         ValueError: a weight of the file has no place in ours, or one of ours is not in the file.
     """
-    model = build_model(case.config, case.meta["dims"]["V"])
+    model = build_model(case.config)
     ours = {**dict(stored_parameters(model)), **dict(model.named_buffers())}
     names = _names(case, model)
     left = {name for name in case.tensors if name.startswith("param.")}

@@ -61,7 +61,7 @@ def test_authors_checkpoint(name: str, request, tmp_path: Path, process_group):
     for key, tensor in weights.items():
         assert torch.equal(tensor, state[key].float().cpu()), key
     assert set(weights) == {key for key in state if not key.endswith("_extra_state")}
-    model = to_model(weights, config, case.meta["dims"]["V"])
+    model = to_model(weights, config)
     logits = model(case["input_ids"].long(), selection="capacity").logits
     torch.testing.assert_close(logits, case["train.logits"], atol=1e-5, rtol=0)
 

@@ -23,7 +23,7 @@ from mor_megatron.recursion.setting import rule_of
 
 HERE = Path("iter_1")
 BASE = Config(
-    model=ModelConfig(num_layers=8, hidden_size=64),
+    model=ModelConfig(num_layers=8, hidden_size=64, vocab_size=64),
     recursion=RecursionConfig(num_recursions=3, routing="expert_choice"),
     data=DataConfig(data_path=("a",), tokenizer_type="NullTokenizer", tokenizer_model="63", seq_length=64),
     optimizer=OptimizerConfig(lr=3e-3),
@@ -70,7 +70,7 @@ def changed(config: Config = BASE, **values) -> Config:
 
 
 def found(wanted: Config, saved: Config = BASE) -> list:
-    return differences(validate(saved), 64, wanted, 64)
+    return differences(validate(saved), wanted)
 
 
 @pytest.mark.parametrize("name", [*OF_THE_FUNCTION, *OF_THE_WEIGHTS])
@@ -118,7 +118,7 @@ def test_only_settings_that_are_read_count() -> None:
 
 
 def test_a_new_field_of_the_model_decides_its_function_unless_it_says_otherwise() -> None:
-    shape = model_shape(validate(BASE), 64)
+    shape = model_shape(validate(BASE))
     assert shape["vocab-size"] == 64
     for section in (ModelConfig, RecursionConfig):
         for entry in fields(section):
@@ -129,7 +129,7 @@ def test_a_new_field_of_the_model_decides_its_function_unless_it_says_otherwise(
 
 def test_another_vocabulary_is_refused() -> None:
     with pytest.raises(ValueError, match="vocab-size=65 does not fit iter_1, written with vocab-size=64"):
-        refuse(HERE, differences(validate(BASE), 64, validate(BASE), 65), {Change.FUNCTION})
+        refuse(HERE, differences(validate(BASE), changed(vocab_size=65)), {Change.FUNCTION})
 
 
 def test_corpora_that_have_moved_to_another_flag_are_told() -> None:

@@ -121,7 +121,7 @@ def test_table_names_what_is_causal_and_counts_with_the_accounting():
     lines = table(facts).splitlines()
     assert next(line for line in lines if line.startswith("causal")).split() == ["causal", "no", *["yes"] * 4]
     assert sum(p.numel() for p in model.parameters()) == facts["parameters"]["unique"]
-    depth_two = executed_flops_per_token(training.run_config, (1.0, 1.0, 0.0), VOCAB)
+    depth_two = executed_flops_per_token(training.run_config, (1.0, 1.0, 0.0))
     assert facts["ways"]["depth 2"]["executed_flops_per_token"] == depth_two
     flops = [mode["executed_flops_per_token"] for mode in facts["ways"].values()]
     assert flops[2] < flops[3] < flops[4]

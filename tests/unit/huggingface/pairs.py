@@ -55,7 +55,7 @@ def pair(name: str) -> tuple[MoRModel, MoRForCausalLM]:
     recursion = replace(config.recursion, **EXTRA.get(name, {}))
     if "expert" in name:
         recursion = replace(recursion, router_aux_loss_coeff=0.1)
-    model = build_model(replace(config, recursion=recursion), VOCAB)
+    model = build_model(replace(config, recursion=recursion))
     spread_routing(model)
     return model.eval(), exported(model)
 
@@ -74,7 +74,7 @@ def spread_routing(model: MoRModel) -> None:
 
 def exported(model: MoRModel) -> MoRForCausalLM:
     """The same model for transformers."""
-    config = export_config(model.run_config, model.vocab_size, eos_token_id=None)
+    config = export_config(model.run_config, eos_token_id=None)
     state = model.state_dict()
     parameters = {stored_name(name, state): state[name] for name in state if not name.endswith("_extra_state")}
     for name in parameters:

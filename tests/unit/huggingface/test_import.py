@@ -66,7 +66,7 @@ def test_an_export_comes_back_bit_for_bit(name: str, tmp_path: Path):
         for key, tensor in state.items()
         if not key.endswith("_extra_state")
     }
-    export(weights, config, VOCAB, numbers(), tmp_path / "export")
+    export(weights, config, numbers(), tmp_path / "export")
     assert len({path.stat().st_mode for path in (tmp_path / "export").iterdir()}) == 1  # what the umask leaves
     again, settings = read_export(tmp_path / "export")
     write_checkpoint(again, settings, tmp_path / "run")
@@ -74,13 +74,13 @@ def test_an_export_comes_back_bit_for_bit(name: str, tmp_path: Path):
     assert checkpoint.weights.keys() == weights.keys()
     for key, tensor in weights.items():
         assert torch.equal(checkpoint.weights[key], tensor), key
-    assert checkpoint.vocab_size == VOCAB
+    assert checkpoint.config.model.vocab_size == VOCAB
     assert checkpoint.config.model.num_layers == config.model.num_layers
     ids = random_ids()
     with torch.no_grad():
         expected = pair(name)[1](ids).logits
-        assert torch.equal(to_model(checkpoint.weights, checkpoint.config, VOCAB)(ids).logits, expected)
-        padded = to_model(checkpoint.weights, checkpoint.config, VOCAB, numbers())(ids).logits
+        assert torch.equal(to_model(checkpoint.weights, checkpoint.config)(ids).logits, expected)
+        padded = to_model(checkpoint.weights, checkpoint.config, numbers())(ids).logits
     torch.testing.assert_close(padded[..., :VOCAB], expected, atol=1e-6, rtol=0)
     assert torch.equal(padded.softmax(-1)[..., VOCAB:], torch.zeros(*ids.shape, 1))
 
@@ -113,7 +113,7 @@ def test_llama_becomes_vanilla(llama):
     assert sources == {layer: (layer,) for layer in range(8)}
     ids = random_ids()
     with torch.no_grad():
-        ours, theirs = to_model(weights, config, VOCAB)(ids).logits, model(ids).logits
+        ours, theirs = to_model(weights, config)(ids).logits, model(ids).logits
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
@@ -156,7 +156,7 @@ def test_average_is_the_mean_of_the_layers(llama):
     down = [layer.mlp.down_proj.weight for layer in model.model.layers]
     torch.testing.assert_close(weights["layers.1.mlp.linear_fc2.weight"], (down[1] + down[3] + down[5]).detach() / 3)
     assert torch.equal(weights["layers.3.mlp.linear_fc2.weight"], down[7])
-    assert to_model(weights, config, VOCAB)(random_ids()).logits.isfinite().all()
+    assert to_model(weights, config)(random_ids()).logits.isfinite().all()
 
 
 def test_command_line(llama, tmp_path: Path, monkeypatch, capsys):
@@ -252,13 +252,13 @@ def test_families_as_they_are_published(kind: str, tmp_path: Path):
     ids = random_ids()
     with torch.no_grad():
         expected = theirs(ids).logits
-        exported, trained = to_model(weights, config, VOCAB)(ids).logits, training_model(weights, config, VOCAB)
+        exported, trained = to_model(weights, config)(ids).logits, training_model(weights, config)
         torch.testing.assert_close(exported, expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(trained(Batch(ids), RoutingContext()), expected, atol=1e-5, rtol=0)
     assert count_parameters(config).unique == sum(p.numel() for p in theirs.parameters())
     if kind == "llama3":  # the settings matter at this length
         plain = replace(config, model=replace(config.model, use_rope_scaling=False))
-        assert (to_model(weights, plain, VOCAB)(ids).logits - expected).abs().max() > 1e-4
+        assert (to_model(weights, plain)(ids).logits - expected).abs().max() > 1e-4
         frequencies = inverse_frequencies(128, 500000.0, 32.0, torch.device("cpu"))  # where all three ranges occur
         wide = LlamaConfig(head_dim=128, rope_parameters=LLAMA3)
         assert torch.equal(frequencies, ROPE_INIT_FUNCTIONS["llama3"](wide, "cpu")[0])

@@ -31,8 +31,8 @@ def weights_of(name: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("name", "depth", "count"), [*((n, None, c) for n, c in WHOLE.items()), ("recursive", 2, 6)])
 def test_a_llama_computes_the_same(name: str, depth: int | None, count: int, tmp_path: Path):
     model, ids = pair(name)[0], random_ids()
-    llama = to_llama(weights_of(name), model.run_config, VOCAB, depth=depth)
-    line = unrolling(llama, model.run_config, VOCAB)
+    llama = to_llama(weights_of(name), model.run_config, depth=depth)
+    line = unrolling(llama, model.run_config)
     assert line.startswith(f"LlamaForCausalLM of {count} layers")
     assert ("copies of the 4 that were trained" in line) == name.startswith("recursive")
     assert llama.generation_config.bos_token_id is None
@@ -57,12 +57,12 @@ def test_a_llama_computes_the_same(name: str, depth: int | None, count: int, tmp
 )
 def test_what_is_no_llama_is_refused(name: str, depth: int | None, message: str):
     with pytest.raises(ValueError, match=message):
-        to_llama(weights_of(name), pair(name)[0].run_config, VOCAB, depth=depth)
+        to_llama(weights_of(name), pair(name)[0].run_config, depth=depth)
 
 
 def test_one_recursion_of_shared_keys_is_a_llama():
     model, ids = pair("recursive_sharing")[0], random_ids()
-    llama = to_llama(weights_of("recursive_sharing"), model.run_config, VOCAB, depth=1)
+    llama = to_llama(weights_of("recursive_sharing"), model.run_config, depth=1)
     expected, _ = training_logits(model, ids, fixed_depth=1)
     with torch.no_grad():
         torch.testing.assert_close(llama(ids).logits, expected, atol=1e-5, rtol=0)
@@ -72,7 +72,7 @@ def test_numbers_end_documents_as_in_training():
     """A run on ids below 63: 63 stands between documents, and before the first."""
     model = pair("vanilla")[0]
     data = replace(model.run_config.data, tokenizer_type="NullTokenizer", tokenizer_model="63")
-    made = (weights_of("vanilla"), replace(model.run_config, data=data), VOCAB)
+    made = (weights_of("vanilla"), replace(model.run_config, data=data))
     for exported in (to_model(*made), to_llama(*made)):
         settings = exported.generation_config
         assert (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id) == (63, 63, None)

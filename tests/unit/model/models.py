@@ -45,7 +45,7 @@ def small_config(name: str, **model) -> Config:
 
 
 def small_model(name: str, **model) -> MoRModel:
-    return build_model(small_config(name, **model), VOCAB)
+    return build_model(small_config(name, **model))
 
 
 def random_ids(batch: int = 3, length: int = SEQ, seed: int = 0) -> torch.Tensor:

@@ -42,7 +42,7 @@ NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) f
 @pytest.mark.parametrize("name", NAMES)
 def test_matrix_products_of_a_training_step(name: str, granularity: str | None, process_group):
     config, ids, context = config_of(name, granularity), random_ids(), RoutingContext()
-    model = build_model(config, VOCAB)
+    model = build_model(config)
     with FlopCounterMode(display=False) as counter:
         model(training_batch(ids), context).mean().backward()
     measured = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from models import RECURSIONS, SEQ, VOCAB, random_ids, small_config, training_batch
+from models import RECURSIONS, SEQ, random_ids, small_config, training_batch
 from torch import Tensor
 
 from mor_megatron.model import build_model, layer_spec
@@ -90,7 +90,7 @@ def flash(monkeypatch) -> PlainFlash:
 
 def _run(config, documents: bool = False) -> dict[str, Tensor]:
     """Losses and every gradient."""
-    model = build_model(config, VOCAB)
+    model = build_model(config)
     batch = training_batch(random_ids())
     if documents:
         batch = replace(batch, document_ids=(torch.arange(SEQ) >= SEQ // 3).long().expand(3, SEQ))

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from models import VOCAB, small_config
+from models import small_config
 
 from mor_megatron.config.schema import Config
 from mor_megatron.model import build_model, layer_spec
@@ -99,7 +99,7 @@ def test_what_is_forced_and_missing_is_refused(gpu, capability, modules, choice,
 @pytest.mark.parametrize("choice", [{"attention_backend": "flash"}, {"transformer_impl": "transformer_engine"}])
 def test_the_model_refuses_on_a_machine_without_cuda(process_group, choice):
     with pytest.raises(ValueError, match="but this machine has no CUDA: use auto or"):
-        build_model(_config(**choice), VOCAB)
+        build_model(_config(**choice))
 
 
 def test_transformer_engine_takes_the_slots_of_linears_and_norms(monkeypatch):

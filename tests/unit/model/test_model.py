@@ -173,7 +173,7 @@ def test_authors_scaling_grows_with_the_number_of_micro_batches():
     def router_gradient(scale, **recursion):
         config = small_config("expert")
         config = replace(config, recursion=replace(config.recursion, **recursion))
-        model = build_model(config, VOCAB)
+        model = build_model(config)
         (0.0 * model(training_batch(random_ids()), RoutingContext(router_loss_scale=scale)).sum()).backward()
         return model.router.routers[1].out.weight.grad
 
@@ -204,7 +204,7 @@ def test_vocabulary_padding_changes_nothing(name):
 def test_capacity_warmup_counts_iterations():
     config = small_config("expert")
     config = replace(config, recursion=replace(config.recursion, capacity_warmup_iters=10))
-    model = build_model(config, VOCAB)
+    model = build_model(config)
     for iteration in (1, 5, 10, 11):
         progress = min(1.0, iteration / 10)
         for _ in range(2):  # several micro-batches of one iteration select alike
@@ -222,7 +222,7 @@ def test_capacity_warmup_counts_iterations():
 def test_balance_warmup_sends_everyone_to_full_depth():
     config = small_config("token_loss_free")
     config = replace(config, recursion=replace(config.recursion, router_balance_warmup_iters=2))
-    model = build_model(config, VOCAB)
+    model = build_model(config)
     for iteration, depth in ((1, 3.0), (2, 3.0), (3, None)):
         context = RoutingContext(iteration=iteration)
         model(training_batch(random_ids()), context)
@@ -269,7 +269,7 @@ def test_threshold_may_keep_nobody(name):
 @pytest.mark.parametrize("name", RECURSIONS)
 def test_bf16_trains(name):
     config = small_config(name)
-    model = build_model(replace(config, training=replace(config.training, bf16=True)), VOCAB)
+    model = build_model(replace(config, training=replace(config.training, bf16=True)))
     reference = small_model(name)
     losses = [m(training_batch(random_ids()), RoutingContext()).mean() for m in (model, reference)]
     losses[0].backward()

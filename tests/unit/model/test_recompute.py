@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import RECURSIONS, VOCAB, random_ids, small_config, training_batch
+from models import RECURSIONS, random_ids, small_config, training_batch
 from torch import Tensor
 
 from mor_megatron.config.schema import Config
@@ -42,7 +42,7 @@ class Saved:
 
 def _run(config: Config) -> tuple[dict[str, Tensor], int, int]:
     """Losses, metrics and gradients; bytes kept for the backward pass; uses of a router, backward pass included."""
-    model = build_model(config, VOCAB)
+    model = build_model(config)
     uses = []
     for module in model.modules():
         if isinstance(module, Router):
@@ -105,6 +105,6 @@ def test_the_larger_the_unit_the_less_is_kept(plain, name):
 def test_nothing_is_recomputed_without_gradients(process_group, monkeypatch):
     """Evaluation keeps nothing, so that there is nothing to forget."""
     monkeypatch.setattr("mor_megatron.model.recompute.checkpoint", None)
-    model = build_model(_config("expert", "layer"), VOCAB)
+    model = build_model(_config("expert", "layer"))
     with torch.no_grad():
         assert model(training_batch(random_ids())).isfinite().all()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import VOCAB, small_config
+from models import small_config
 
 from mor_megatron.config.validate import validate
 from mor_megatron.model import build_model
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 def test_wrapped_storages(name, bf16, zero_stage):
     config = small_config(name, make_vocab_size_divisible_by=1)
     config = validate(replace(config, training=replace(config.training, bf16=bf16, zero_stage=zero_stage)))
-    engine = build_engine(build_model(config, VOCAB), config)
+    engine = build_engine(build_model(config), config)
     expected = count_parameters(config).unique
     # ZeRO moves parameters into flat buffers, so storages are told apart by where a parameter starts.
     places = {p.data_ptr(): p.numel() for p in engine.module.parameters()}

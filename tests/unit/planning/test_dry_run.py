@@ -20,8 +20,8 @@ MOR = (
 )
 
 
-def describe(flags: str, ranks: int, vocab_size: int = 1000) -> str:
-    return describe_layout(validate(read_config(flags.split()), ranks), vocab_size, ranks)
+def describe(flags: str, ranks: int) -> str:
+    return describe_layout(validate(read_config(f"{flags} --vocab-size 1000".split()), ranks), ranks)
 
 
 def test_the_ring_of_four_processes():
@@ -55,15 +55,15 @@ def test_an_ordinary_pipeline():
 
 
 def test_the_default_split_is_the_best_of_all_for_the_slowest_rank():
-    config = validate(read_config(f"{MOR} --pipeline-model-parallel-size 2".split()), 2)
+    common = f"{MOR} --pipeline-model-parallel-size 2 --vocab-size 30000"
+    config = validate(read_config(common.split()), 2)
     slowest = {}
     for first in (1, 2, 3):
-        flags = f"{MOR} --pipeline-model-parallel-size 2 --pipeline-layers {first} {4 - first}"
-        given = validate(read_config(flags.split()), 2)
-        slowest[first, 4 - first] = max(stage_work(given, 30000, pipeline_plan(given, 30000)))
-    chosen = pipeline_plan(config, 30000)
+        given = validate(read_config(f"{common} --pipeline-layers {first} {4 - first}".split()), 2)
+        slowest[first, 4 - first] = max(stage_work(given, pipeline_plan(given)))
+    chosen = pipeline_plan(config)
     assert chosen.block_layers == min(slowest, key=slowest.get)
-    assert sum(stage_work(config, 30000, chosen)) == pytest.approx(1.0)
+    assert sum(stage_work(config, chosen)) == pytest.approx(1.0)
     assert chosen.block_layers[1] < chosen.block_layers[0], "a head of 30,000 words weighs more than a layer"
 
 

@@ -28,7 +28,7 @@ CONFIG = validate(
 def record(iteration=10, loss=7.125, norm=1.25, seconds=0.5, routing=ROUTING):
     progress = Progress(iteration, 8 * iteration, skipped_iterations=3, nan_iterations=1)
     report = StepReport(loss, norm, True, (), routing)
-    return training_record(CONFIG, 100, progress, report, lr=3e-3, seconds=seconds, ranks=2, peak_tflops=2e-3)
+    return training_record(CONFIG, progress, report, lr=3e-3, seconds=seconds, ranks=2, peak_tflops=2e-3)
 
 
 def test_log_line_has_megatrons_fields_in_megatrons_order():
@@ -48,7 +48,7 @@ def test_log_line_has_megatrons_fields_in_megatrons_order():
 def test_the_loss_scale_is_the_real_one():
     report = StepReport(7.0, 1.25, True, (), ROUTING, loss_scale=32768.0)
     progress = Progress(10, 80)
-    got = training_record(CONFIG, 100, progress, report, lr=3e-3, seconds=0.5, ranks=2, peak_tflops=2e-3)
+    got = training_record(CONFIG, progress, report, lr=3e-3, seconds=0.5, ranks=2, peak_tflops=2e-3)
     assert got["loss_scale"] == 32768.0
     assert "| loss scale: 32768.0 |" in log_line([record(9), got], last_iteration=100, now=datetime.now())
 
@@ -64,7 +64,7 @@ def test_log_line_averages_and_leaves_out_what_was_not_finite():
 
 def test_record_counts_flops_of_the_tokens_that_were_routed():
     got = record(seconds=0.5)
-    flops = 3 * executed_flops_per_token(CONFIG, [1.0, 0.5], 100)
+    flops = 3 * executed_flops_per_token(CONFIG, [1.0, 0.5])
     assert got["tokens_per_second"] == 8 * 64 / 0.5
     assert got["tflops_per_gpu"] == pytest.approx(flops * 512 / 0.5 / 2 / 1e12)
     assert got["utilisation"] == pytest.approx(got["tflops_per_gpu"] / 2e-3)

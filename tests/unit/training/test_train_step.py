@@ -50,7 +50,7 @@ def make_config(mode=(False, 0), recursion=EXPERT, micro_batch_size=2, **optimiz
 
 
 def make_engine(config):
-    engine = build_engine(build_model(config, VOCABULARY), config)
+    engine = build_engine(build_model(config), config)
     engine.module.train()
     return engine
 
