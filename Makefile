@@ -21,7 +21,7 @@ quickstart: $(STAMP)
 
 # Two processes, a directory each (tests/conftest.py): many tests wait for ranks more than they compute.
 test: lint
-	$(PY) -m pytest -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder --durations=10
+	$(PY) -m pytest -m "not slow" -n 2 --dist loadscope --no-loadscope-reorder --durations=10
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
