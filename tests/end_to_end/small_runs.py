@@ -36,7 +36,7 @@ MODES = [(bf16, zero) for bf16 in (False, True) for zero in (0, 1)]
 RESUMED = [(False, 1), (True, 0)]
 """Those that two ranks resume in; distributed/test_checkpoint_layouts.py has the others."""
 SMALL_MODEL = """--num-layers 8 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 2 --num-recursions 3
-    --routing expert_choice --vocab-size 64 --seq-length 24 --split 80,20,0 --micro-batch-size 2 --global-batch-size 8
+    --routing expert_choice --vocab-size 64 --seq-length 24 --split 80,20,0 --micro-batch-size 4 --global-batch-size 8
     --peak-tflops 1"""
 """The model and batch of `small_config` as flags."""
 TIMES = ("iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "utilisation", "hardware_utilisation")
@@ -79,7 +79,7 @@ def small_config(corpus: str, *, mode: tuple[bool, int] = (False, 1), **changes)
         data=DataConfig(data_path=(corpus,), split="80,20,0", seq_length=24),
         optimizer=OptimizerConfig(lr=1e-2, lr_warmup_iters=2, lr_decay_iters=20, lr_wsd_decay_iters=8, clip_grad=0.5),
         training=TrainingConfig(
-            micro_batch_size=2,
+            micro_batch_size=4,
             global_batch_size=8,
             train_iters=20,
             bf16=bf16,

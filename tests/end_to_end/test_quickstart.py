@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-QUICKSTART = (sys.executable, "examples/quickstart.py")
+from forked_ranks import run_program
+from small_runs import ROOT
+
+QUICKSTART = ROOT / "examples" / "quickstart.py"
+spec = importlib.util.spec_from_file_location("quickstart", QUICKSTART)
+quickstart = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = quickstart  # dataclasses look their module up
+spec.loader.exec_module(quickstart)
 
 
-def test_quickstart_ends_with_a_table_of_what_the_runs_reported(tmp_path):
+def test_quickstart_ends_with_a_table_of_what_the_runs_reported(tmp_path, monkeypatch, capsys):
+    """The data's tools are forks; both runs are processes of their own."""
+
+    def run(command: list) -> None:
+        status, output = run_program(command[0], command[1:], tmp_path / "tool")
+        assert status == 0, output
+
+    monkeypatch.setattr(quickstart, "run", run)
     flags = "--train-iters 6 --lr-warmup-iters 1 --eval-interval 3 --eval-iters 1 --hidden-size 32"
-    done = subprocess.run(
-        [*QUICKSTART, "--output", tmp_path, "--sources", "cpython", "--flags", *flags.split()],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = dict(re.findall(r"^(.*?)  +(\S+ +\S+)$", done.stdout.partition("== Compare")[2], re.MULTILINE))
+    quickstart.main(["--output", str(tmp_path), "--sources", "cpython", "--flags", *flags.split()])
+    printed = capsys.readouterr().out
+    rows = dict(re.findall(r"^(.*?)  +(\S+ +\S+)$", printed.partition("== Compare")[2], re.MULTILINE))
     table = {name: values.split() for name, values in rows.items()}
     assert table[""] == ["MoR", "vanilla"]
 
@@ -44,7 +51,7 @@ def test_quickstart_ends_with_a_table_of_what_the_runs_reported(tmp_path):
 
 def test_a_failing_step_ends_the_quickstart_with_its_status(tmp_path):
     done = subprocess.run(
-        [*QUICKSTART, "--output", tmp_path, "--sources", "nowhere"],
+        [sys.executable, QUICKSTART, "--output", tmp_path, "--sources", "nowhere"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -36,6 +36,7 @@ def test_a_ramp_in_samples_goes_on_where_it_was_stopped(process_group, corpus, t
     """The batch grows from 2 by 2 to 8 over 36 samples; the run is stopped after 7 of its 17 iterations."""
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     samples = {"train_iters": None, "train_samples": 91, "rampup_batch_size": (2, 2, 36), "eval_interval": 4}
+    samples["micro_batch_size"] = 2
     rates = {"lr_warmup_iters": 0, "lr_decay_iters": None, "lr_wsd_decay_iters": None, "lr_warmup_fraction": 0.1}
     pretrain(small_config(corpus, save=whole, **samples, **rates))
     assert not pretrain(small_config(corpus, save=parts, exit_interval=7, **samples, **rates))

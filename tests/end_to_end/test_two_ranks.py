@@ -14,8 +14,8 @@ from small_runs import (
     mode_name,
     read_metrics,
     read_weights,
-    small_config,
 )
+from two_ranks_worker import config_of
 
 from mor_megatron.pretraining.pretrain import pretrain
 
@@ -42,7 +42,7 @@ def test_five_and_five_is_ten(two_ranks, mode):
 @pytest.mark.parametrize("zero", [0, 1])
 def test_two_ranks_compute_what_one_does(process_group, two_ranks, corpus, tmp_path, zero):
     """Samples, loss, norm, router metrics, validation losses and weights; SGD, which does not hide a factor."""
-    pretrain(small_config(corpus, mode=(False, zero), save=str(tmp_path), optimizer="sgd", train_iters=8))
+    pretrain(config_of(corpus, mode=(False, zero), save=str(tmp_path), optimizer="sgd", train_iters=8))
     one, two = read_metrics(tmp_path), read_metrics(two_ranks / f"sgd-zero{zero}")
     assert len(one) == len(two) == 9
     for expected, got in zip(one, two, strict=True):

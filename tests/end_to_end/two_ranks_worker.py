@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,17 +26,20 @@ from mor_megatron.training.engine import build_engine
 from mor_megatron.training.progress import Progress
 from mor_megatron.training.train_step import train_step
 
+config_of = partial(small_config, micro_batch_size=2)
+"""Two micro-batches a rank."""
+
 
 def resume(corpus: str, output: Path, mode) -> None:
     whole, parts = (str(output / f"{mode_name(mode)}-{name}") for name in ("whole", "parts"))
     for save, load, end in ((whole, None, 10), (parts, parts, 5), (parts, parts, 10)):
         intervals = {"save_interval": 5, "eval_interval": 5}
-        pretrain(small_config(corpus, mode=mode, save=save, load=load, train_iters=end, **intervals))
+        pretrain(config_of(corpus, mode=mode, save=save, load=load, train_iters=end, **intervals))
 
 
 def fault(corpus: str, mode, values: tuple[float, float]) -> list[dict]:
     """One element of rank r's gradient becomes values[r] (0: stays) in the second of three iterations."""
-    config = validate(small_config(corpus, mode=mode, eval_iters=0), 2)
+    config = validate(config_of(corpus, mode=mode, eval_iters=0), 2)
     batches = build_data(config, None).training(Progress())
     engine = build_engine(build_model(config), config)
     engine.module.train()
@@ -69,7 +73,7 @@ def fault(corpus: str, mode, values: tuple[float, float]) -> list[dict]:
 
 def give_up(corpus: str) -> str:
     """Rank 1 is broken in every iteration: what the error says."""
-    config = validate(small_config(corpus, eval_iters=0, max_skipped_steps=2), 2)
+    config = validate(config_of(corpus, eval_iters=0, max_skipped_steps=2), 2)
     engine = build_engine(build_model(config), config)
     if dist.get_rank() == 1:
         engine.module.register_forward_hook(lambda module, args, losses: losses * math.nan)
@@ -82,12 +86,12 @@ def give_up(corpus: str) -> str:
 
 def main() -> int:
     corpus, output = sys.argv[1], Path(sys.argv[2])
-    initialize_distributed(small_config(corpus))
+    initialize_distributed(config_of(corpus))
     for mode in RESUMED:
         resume(corpus, output, mode)
     for zero in (0, 1):
         save = str(output / f"sgd-zero{zero}")
-        pretrain(small_config(corpus, mode=(False, zero), save=save, optimizer="sgd", train_iters=8))
+        pretrain(config_of(corpus, mode=(False, zero), save=save, optimizer="sgd", train_iters=8))
     results = {
         # Two micro-batches of this still fit into fp32, four do not.
         "faults": {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from corpora import write_jsonl
+from forkserver import fork_context
 
 from mor_megatron.config.schema import Config, DataConfig, TrainingConfig
 from mor_megatron.data.corpora import Blend, parse_blend
@@ -353,9 +353,7 @@ def build_on_rank(rank: int, config: Config, folder: Path) -> None:
 def test_two_ranks_share_the_index(blended: bool, numbers: list[str], tmp_path: Path) -> None:
     paths = ("0.5", numbers[0], "0.5", numbers[1]) if blended else (numbers[0],)
     config = settings(*paths, split="80,20,0", cache=tmp_path / "cache")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mor_megatron.data.datasets"])  # imported once for all of them
-    processes = [context.Process(target=build_on_rank, args=(rank, config, tmp_path)) for rank in range(2)]
+    processes = [fork_context().Process(target=build_on_rank, args=(rank, config, tmp_path)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:

@@ -36,7 +36,7 @@ def test_documents_are_of_about_the_size_asked_for():
 
 
 def test_cpython_brings_english_prose_in_a_fixed_order():
-    texts, again = (list(itertools.islice(collect_corpus.cpython(), 300)) for _ in range(2))
+    texts, again = (list(itertools.islice(collect_corpus.cpython(), 120)) for _ in range(2))
     assert texts == again
     assert sum(map(len, texts)) > 500_000
     words = " ".join(texts).split()
