@@ -1,9 +1,9 @@
 # make quickstart   real text -> tokenizer -> indexed data -> a MoR and a vanilla model -> a table (runs/quickstart)
 # make test         lint, format check and every test that is not slow
-# make setup        only the environment, in .venv; every other target does it first, once
+# make setup        only the environment, in .venv; every other target first does this once
 #
 # CPU builds of torch are the default. On GPU machines: make setup TORCH_BACKEND=auto (or cu128, ...), before anything
-# else; remove .venv to change it later. requirements-gpu.txt names what else a GPU node wants.
+# else; remove .venv to change it later. requirements-gpu.txt lists further packages for GPU nodes.
 
 PYTHON ?= python3
 TORCH_BACKEND ?= cpu
@@ -39,14 +39,14 @@ clean:
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "$(PYTHON) is missing or older than 3.10: name another one with make PYTHON=python3.11"; exit 1; }
-	@# Debian splits ensurepip from Python; pip can then furnish the environment from outside.
+	@# Debian splits ensurepip from Python; pip can then fill the environment from outside.
 	@$(PYTHON) -m venv $(VENV) > /dev/null 2>&1 \
 		|| { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip -q --python $(PY) install pip; } \
 		|| { rm -rf $(VENV); echo "$(PYTHON) can neither make a virtual environment with pip nor put pip into one:" \
 			"install python3-venv (or python3-pip 22.3 or newer)"; exit 1; }
 
 # torch goes first and alone: as a dependency of another package it would be the CUDA build, several GB.
-# A machine may have the CPU build at hand for pip; elsewhere uv knows where PyTorch keeps each build.
+# pip may already have the CPU build; otherwise uv knows where PyTorch keeps each build.
 $(STAMP): requirements.txt requirements-dev.txt requirements-eval.txt | $(PY)
 	@echo "Setting up $(VENV) (once, a few minutes)"
 	@{ test $(TORCH_BACKEND) = cpu && $(PIP) install -q torch==$(TORCH)+cpu 2> /dev/null; } \

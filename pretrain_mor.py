@@ -18,11 +18,11 @@ from mor_megatron.planning.report import dry_run
 
 
 def main() -> int:
-    """0: trained; 1: broke down; 2: settings, data or checkpoint do not fit; 85: stopped early, run it again."""
+    """Exit status 0: trained; 1: failed; 2: settings, data or checkpoint do not fit; 85: stopped early, run again."""
     adopt_srun()
     note_launcher()
     config = parse_config(None, launched_world_size, dry_run)
-    # After the flags: --help and a wrong flag need not wait for Megatron-core and DeepSpeed.
+    # Imported after the flags are parsed: --help and a wrong flag should not wait for Megatron-core and DeepSpeed.
     import torch.distributed as dist
 
     from mor_megatron.checkpointing.save import SaveError
@@ -35,7 +35,10 @@ def main() -> int:
 
     try:
         finished = pretrain(config)
-    except (RoutingMismatchError, RendezvousError) as error:  # not on every rank, so that each that knows says it
+    except (
+        RoutingMismatchError,
+        RendezvousError,
+    ) as error:  # not on every rank, so each rank that knows the error prints it
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except (ValueError, NonFiniteError, SaveError) as error:
@@ -43,7 +46,7 @@ def main() -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ValueError) else 1
     except RuntimeError as error:
-        hold_roll_call(error)  # returns if this rank's own work failed
+        hold_roll_call(error)  # returns only if this rank's own work failed
         raise
     finally:
         if dist.is_initialized():

@@ -1,18 +1,18 @@
-"""What checkpoints cost: a run's stall, speed against plain writing, checksums; and start-up far into a corpus.
+"""The cost of checkpoints: stall of the run, speed compared with plain writing, checksums; start-up far into a corpus.
 
     python benchmarks/checkpoint.py --rounds 5 --output checkpoint.json
 
-One process, fp32, Adam: 12 bytes a parameter. In every round each way of saving takes its turn, so that a drift of the
-disk's speed meets all alike; medians and ranges are over rounds.
+One process, fp32, Adam: 12 bytes per parameter. Every round measures each kind of save once, so a drift of the disk's
+speed affects all of them; medians and ranges are over rounds.
 
-- plain: as many bytes, from memory, in one file, flushed to the disk;
+- plain: the same number of bytes, from memory, in one file, flushed to the disk;
 - sync: a whole save, from the call until `latest` points to it;
-- async: how long training waits, in the call and in the next optimizer step, while an iteration goes on; and how long
-  the checkpoint takes, that iteration included;
+- async: how long training waits, in the call and in the next optimizer step, while an iteration runs; and how long the
+  checkpoint takes, including that iteration;
 - checksum: XXH3 over the same bytes in memory, as the save computes it.
 
-Start-up: building the datasets and reading the first micro-batch at consumed sample 0 and at 10^9, of a corpus of
-100,000 documents whose index cache is empty.
+Start-up: building the datasets and reading the first micro-batch at consumed samples 0 and 10^9, with a corpus of
+100,000 documents and an empty index cache.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ CHUNK = 1 << 22
 
 
 def build(args: argparse.Namespace, directory: str) -> tuple[Engine, Config]:
-    """An engine whose optimizer has states, and its configuration."""
+    """An engine whose optimizer has state, and its configuration."""
     config = validate(
         Config(
             model=ModelConfig(
@@ -110,7 +110,7 @@ def hash_all(chunks: list[memoryview]) -> None:
 
 
 def measure_saving(args: argparse.Namespace) -> dict:
-    """Seconds of each way of saving, a list over rounds, and the bytes saved."""
+    """Seconds for each kind of save, one list over rounds, and the number of bytes saved."""
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
         engine, config = build(args, directory)
         entries = [memoryview(entry.numpy()).cast("B") for _, entry in local_entries(engine)]
@@ -137,14 +137,14 @@ def measure_saving(args: argparse.Namespace) -> dict:
             round_times["iteration"] = timed(lambda: iterate(engine, config))
             shutil.rmtree(Path(directory) / "iter_0000002")
             round_times["checksum"] = timed(lambda: hash_all(chunks))
-            if number > 0:  # the first round allocates the buffers that the others use again
+            if number > 0:  # the first round allocates the buffers that later rounds reuse
                 for name, seconds in round_times.items():
                     times[name].append(seconds)
     return {"bytes": sum(map(len, entries)), "seconds": times}
 
 
 def startup_config(prefix: str, cache: str) -> Config:
-    """A run that is longer than 10^9 samples."""
+    """The configuration of a run longer than 10^9 samples."""
     return validate(
         Config(
             model=ModelConfig(vocab_size=VOCABULARY),
@@ -160,7 +160,7 @@ def first_batch(config: Config, consumed: int) -> Batch:
 
 
 def measure_startup(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds to the first micro-batch at either place, a list over rounds."""
+    """Seconds to the first micro-batch at either sample, one list over rounds."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
@@ -190,8 +190,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--hidden-size", type=int, default=768)
     parser.add_argument("--block-layers", type=int, default=4, help="layers of the shared block")
-    parser.add_argument("--directory", help="where to write (default: the temporary directory)")
-    parser.add_argument("--output", help="write the numbers here as JSON")
+    parser.add_argument("--directory", help="directory to write to (default: the temporary directory)")
+    parser.add_argument("--output", help="JSON file for the numbers")
     args = parser.parse_args()
 
     startup = measure_startup(args)

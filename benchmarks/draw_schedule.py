@@ -1,11 +1,11 @@
-"""Draws what `parallel.py` recorded: who ran which micro-batch when, and what travelled.
+"""Draw the results of `parallel.py`: which rank ran which micro-batch when, and what it sent.
 
     python benchmarks/parallel.py --json parallel.json
     python benchmarks/draw_schedule.py parallel.json --output docs/figures
 
 `schedule.png`: the ring and the pipeline of tied stages, four ranks, one iteration each, on one time axis. A box is a
-chunk of a micro-batch where the run's own clock saw it; nothing is placed by formula. `messages.png`: the rows of each
-message of a micro-batch on its way round, and the bytes that a rank sends in an iteration.
+chunk of a micro-batch at its measured time; nothing is placed by formula. `messages.png`: the rows of each message of a
+micro-batch on its way round the ring, and the bytes that a rank sends in an iteration.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PURPOSE_COLORS = {"p2p": "#6baed6", "embedding": "#9e9ac8", "tied gradients": "#
 
 
 def draw_run(axes: Axes, events: list[Event], title: str) -> None:
-    """Boxes of one iteration, a line for each rank, from its first chunk on."""
+    """Draw the boxes of one iteration, one line per rank, starting at its first chunk."""
     begin = min(event.start for event in events)
     for event in events:
         colors = FORWARD_COLORS if event.kind == FORWARD else BACKWARD_COLORS
@@ -78,7 +78,7 @@ def draw_schedule(traces: dict[str, list[Event]], path: Path) -> None:
 
 
 def draw_messages(messages: list[dict], footprints: list[dict], path: Path) -> None:
-    """Rows per message of the expert-choice ring, and bytes sent by rank and purpose."""
+    """Draw the rows per message of the expert-choice ring, and the bytes sent by rank and purpose."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.2), width_ratios=(3, 2), layout="constrained")
     for hop, message in enumerate(messages):
         left.bar(hop, message["rows"], color=FORWARD_COLORS[message["recursion"] % len(FORWARD_COLORS)], width=0.8)

@@ -1,7 +1,7 @@
-"""What one rank holds and what it sends, read off the real tensors and the real process groups.
+"""Bytes that one rank holds and sends, measured on the real tensors and process groups.
 
-Bytes held are those of unique storages, so that a tied weight counts once and a view of a buffer not again. Bytes sent
-are counted in the methods of `ProcessGroup`, where every function of torch.distributed ends, whoever calls it.
+Bytes held are those of unique storages, so a tied weight counts once, and a view of a buffer does not count again.
+Bytes sent are counted in the methods of `ProcessGroup`, which every function of torch.distributed calls.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind tensors, each storage once."""
+    """Bytes of the storages of tensors, each storage once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
     return sum(storages.values())
 
@@ -28,7 +28,7 @@ def weights(module: nn.Module) -> list[Tensor]:
 
 
 def gradients(engine) -> list[Tensor]:
-    """Everything a DeepSpeed engine holds of this iteration's gradients, just before the update."""
+    """All gradients of this iteration that a DeepSpeed engine holds, just before the update."""
     optimizer = engine.optimizer
     found = [parameter.grad for parameter in engine.module.parameters()]
     found += [parameter.grad for parameter in _updated(engine)]
@@ -39,7 +39,7 @@ def gradients(engine) -> list[Tensor]:
 
 
 def optimizer_state(engine) -> list[Tensor]:
-    """Moments, and the copy of the weights that the optimizer updates where it is not the weights themselves."""
+    """The moments, and the optimizer's copy of the weights if it does not update the weights themselves."""
     held = {weight.untyped_storage().data_ptr() for weight in weights(engine.module)}
     moments = [value for state in _torch_optimizer(engine).state.values() for value in state.values()]
     copies = [p for p in _updated(engine) if p.untyped_storage().data_ptr() not in held]
@@ -79,10 +79,10 @@ def nbytes_of(value) -> int:
 
 
 class Traffic:
-    """Counts, while it is installed, the bytes that this process sends, by purpose.
+    """While installed, counts the bytes that this process sends, by purpose.
 
     A message from rank to rank is `p2p`. A collective is named after Megatron-core's group (`tensor`, `data`,
-    `embedding`, `pipeline`, ...), else `other`; inside `named(...)`, by that name.
+    `embedding`, `pipeline`, ...), or else `other`; inside `named(...)` it has that name.
     """
 
     def __init__(self) -> None:
@@ -91,8 +91,8 @@ class Traffic:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[Traffic]:
-        """Replace the methods of `ProcessGroup` for the time of the block."""
-        # Out of the class's own dictionary: read as attributes, they would come without what binds them to a group.
+        """Replace the methods of `ProcessGroup` for the duration of the block."""
+        # From the class's dictionary: read as attributes, they would not bind to a group.
         originals = {name: vars(dist.ProcessGroup)[name] for name in _SENT}
         for name in _SENT:
             setattr(dist.ProcessGroup, name, self._counting(name, getattr(dist.ProcessGroup, name)))
@@ -126,13 +126,13 @@ class Traffic:
 
 
 def resident_peak() -> int:
-    """VmHWM in bytes; getrusage's figure would include what the parent held when it started this process."""
+    """VmHWM in bytes; getrusage's value would include the memory of the parent when it started this process."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def processor() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name, from the system."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     found = [line for line in lines if line.startswith("model name")]

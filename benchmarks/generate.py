@@ -1,13 +1,13 @@
-"""Speed of generation: our models as they are exported, and Hugging Face's Llama.
+"""Speed of generation: our exported models and Hugging Face's Llama.
 
-All models are built first and then take turns, one call of `generate` each per round and batch size, so that a drift of
-the machine's speed meets all alike; medians over rounds are compared. Weights are untrained. Routers are shifted until
-they keep the fractions of training (1, 2/3, 1/3), and tokens are sampled, so that routing stays as it was set.
+All models are built first and then take turns, one call of `generate` each per round and batch size, so a drift of the
+machine's speed affects all of them; medians over rounds are compared. Weights are untrained. Routers are shifted until
+they keep the fractions of training (1, 2/3, 1/3), and tokens are sampled, so that these fractions last.
 
     OMP_NUM_THREADS=1 python benchmarks/generate.py --output generate.json
 
-Time is the process's CPU time unless `--clock wall`: with one thread the two are equal on an idle machine, and CPU time
-stays closer to that on one that others use as well. FLOPs are those of `mor_megatron.planning.accounting`.
+Time is the CPU time of the process unless `--clock wall` is given. With one thread, the two are equal on an idle
+machine; on a shared one, CPU time is more accurate. FLOPs are those of `mor_megatron.planning.accounting`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MODELS = {
     "recursive": {"num_recursions": RECURSIONS},
     "expert": {"num_recursions": RECURSIONS, "routing": "expert_choice"},
     "expert_sharing": {"num_recursions": RECURSIONS, "routing": "expert_choice", "kv_mode": "sharing"},
-    # Loss-free, so that a bias can make the depths of untrained weights equally frequent.
+    # Loss-free balancing has a bias, which can make the depths of untrained weights equally frequent.
     "token": {"num_recursions": RECURSIONS, "routing": "token_choice", "router_balance": "loss_free"},
     "token_sharing": {
         "num_recursions": RECURSIONS,
@@ -53,7 +53,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time
 
 
 class Ticks(BaseStreamer):
-    """The time of each step: the prompt, then every new token."""
+    """Records the time of each step: the prompt, then every new token."""
 
     def __init__(self, clock: Callable[[], float]):
         self.clock, self.times = clock, []
@@ -67,20 +67,20 @@ class Ticks(BaseStreamer):
 
 @dataclass
 class Contender:
-    """One model and what was measured of it: by batch size, one value a round."""
+    """One model and its measurements: by batch size, one value per round."""
 
     name: str
     model: MoRForCausalLM | LlamaForCausalLM
     first: dict[int, list[float]] = field(default_factory=dict)
     """Seconds to the first token."""
     rest: dict[int, list[float]] = field(default_factory=dict)
-    """Seconds for all tokens after it."""
+    """Seconds for all tokens after the first."""
     fractions: dict[int, list[tuple[float, ...]]] = field(default_factory=dict)
-    """Tokens at each recursion, of prompt and continuation."""
+    """Number of tokens at each recursion, of prompt and continuation."""
     block_rows: dict[int, list[int]] = field(default_factory=dict)
-    """(token, layer) pairs with keys and values, but for the first and the last layer, which no recursion shares."""
+    """(token, layer) pairs with keys and values, without the unique first and last layer."""
     nbytes: dict[int, list[int]] = field(default_factory=dict)
-    """Of all key and value buffers."""
+    """Bytes of all key and value buffers."""
 
     def run(self, prompt: torch.Tensor, new: int, clock: Callable[[], float], warming: bool) -> None:
         """Generate once."""
@@ -115,12 +115,12 @@ class Contender:
             self.nbytes.setdefault(batch, []).append(cache.nbytes())
 
     def mean_fractions(self, batch: int) -> tuple[float, ...]:
-        """Over the rounds."""
+        """Median over the rounds."""
         return tuple(map(statistics.mean, zip(*self.fractions[batch], strict=True)))
 
 
 def build(name: str, args: argparse.Namespace, prompt: torch.Tensor) -> Contender:
-    """A model with untrained weights, its routers set."""
+    """Build a model with untrained weights, and set its routers."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": args.vocab_size,
@@ -144,8 +144,11 @@ def build(name: str, args: argparse.Namespace, prompt: torch.Tensor) -> Contende
 
 
 def shift_routers(model: MoRForCausalLM, prompt: torch.Tensor) -> None:
-    """Make recursion r keep its capacity of the tokens. The routers have no bias: a constant channel of the embedding
-    serves as one. The head is tied to it, where it adds the same to every logit."""
+    """Make recursion r keep its capacity of the tokens.
+
+    The routers have no bias, so a constant channel of the embedding serves as one. In the tied head, it adds the same
+    value to every logit.
+    """
     model.model.embed_tokens.weight[:, 0] = 1.0
     seen: dict[int, torch.Tensor] = {}
     routers = model.model.router.routers
@@ -177,7 +180,7 @@ def balance_depths(model: MoRForCausalLM, prompt: torch.Tensor) -> None:
 
 
 def prefill_flops(contender: Contender, batch: int, args: argparse.Namespace) -> float:
-    """Of the prompt: all layers and routers, and the head once for each sequence."""
+    """FLOPs of the prompt: all layers and routers, and the head once per sequence."""
     config = training_config(contender.model.config)
     config = replace(config, data=replace(config.data, seq_length=args.prompt))
     fractions = contender.mean_fractions(batch)
@@ -196,7 +199,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
         contender.run(largest[:1], 8, clock, warming=True)
     for batch, rounds in zip(args.batch_sizes, args.rounds, strict=True):
         for number in range(rounds):
-            prompt = largest.roll(-number, 0)[:batch]  # other sequences, since depths of a single one vary
+            prompt = largest.roll(-number, 0)[:batch]  # new sequences, because the depths of a single one vary
             for contender in contenders:
                 contender.run(prompt, args.new, clock, warming=False)
         print(f"batch {batch}: {rounds} rounds done", flush=True)
@@ -233,7 +236,7 @@ def _ratio(these: list[float], those: list[float]) -> float:
 
 
 def print_table(rows: list[dict]) -> None:
-    """One line a model and batch size."""
+    """A table with one line per model and batch size."""
     print(
         f"{'batch':>5} {'model':15} {'first s':>8} {'decode tok/s':>12} {'spread':>6} {'first/van':>9} {'F/van':>6} "
         f"{'(t/F)':>6} {'decode/van':>10} {'depth':>6} {'block KV':>8} {'KV bytes':>8}"
@@ -260,25 +263,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, default=512, help="tokens")
     parser.add_argument("--new", type=int, default=128, help="tokens")
-    parser.add_argument("--rounds", nargs="+", type=int, default=[5, 3, 2], help="of each batch size")
+    parser.add_argument("--rounds", nargs="+", type=int, default=[5, 3, 2], help="number of rounds for each batch size")
     parser.add_argument("--clock", choices=list(CLOCKS), default="cpu")
     parser.add_argument("--hidden-size", type=int, default=384)
     parser.add_argument("--ffn-hidden-size", type=int, default=1024)
     parser.add_argument("--num-layers", type=int, default=8)
     parser.add_argument("--vocab-size", type=int, default=8192)
-    parser.add_argument("--output", type=Path, help="write the rows as JSON")
+    parser.add_argument("--output", type=Path, help="JSON file for the rows")
     args = parser.parse_args(argv)
     if len(args.rounds) != len(args.batch_sizes):
         parser.error(
             f"--rounds has {len(args.rounds)} values: give one for each of {len(args.batch_sizes)} batch sizes"
         )
     if args.models is not None and VANILLA not in args.models:
-        parser.error("--models needs vanilla, to which the others are compared")
+        parser.error("--models needs vanilla, with which the others are compared")
     return args
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the results."""
     args = parse()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     transformers.utils.logging.set_verbosity_error()

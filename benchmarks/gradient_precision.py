@@ -1,16 +1,16 @@
-"""How exact the accumulated gradient of a tied layer is in a bf16 run, in every branch of the training step.
+"""How accurate the accumulated gradient of a tied layer is in a bf16 run, in every mode of the training step.
 
 The same weights (rounded to bf16 first) and data go through an fp32 run and through bf16 runs: the schedule with ZeRO 0
 and 1, DeepSpeed's backward with ZeRO 2 and 3. After 1, 2, 4, ... micro-batches the gradient of the shared block, which
-is used Nr times in each, is compared with that of the fp32 run: |g - g_fp32| / |g_fp32|. Beside it stand
+is used Nr times in each, is compared with that of the fp32 run: |g - g_fp32| / |g_fp32|. For comparison:
 
-- `naive`: the same bf16 run with gradients summed as PyTorch does by default, in bf16;
-- `untied`: a model of as many layers, each with weights of its own, so used once;
-- `sum`: how far the largest branch is from the fp64 sum of its own micro-batches' gradients, so that the rest of the
-  error is known to be bf16 arithmetic in forward and backward.
+- `naive`: the same bf16 run with gradients summed in bf16, PyTorch's default;
+- `untied`: a model of as many layers with separate weights, each used once;
+- `sum`: the largest distance of a mode from the fp64 sum of its own micro-batches' gradients. The rest of the error is
+  therefore bf16 arithmetic in forward and backward.
 
 One process: a reduction over ranks adds fp32 numbers once more. Tokens are Zipf-distributed, so that micro-batches
-agree about a part of the gradient, as real ones do. No token is routed: a rounding could send it elsewhere.
+share a part of the gradient, as real ones do. No token is routed, because rounding could change its route.
 
     python benchmarks/gradient_precision.py --output precision.json --plot docs/gradient_precision.png
 """
@@ -45,7 +45,7 @@ NAIVE, UNTIED, SUM = "naive", "untied", "sum"
 
 
 def make_config(num_recursions: int, zero_stage: int, bf16: bool, deepspeed_config: str, tied: bool = True) -> Config:
-    """A recursive model whose block of BLOCK layers is used `num_recursions` times, or one as deep without sharing."""
+    """A recursive model whose block of BLOCK layers is used `num_recursions` times, or an untied one of equal depth."""
     return validate(
         Config(
             model=ModelConfig(
@@ -66,7 +66,7 @@ def make_config(num_recursions: int, zero_stage: int, bf16: bool, deepspeed_conf
 
 
 def micro_batches(count: int) -> Iterator[Batch]:
-    """Sequences whose token of rank r occurs in proportion to 1/r."""
+    """Sequences in which the token of rank r occurs in proportion to 1/r."""
     generator = torch.Generator().manual_seed(0)
     weights = 1.0 / torch.arange(1, VOCABULARY + 1)
     for _ in range(count):
@@ -90,14 +90,14 @@ def build(config: Config, naive: bool = False) -> tuple[Engine, list[nn.Paramete
 
 
 def read(engine: Engine, block: list[nn.Parameter]) -> Tensor:
-    """The block's gradient as it is accumulated at this moment, one vector, fp64."""
+    """The accumulated gradient of the block, as one fp64 vector."""
     gradients = engine.gradient_shards() if isinstance(engine, ShardedGradients) else engine.gradients()
     by_parameter = {id(parameter): gradient for parameter, gradient in gradients}
     return torch.cat([by_parameter[id(parameter)].reshape(-1).double() for parameter in block])
 
 
 def accumulate(engine: Engine, config: Config, batch: Batch) -> None:
-    """One micro-batch forward and backward, by whoever drives this configuration."""
+    """One micro-batch forward and backward, in the mode of this configuration."""
 
     def loss(losses: Tensor, batch: Batch) -> Tensor:
         return losses.mean(dtype=torch.float64)
@@ -109,7 +109,7 @@ def accumulate(engine: Engine, config: Config, batch: Batch) -> None:
 
 
 def gradients_after(counts: list[int], config: Config, naive: bool = False) -> tuple[dict[int, Tensor], Tensor]:
-    """Accumulated gradient at each number of micro-batches; at the last, also the fp64 sum of the single ones."""
+    """Accumulated gradient at each number of micro-batches; at the last, also the fp64 sum of single gradients."""
     engine, block = build(config, naive)
     snapshots: dict[int, Tensor] = {}
     for done, batch in enumerate(micro_batches(counts[-1]), 1):
@@ -131,10 +131,10 @@ def relative(got: Tensor, exact: Tensor) -> float:
 
 
 def measure(recursions: list[int], counts: list[int], say: Callable[[str], None]) -> list[dict]:
-    """One row for each number of recursions and of micro-batches, with the error of every branch."""
+    """One row for each number of recursions and of micro-batches, with the error of every mode."""
     rows = []
     with tempfile.TemporaryDirectory() as directory:
-        # Else ZeRO-3 would keep weights as small as these on every rank.
+        # Otherwise ZeRO-3 would keep such small weights on every rank.
         file = Path(directory) / "zero3.json"
         file.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
         for nr in recursions:
@@ -196,7 +196,12 @@ def plot(rows: list[dict], path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recursions", type=int, nargs="+", default=[1, 2, 3, 4])
-    parser.add_argument("--micro-batches", type=int, default=64, help="the largest number; the others are its halves")
+    parser.add_argument(
+        "--micro-batches",
+        type=int,
+        default=64,
+        help="largest number of micro-batches; the others are obtained by halving it",
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", help="JSON file")
     parser.add_argument("--plot", help="PNG file")

@@ -1,8 +1,8 @@
-"""What each rank of a layout holds, sends and waits for: our layouts, and DeepSpeed's tied pipeline beside them.
+"""What each rank of a layout holds, sends and waits for, in our layouts and in DeepSpeed's tied pipeline.
 
     python benchmarks/parallel.py --json parallel.json
 
-Starts its own processes (gloo, one thread each), fresh ones for every line of the tables.
+Starts its own processes (gloo, one thread each), new ones for every line of the tables.
 
 - Held: weights, gradients and optimizer state in unique storages of the engine's tensors, and the peak of resident
   memory above that of a process that has only imported and connected. fp32, AdamW, the same global batch everywhere.
@@ -11,7 +11,7 @@ Starts its own processes (gloo, one thread each), fresh ones for every line of t
   that share cores cannot overlap their real work. Only these lines depend on how busy the machine is.
 - Messages: what one rank sends the next in each recursion of an expert-choice model, in rows of hidden state.
 
-The loss of the second iteration is printed for each layout: it is one model, cut in different ways.
+The loss of the second iteration is printed for each layout, because all layouts run the same model.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ class Bubble:
     formula: float
     """(P-1) / (M*V + P-1)"""
     measured: dict[int, float]
-    """By rank, the median of the iterations whose chunks all fitted into their set time, or of all if none did."""
+    """By rank, the median over the iterations whose chunks all fitted into their set time, or over all if none did."""
     fitted: int
-    """How many those are."""
+    """Number of iterations whose chunks all fitted."""
     iterations: int
-    """How many there were."""
+    """Number of measured iterations."""
 
 
 def measure_footprints(layouts: list[Layout], settings: Settings) -> list[dict]:
-    """One row a layout, lists by rank."""
+    """One row per layout, with lists by rank."""
     rows = []
     for layout in layouts:
         ranks = run_ranks(FOOTPRINT, layout, settings)
@@ -73,7 +73,7 @@ def measure_footprints(layouts: list[Layout], settings: Settings) -> list[dict]:
 
 
 def measure_bubble(layout: Layout, settings: Settings) -> tuple[Bubble, list[list[Event]]]:
-    """Idle shares of a pipeline, and its events, one list an iteration."""
+    """Idle shares of a pipeline, and its events, one list per iteration."""
     runs = recorded_iterations(run_ranks(CLOCK, layout, settings))
     fitted = [run for run in runs if overruns(run, *settings.clock_seconds(layout)) == 0]
     shares = [idle_shares(run) for run in fitted or runs]
@@ -84,7 +84,7 @@ def measure_bubble(layout: Layout, settings: Settings) -> tuple[Bubble, list[lis
 
 
 def recorded_iterations(reports: list[dict]) -> list[list[Event]]:
-    """Events of all ranks, one list an iteration, without the first, which starts cold."""
+    """Events of all ranks, one list per iteration, without the first, which starts cold."""
     by_rank = [iterations([Event(**event) for event in report["events"]]) for report in reports]
     return [[event for events in same for event in events] for same in zip(*by_rank, strict=True)][1:]
 
@@ -128,7 +128,7 @@ def print_bubbles(bubbles: list[Bubble]) -> None:
 
 
 def message_rows(run: list[Event], layout: Layout, settings: Settings) -> list[dict]:
-    """Messages of one micro-batch of an expert-choice ring, in the order of its way round."""
+    """Messages of one micro-batch of an expert-choice ring, in order."""
     sent = [event for event in run if event.microbatch == 0 and event.message is not None]
     tokens, rows = settings.clock_seq_length, []
     for event in sorted(sent, key=lambda event: (event.chunk, event.rank)):
@@ -142,7 +142,7 @@ def message_rows(run: list[Event], layout: Layout, settings: Settings) -> list[d
                 "working_rows": kept,
                 "rows": event.message[0],
                 "limit": tokens + kept,
-                # The mask of selected tokens and the gate of each travel as rows too, H numbers in one.
+                # The mask of selected tokens and their gates also travel as rows, H numbers per row.
                 "channels": -(-tokens // settings.clock_hidden_size) - (-kept // settings.clock_hidden_size),
             }
         )
@@ -172,15 +172,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=[layout.name for layout in LAYOUTS], help="these layouts")
-    parser.add_argument("--json", type=Path, help="write everything that was measured here")
-    parser.add_argument("--no-clock", action="store_true", help="leave out idle shares and messages")
+    parser.add_argument("--json", type=Path, help="JSON file for all measurements")
+    parser.add_argument("--no-clock", action="store_true", help="skip idle shares and messages")
     parser.add_argument("--forward-ms", type=float, default=150.0, help="set time of a forward chunk of the ring")
     parser.add_argument("--backward-ms", type=float, default=300.0, help="set time of a backward chunk of the ring")
     return parser.parse_args(argv)
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the results."""
     args = parse()
     settings = Settings(forward_ms=args.forward_ms, backward_ms=args.backward_ms)
     chosen = [layout for layout in LAYOUTS if not args.only or layout.name in args.only or layout.name == "1 process"]

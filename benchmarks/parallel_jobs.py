@@ -1,4 +1,4 @@
-"""The processes behind `parallel.py`: a layout, the model it runs, and what each rank does and reports."""
+"""The processes of `parallel.py`: a layout, its model, and what each rank does and reports."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TIMEOUT = timedelta(minutes=3)
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is divided."""
+    """How a run is divided among ranks."""
 
     name: str
     dp: int = 1
@@ -55,7 +55,7 @@ class Layout:
     pp: int = 1
     zero: int = 1
     tied: bool = False
-    """DeepSpeed's PipelineModule with tied layers instead of ours."""
+    """Whether to use DeepSpeed's PipelineModule with tied layers instead of our pipeline."""
     routing: Literal["none", "expert_choice"] = "none"
 
     @property
@@ -66,7 +66,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Settings:
-    """The models: one large enough that weights dominate memory, one so small that the clock covers its work."""
+    """The models: one in which weights dominate memory, and one small enough for its work to fit the clock."""
 
     forward_ms: float = 150.0
     backward_ms: float = 300.0
@@ -114,7 +114,7 @@ class Settings:
         )
 
     def clock_seconds(self, layout: Layout) -> tuple[float, float]:
-        """Set time of a forward and a backward chunk; a tied stage runs what a rank of the ring runs in all turns."""
+        """Set time of a forward and a backward chunk; a tied stage does the work of all chunks of a ring rank."""
         turns = self.num_recursions if layout.tied else 1
         return turns * self.forward_ms / 1e3, turns * self.backward_ms / 1e3
 
@@ -123,7 +123,7 @@ class Settings:
         return self.clock_seq_length * (self.num_recursions - recursion) // self.num_recursions
 
     def describe(self) -> str:
-        """Processor, versions, sizes."""
+        """Processor, versions and sizes of the measurement."""
         versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "deepspeed"))
         return (
             f"{processor()}, {os.cpu_count()} cores, 1 thread a process, gloo, {versions}; {self.num_layers} layers, "
@@ -135,7 +135,7 @@ class Settings:
 
 
 def run_ranks(job: str, layout: Layout, settings: Settings) -> list[dict]:
-    """Run a job on fresh processes; what each rank reports, in rank order.
+    """Run a job in new processes, and return what each rank reports, in rank order.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: a rank failed; the others are stopped.
@@ -166,9 +166,9 @@ def _rank(rank: int, job: str, layout: Layout, settings: Settings, directory: st
 
 
 def perform(job: str, layout: Layout, settings: Settings) -> dict:
-    """One rank's part of a job, in a process group of the layout's size; what it reports can be JSON."""
+    """Run one rank's part of a job, in a process group of the layout's size; its report consists of JSON types."""
     config = settings.config(layout, tiny=job == CLOCK)
-    # Our layers in DeepSpeed's pipeline see a world without model parallelism; DeepSpeed makes its own groups.
+    # In DeepSpeed's pipeline, our layers see a world without model parallelism; DeepSpeed makes its own groups.
     initialize_distributed(Config() if layout.tied else config)
     return (footprint if job == FOOTPRINT else clocked)(layout, settings, config)
 
@@ -208,7 +208,7 @@ class Run:
 
 
 def footprint(layout: Layout, settings: Settings, config: Config) -> dict:
-    """Bytes that this rank holds and sends; two iterations, of which the second is counted."""
+    """Bytes that this rank holds and sends, in the second of two iterations."""
     connected = resident_peak()
     run = Run(layout, config)
     deepspeed = run.engine if layout.tied else run.engine.deepspeed
@@ -221,7 +221,7 @@ def footprint(layout: Layout, settings: Settings, config: Config) -> dict:
 
         return call
 
-    # Before the reduction, and between it and the update; DeepSpeed's pipeline has no step().
+    # Measured before the reduction, and between it and the update; DeepSpeed's pipeline has no step().
     deepspeed.step, deepspeed._take_model_step = weighing(deepspeed.step), weighing(deepspeed._take_model_step)
     run.iterate(1)
     traffic = Traffic()
@@ -240,7 +240,7 @@ def footprint(layout: Layout, settings: Settings, config: Config) -> dict:
 
 
 def clocked(layout: Layout, settings: Settings, config: Config) -> dict:
-    """Iterations of the tiny model under the clock."""
+    """Run iterations of the tiny model under the clock."""
     from schedule_clock import Clock
 
     run = Run(layout, config)
@@ -254,7 +254,7 @@ def clocked(layout: Layout, settings: Settings, config: Config) -> dict:
 
 
 def _vocabulary_bytes(module: nn.Module) -> int:
-    """Of embedding and head; ZeRO keeps all weights in one storage, hence not by storages."""
+    """Bytes of embedding and head; not by storages, because ZeRO keeps all weights in one storage."""
     names = [name for name, _ in module.named_parameters()]
     of_vocabulary = [
         w for name, w in zip(names, weights(module), strict=True) if "embedding" in name or "output_layer" in name

@@ -1,11 +1,11 @@
-"""Speed of tools/preprocess_data.py against the tokenizer library alone, in one table from one interleaved run.
+"""Speed of tools/preprocess_data.py compared with the tokenizer library alone, from one interleaved run.
 
     python benchmarks/preprocess.py --megabytes 24 --rounds 5 --json preprocess.json
 
 The text is CPython's own documentation, repeated in random order, as JSON lines. Rows, for each tokenizer:
 
-- bare x1: the library's batch call on the texts, already in memory, one process, one thread; nothing is written.
-- bare x2: two such processes at once, half of the texts each. This is what two cores of the machine can give at most.
+- bare x1: the library's batch call on texts in memory, one process, one thread; nothing is written.
+- bare x2: two such processes at the same time, with half of the texts each: the limit of two cores.
 - 1 worker, 2 workers: preprocess() from the file to .bin/.idx: starting workers, reading, tokens, writing, merging.
 """
 
@@ -80,7 +80,7 @@ def encode_all(call: Callable[[list[str]], object], texts: list[str]) -> None:
 
 
 def bare(call: Callable[[list[str]], object], texts: list[str], processes: int) -> float:
-    """Seconds to encode the texts, shared by so many processes."""
+    """Seconds to encode the texts, divided among a number of processes."""
     if processes == 1:
         started = time.perf_counter()
         encode_all(call, texts)
@@ -97,7 +97,7 @@ def bare(call: Callable[[list[str]], object], texts: list[str], processes: int) 
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and its finished children; unlike the clock, hardly touched by what else runs."""
+    """CPU time of this process and its finished children; other programs affect it less than wall-clock time."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
@@ -132,7 +132,7 @@ def measure(folder: Path, texts: list[str], rounds: int) -> list[dict]:
         tokens = sum(map(len, tokenizer.tokenize_batch(texts)))
         for case in cases:
             median = statistics.median(seconds[case])
-            # Ratios within a round: what else the machine does then weighs on both.
+            # Ratios within a round: other load on the machine affects both measurements.
             to_bare = statistics.median(a / b for a, b in zip(seconds["bare x1"], seconds[case], strict=True))
             to_one = statistics.median(a / b for a, b in zip(seconds["1 worker"], seconds[case], strict=True))
             rows.append(
@@ -169,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=24)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", help="write the same numbers here")
+    parser.add_argument("--json", help="JSON file for the numbers")
     args = parser.parse_args()
     where = machine()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,9 @@
-"""A clock for pipeline schedules: every chunk takes a set time, and who ran what when is written down.
+"""A clock for pipeline schedules: every chunk takes a set time, and the clock records which rank ran which chunk when.
 
-A machine with fewer cores than pipeline ranks cannot show that stages overlap: they take turns on the cores. Under this
-clock a chunk sleeps, which releases the core, until its set time is over. With a model so small that its computation
-fits into that time, a schedule's waiting is then its own and not the machine's. The schedule, the messages and the
-process groups are the real ones; nothing in the product knows about the clock.
+A machine with fewer cores than pipeline ranks cannot show that stages overlap, because they take turns on the cores.
+Under this clock, a chunk sleeps until its set time is over, which releases the core. If the model is small enough for
+its computation to fit into that time, idle time comes from the schedule and not from the machine. The schedule, the
+messages and the process groups are the real ones; the package does not know about the clock.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Event:
     computed: float
     """Seconds of [start, end] that were real work; the rest was slept."""
     message: tuple[int, ...] | None
-    """Shape of what a forward chunk leaves for the next one; None for a loss."""
+    """Shape of the output of a forward chunk; None for a loss."""
 
 
 class Clock:
@@ -59,14 +59,14 @@ class Clock:
 
     @contextlib.contextmanager
     def on_megatron(self) -> Iterator[Clock]:
-        """Put the clock on Megatron-core's schedules for the time of the block."""
+        """Install the clock in Megatron-core's schedules for the duration of the block."""
         forward_step, backward_step = schedules.forward_step, schedules.backward_step
         running: dict[int, tuple[int, int]] = {}
 
         def forward(*args, **kwargs):
             place = kwargs["current_microbatch"], kwargs.get("vp_stage") or 0
             result = self._timed(FORWARD, place, lambda: forward_step(*args, **kwargs), lambda r: _first(r[0]))
-            # The schedule keeps the output until its backward, so its identity stays taken.
+            # The schedule keeps the output until its backward pass, so its id is not reused.
             running[id(_first(result[0]))] = place
             return result
 
@@ -82,7 +82,7 @@ class Clock:
 
     @contextlib.contextmanager
     def on_deepspeed(self) -> Iterator[Clock]:
-        """Put the clock on DeepSpeed's pipeline engine for the time of the block."""
+        """Install the clock in DeepSpeed's pipeline engine for the duration of the block."""
         done = {FORWARD: 0, BACKWARD: 0}
 
         def timed(kind: str) -> Callable:
@@ -119,7 +119,7 @@ class Clock:
 
 
 def iterations(events: list[Event]) -> list[list[Event]]:
-    """One rank's events, cut where a (kind, micro-batch, chunk) comes again."""
+    """One rank's events, divided into iterations where a (kind, micro-batch, chunk) recurs."""
     result, seen = [], set()
     for event in events:
         key = (event.kind, event.microbatch, event.chunk)
@@ -132,7 +132,7 @@ def iterations(events: list[Event]) -> list[list[Event]]:
 
 
 def idle_shares(events: list[Event]) -> dict[int, float]:
-    """Of one iteration: the share of its span, first start to last end on any rank, in which each rank ran no chunk."""
+    """The fraction of one iteration, first start to last end on any rank, in which each rank ran no chunk."""
     span = max(event.end for event in events) - min(event.start for event in events)
     ranks = sorted({event.rank for event in events})
     busy = {rank: sum(event.end - event.start for event in events if event.rank == rank) for rank in ranks}
@@ -140,7 +140,7 @@ def idle_shares(events: list[Event]) -> dict[int, float]:
 
 
 def overruns(events: list[Event], forward: float, backward: float) -> int:
-    """Chunks whose real work did not fit into the set time: with any of them, idle shares say little."""
+    """Chunks whose real work did not fit into the set time; if there are any, idle shares mean little."""
     limit = {FORWARD: forward, BACKWARD: backward}
     return sum(event.computed > limit[event.kind] for event in events)
 

@@ -1,8 +1,8 @@
 """The alternative to the ring: the recursive model as DeepSpeed's PipelineModule with TiedLayerSpec.
 
-The unrolled layers stand one after the other and are divided evenly among the stages; a layer that occurs on several
-stages has a copy on each, and the copies' gradients are summed at the end of an iteration. No routing. For benchmarks
-only: the layers are ours and the initial weights those of `MoRModel`, so that both must give the same loss.
+The unrolled layers are divided evenly among the stages. A layer that occurs on several stages has a copy on each, and
+the gradients of the copies are summed at the end of an iteration. There is no routing. For benchmarks only: the layers
+are ours and the initial weights are those of `MoRModel`, so both must give the same loss.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Embedding(nn.Embedding):
 
 
 def head(embedding: Embedding, hidden: Tensor) -> Tensor:
-    """Logits by the embedding's weight."""
+    """Logits from the embedding's weight."""
     return F.linear(hidden, embedding.weight)
 
 
 class Block(nn.Module):
-    """One layer of ours with plain causal attention, [S, B, H] -> [S, B, H]."""
+    """One of our layers with plain causal attention, [S, B, H] -> [S, B, H]."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -142,7 +142,7 @@ def train_iteration(engine: PipelineEngine, batches: list[Batch], lr: float) -> 
 
 @contextlib.contextmanager
 def around_instruction(instruction: type, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
-    """Replace what DeepSpeed's engine does for one instruction of its schedule, for the time of the block."""
+    """Replace what DeepSpeed's engine does for one instruction of its schedule, for the duration of the block."""
     table = PipelineEngine._INSTRUCTION_MAP
     original = table[instruction]
     table[instruction] = wrap(original)
@@ -153,7 +153,7 @@ def around_instruction(instruction: type, wrap: Callable[[Callable], Callable]) 
 
 
 def _names_in_model(config: Config, module: PipelineModule) -> dict[str, str]:
-    """Each parameter's name here -> the one under which `MoRModel` draws its weights."""
+    """Name of each parameter here -> the name under which `MoRModel` draws its weights."""
     plan = config.plan
     names = {}
     for name, _ in module.named_parameters():
@@ -161,7 +161,7 @@ def _names_in_model(config: Config, module: PipelineModule) -> dict[str, str]:
         if place == "embedding":
             names[name] = "embedding.word_embeddings.weight"
         else:
-            # An untied layer is named after its position, behind the embedding.
+            # An untied layer is named after its position, which counts the embedding.
             physical = place.removeprefix("layer") if "tied_modules" in name else None
             if physical is None and int(place) <= plan.num_layers:
                 physical = str(plan.layers[int(place) - 1].physical)

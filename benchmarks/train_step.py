@@ -1,12 +1,12 @@
 """Time and memory of one training step: our models through the DeepSpeed engine, and Hugging Face's Llama.
 
-All models are built first and then take turns, one step each per round, so that a drift of the machine's speed meets
-all alike; medians over rounds are compared. Every model sees the same tokens and torch's fused AdamW.
+All models are built first and then take turns, one step each per round, so a drift of the machine's speed affects all
+of them; medians over rounds are compared. Every model sees the same tokens and uses torch's fused AdamW.
 
     python benchmarks/train_step.py --rounds 7 --threads 2 --dtype fp32 bf16 --output train_step.json
 
-Reads: executed FLOPs of `mor_megatron.planning.accounting` (causal pairs once, head included) for the tokens as they
-were routed. Peak memory comes from one fresh process per model (`--no-memory` leaves it out).
+Executed FLOPs are those of `mor_megatron.planning.accounting` (causal pairs once, head included), for the tokens as
+they were routed. Peak memory is measured in one new process per model (`--no-memory` skips it).
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ MODELS = {
     "expert_nr3": {"num_recursions": 3, "routing": "expert_choice"},
     "expert_nr4": {"num_recursions": 4, "routing": "expert_choice"},
     "expert_nr3_sharing": {"num_recursions": 3, "routing": "expert_choice", "kv_mode": "sharing"},
-    # Loss-free, so that a bias can make the depths of untrained weights equally frequent.
+    # Loss-free balancing has a bias, which can make the depths of untrained weights equally frequent.
     "token_nr3": {"num_recursions": 3, "routing": "token_choice", "router_balance": "loss_free"},
 }
-LEARNING_RATE = 1e-6  # small: the routing that was balanced at the start has to stay so
+LEARNING_RATE = 1e-6  # small: the routing that was balanced at the start must stay balanced
 
 
 class OurStep:
@@ -86,7 +86,7 @@ class OurStep:
             self.fractions = [report.routing[names.TOKENS_PER_RECURSION.format(r)] for r in range(count)]
 
     def flops(self) -> float:
-        """Executed in one step, forward and backward."""
+        """FLOPs executed in one step, forward and backward."""
         return 3.0 * executed_flops_per_token(self.config, self.fractions) * self.batch.tokens.numel()
 
 
@@ -179,7 +179,7 @@ def _ratio(these: list[float], those: list[float]) -> float:
 
 
 def measure_memory(name: str, args: argparse.Namespace, dtype: str) -> None:
-    """In a fresh process: print peak resident memory of two steps above that of the imports, in bytes."""
+    """In a new process: print the peak resident memory of two steps above that of the imports, in bytes."""
     before = resident_peak()
     step = make_step(name, args, dtype)
     for _ in range(2):
@@ -188,14 +188,14 @@ def measure_memory(name: str, args: argparse.Namespace, dtype: str) -> None:
 
 
 def peak_memory(name: str, dtype: str) -> int:
-    """Peak bytes of one model from a process of its own."""
+    """Peak bytes of one model, from a separate process."""
     command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name, dtype]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return int(output.split("PEAK ")[1])
 
 
 def print_table(rows: list[dict]) -> None:
-    """One line a model."""
+    """A table with one line per model."""
     print(
         f"{'dtype':5} {'model':20} {'s/step':>7} {'spread':>6} {'tokens/s':>8} {'GFLOP':>6} {'of peak':>7} "
         f"{'t/HF':>5} {'t/van':>5} {'F/van':>5} {'t/F':>5} {'MiB':>6} {'M/van':>5}"

@@ -1,10 +1,10 @@
-"""Crawled pages into clean text for tools/preprocess_data.py: extraction, filters, deduplication, all by datatrove.
+"""Turn crawled pages into clean text for tools/preprocess_data.py: extraction, filters, deduplication, by datatrove.
 
-    pip install 'datatrove[io,processing,multilingual]' lxml_html_clean       # in an environment of its own
+    pip install 'datatrove[io,processing,multilingual]' lxml_html_clean       # in a separate environment
     python examples/web_text.py --warc crawl/ --output web --tasks 4
     python examples/web_text.py --warc crawl/ --output web --tasks 500 --partition cpu --languages en
 
-With --partition each step is a job array on Slurm that waits for the one before. Given again, the command passes over
+With --partition, each step is a Slurm job array that waits for the previous one. If the command is repeated, it skips
 tasks that are complete. The text is in OUTPUT/clean, as JSON lines. See docs/data.md.
 """
 
@@ -43,7 +43,7 @@ def steps(args: argparse.Namespace) -> dict[str, tuple[int, list[PipelineStep]]]
         GopherQualityFilter(),
         JsonlWriter(filtered),
     ]
-    # Without compression: preprocess_data.py then cuts between lines, into parts of equal size.
+    # Without compression, preprocess_data.py can divide the text between lines, into parts of equal size.
     removal = [JsonlReader(filtered), MinhashDedupFilter(remove), JsonlWriter(f"{output}/clean", compression=None)]
     return {
         "extract": (args.tasks, extraction),
@@ -55,17 +55,21 @@ def steps(args: argparse.Namespace) -> dict[str, tuple[int, list[PipelineStep]]]
 
 
 def main() -> int:
-    """Run the steps here, or submit them."""
+    """Run the steps on this machine, or submit them to Slurm."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--warc", type=Path, required=True, help="directory of WARC files")
-    parser.add_argument("--pattern", default="*.warc.gz", help="their names (default: *.warc.gz)")
-    parser.add_argument("--output", type=Path, required=True, help="directory of all steps; the text is in its clean/")
-    parser.add_argument("--languages", nargs="+", help="keep these only (downloads a classifier); default: any")
-    parser.add_argument("--tasks", type=int, default=1, help="parts of a step, at most one a file (default: 1)")
-    parser.add_argument("--workers", type=int, default=-1, help="tasks at once (default: all)")
-    parser.add_argument("--partition", help="of Slurm; default: run here")
-    parser.add_argument("--time", default="08:00:00", help="limit of a job on Slurm (default: 08:00:00)")
-    parser.add_argument("--mem-per-cpu-gb", type=int, default=4, help="of a job on Slurm (default: 4)")
+    parser.add_argument(
+        "--pattern", default="*.warc.gz", help="pattern for the names of the files (default: *.warc.gz)"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="directory for all steps; the text is in its clean/")
+    parser.add_argument("--languages", nargs="+", help="languages to keep (downloads a classifier); default: all")
+    parser.add_argument("--tasks", type=int, default=1, help="tasks per step, at most one per file (default: 1)")
+    parser.add_argument("--workers", type=int, default=-1, help="tasks that run at the same time (default: all)")
+    parser.add_argument("--partition", help="Slurm partition; default: run on this machine")
+    parser.add_argument("--time", default="08:00:00", help="time limit of a Slurm job (default: 08:00:00)")
+    parser.add_argument(
+        "--mem-per-cpu-gb", type=int, default=4, help="memory per CPU of a Slurm job, in GB (default: 4)"
+    )
     args = parser.parse_args()
     last = None
     for name, (tasks, pipeline) in steps(args).items():

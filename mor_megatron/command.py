@@ -1,6 +1,6 @@
-"""What the command lines in tools/ share; above all their end: a user's error is one line on stderr and an exit status.
+"""What the programs in tools/ share. A user's error is one line on stderr and an exit status.
 
-Programs import what needs torch after they have read their arguments: --help and a wrong flag need not wait for it.
+Programs import torch only after they have read their arguments: --help and a wrong flag should not wait for it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""What --dtype takes -> torch's name."""
+"""Value of --dtype -> torch's name."""
 
 
 def add_extension(parser: ArgumentParser) -> None:
@@ -20,10 +20,10 @@ def add_extension(parser: ArgumentParser) -> None:
 
 
 def load_extension(arguments: Namespace) -> None:
-    """Load the file of --extension, if it is given.
+    """Load the file of --extension, if the option is given.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: the file cannot be loaded.
     """
     if arguments.extension is not None:
         from mor_megatron.config.extension import load_extension as load
@@ -36,9 +36,9 @@ def exit_status(work: Callable[[], int | None], failures: tuple[type[ValueError]
 
     Args:
         work: the command; returns its exit status, None for 0.
-        failures: errors that are an answer (1) rather than something the user has to put right (2).
+        failures: errors that are a result (status 1) rather than a mistake of the user (status 2).
     Returns:
-        What `work` returned; 1 or 2 after a ValueError, whose message is printed; 2 after an OSError, with its file.
+        The status from `work`; 1 or 2 after a ValueError, whose message is printed; 2 after an OSError, with its file.
     """
     try:
         return work() or 0

@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, and being told when that fails."""
+"""Write files completely or not at all, and report failures."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from typing import IO, Any
 
 @contextlib.contextmanager
 def whole_file(path: str | Path, mode: str = "w", sync: bool = True) -> Iterator[IO]:
-    """A file to write that gets its name when the block ends: whoever reads that name finds the old content or all of
-    the new. Text is UTF-8. What is no regular file, such as /dev/stdout, is written in place.
+    """Open a file that gets its name when the block ends: readers of that name find the old content or all of the new.
+
+    Text is UTF-8. A path that is not a regular file, such as /dev/stdout, is written in place.
 
     Args:
         mode: `w` or `wb`.
-        sync: wait until it is on the disk, where some file systems notice only then that there is no room.
+        sync: wait until the content is on the disk; some file systems notice only then that the disk is full.
     Raises:
-        OSError: it cannot be written; the error names `path`, and nothing is left behind.
+        OSError: the file cannot be written; the error names `path`, and nothing is left behind.
     """
-    path = Path(os.path.realpath(path))  # the target of a link, not the link, is replaced
+    path = Path(os.path.realpath(path))  # replace the target of a link, not the link
     in_place = path.exists() and not path.is_file()
     place = path if in_place else path.with_name(f"{path.name}.partial")
     try:
@@ -41,21 +42,21 @@ def whole_file(path: str | Path, mode: str = "w", sync: bool = True) -> Iterator
 
 
 def write_whole(path: str | Path, content: str | bytes, sync: bool = True) -> None:
-    """`whole_file` for content that is at hand."""
+    """Write `content` with `whole_file`."""
     with whole_file(path, "w" if isinstance(content, str) else "wb", sync) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
 def as_os_error(path: str | Path) -> Iterator[None]:
-    """Turn what libraries written in Rust (safetensors, tokenizers) raise where they cannot write into an OSError.
+    """Convert the errors of Rust libraries (safetensors, tokenizers) that cannot write to an OSError.
 
     Raises:
         OSError: names `path`.
     """
     try:
         yield
-    except Exception as error:  # tokenizers has no narrower type
+    except Exception as error:  # tokenizers raises no narrower type
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None or isinstance(error, OSError):
             raise
@@ -63,7 +64,7 @@ def as_os_error(path: str | Path) -> Iterator[None]:
 
 
 class Unfailing:
-    """A stream of text, such as stdout, of which parts may be lost: its disk is full, or its reader has gone away."""
+    """A text stream, such as stdout, that tolerates write errors: its disk is full, or its reader has exited."""
 
     def __init__(self, stream: IO[str]):
         self._stream = stream
@@ -82,7 +83,7 @@ class Unfailing:
 
 
 def give_usual_mode(path: Path) -> None:
-    """Open a file that a library has made for its owner alone (safetensors does) to whom the umask lets read."""
+    """Give a file the permissions of the umask; some libraries (safetensors) create files only their owner can read."""
     usual = path.with_name(f"{path.name}.mode")
     usual.touch()
     path.chmod(usual.stat().st_mode)
@@ -90,13 +91,13 @@ def give_usual_mode(path: Path) -> None:
 
 
 def flush(file: IO) -> None:
-    """Return when everything written so far is on the disk."""
+    """Wait until everything written so far is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def flush_directory(path: Path) -> None:
-    """Return when the names in a directory are on the disk."""
+    """Wait until the names in a directory are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

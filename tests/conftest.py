@@ -1,4 +1,4 @@
-"""Shared by all tests: one process group per test process, made once."""
+"""Fixtures for all tests: one process group per test process, made once."""
 
 from __future__ import annotations
 

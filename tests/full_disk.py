@@ -1,4 +1,4 @@
-"""A full disk, without filling one."""
+"""Simulates a full disk."""
 
 from __future__ import annotations
 

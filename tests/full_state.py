@@ -1,7 +1,7 @@
-"""The whole model from its pieces: tensor-parallel shards, pipeline stages and ZeRO-3 partitions put together.
+"""Assembles the whole model from tensor-parallel shards, pipeline stages and ZeRO-3 partitions.
 
-What comes out has the names and shapes that one process without any parallelism would have, so it serves export and
-comparison alike. It is not a checkpoint: nothing of the optimizer is here.
+The result has the names and shapes of one process without parallelism, so it can be exported and compared. It is not a
+checkpoint: it has no optimizer state.
 """
 
 from __future__ import annotations

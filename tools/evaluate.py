@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate on every rank, report on the first.
 
     Raises:
-        ValueError: the model, the data or the tasks cannot be had, or a setting does not apply to them.
+        ValueError: the model, the data or the tasks are unavailable, or a setting does not apply to them.
     """
     import torch
     import torch.distributed as dist
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     if args.text or args.data_path or not args.tasks:
         settings = settings_of(args.model, model.config)
         data = {"data_path": tuple(args.data_path), "split": args.split, "seq_length": args.seq_length}
-        if args.data_path:  # in the place of the run's, however it named them
+        if args.data_path:  # instead of the run's, whatever flags named them
             settings = replace(settings, data=replace(settings.data, **{source: None for source in SOURCES}))
         settings = replace(settings, data=replace(settings.data, **{k: v for k, v in data.items() if v}))
         if args.seed is not None:
@@ -86,25 +86,31 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="export, a run's --save directory, or a checkpoint")
     add_extension(parser)
-    data = parser.add_argument_group("data (default: the run's own validation split; with --tasks, none)")
+    data = parser.add_argument_group("data (default: the validation split of the run; with --tasks, none)")
     source = data.add_mutually_exclusive_group()
     source.add_argument("--data-path", nargs="+", default=[], help="indexed corpora: PREFIX .., or WEIGHT PREFIX ..")
-    source.add_argument("--text", nargs="+", help="files of text or of records with a field `text`")
-    data.add_argument("--split", help="of indexed data, whose second part is evaluated; 0,1,0: all of it")
-    data.add_argument("--seq-length", type=int, help="tokens of a sequence; default: the run's, or all an export sees")
-    data.add_argument("--seed", type=int, help="of the order of indexed data; default: the run's")
-    data.add_argument("--sequences", type=int, default=500, help="to evaluate at most")
-    tasks = parser.add_argument_group("tasks of lm-eval (pip install -r requirements-eval.txt)")
-    tasks.add_argument("--tasks", nargs="+", help="their names; `paper`: those of the MoR paper with their shots")
-    tasks.add_argument("--num-fewshot", type=int, help="default: the task's, or the paper's")
-    tasks.add_argument("--limit", type=int, help="documents of each task: a trial, not a result")
-    tasks.add_argument("--include-path", type=Path, help="directory of further tasks, as YAML")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences in one pass")
-    parser.add_argument("--router-threshold", type=float, help="expert-choice: who goes on; default: the model's")
-    parser.add_argument("--no-fixed-depths", action="store_true", help="leave out every token at one depth")
+    source.add_argument("--text", nargs="+", help="text files, or files of records with a field `text`")
+    data.add_argument("--split", help="split of indexed data; the second part is evaluated; 0,1,0: all of it")
+    data.add_argument(
+        "--seq-length", type=int, help="tokens per sequence; default: that of the run, or the longest of an export"
+    )
+    data.add_argument("--seed", type=int, help="seed for the order of indexed data; default: that of the run")
+    data.add_argument("--sequences", type=int, default=500, help="maximum number of sequences to evaluate")
+    tasks = parser.add_argument_group("lm-eval tasks (pip install -r requirements-eval.txt)")
+    tasks.add_argument("--tasks", nargs="+", help="names of tasks; `paper`: those of the MoR paper, with their shots")
+    tasks.add_argument("--num-fewshot", type=int, help="examples in the prompt; default: the task's, or the paper's")
+    tasks.add_argument("--limit", type=int, help="documents per task, for a trial run")
+    tasks.add_argument("--include-path", type=Path, help="directory of additional tasks, in YAML")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences per batch")
+    parser.add_argument(
+        "--router-threshold", type=float, help="expert-choice: score from which a token continues; default: the model's"
+    )
+    parser.add_argument(
+        "--no-fixed-depths", action="store_true", help="skip the modes in which all tokens take the same depth"
+    )
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--output", type=Path, help="write everything as JSON, the bins of the calibration among it")
+    parser.add_argument("--device", help="default: cuda if available, otherwise cpu")
+    parser.add_argument("--output", type=Path, help="write all results as JSON, including the calibration bins")
     args = parser.parse_args(argv)
     for name in ("batch_size", "sequences", "seq_length", "limit"):
         value = getattr(args, name)
@@ -120,7 +126,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """0: done; 2: something cannot be read, or a setting does not apply."""
+    """Exit status 0: done; 2: something cannot be read, or a setting does not apply."""
     args = parse()
     import torch.distributed as dist
 
@@ -132,7 +138,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # Python looks beside a script first, and a package that lm-eval imports has this file's name.
+    # Python searches the directory of the script first, and a package that lm-eval imports has this file's name.
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]
     sys.exit(main())

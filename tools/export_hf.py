@@ -12,10 +12,10 @@ from mor_megatron.files import write_whole
 
 
 def run(args: argparse.Namespace) -> Path:
-    """Export, verify, and only then write the card.
+    """Export, verify, and then write the model card.
 
     Raises:
-        ValueError: the checkpoint cannot be read, the output not be written, or the export is another model.
+        ValueError: the checkpoint cannot be read, the output cannot be written, or the export does not match.
     """
     from mor_megatron.huggingface.card import write_card
     from mor_megatron.huggingface.export import read_checkpoint, to_model, write
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> Path:
 
 
 def main() -> int:
-    """0: exported; 1: the export is another model; 2: something cannot be read or written."""
+    """Exit status 0: exported; 1: the export does not match; 2: something cannot be read or written."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--load", type=Path, required=True, help="a run's --save directory, or one checkpoint in it")
     parser.add_argument("--output", type=Path, required=True, help="new directory")
@@ -63,18 +63,18 @@ def main() -> int:
         dest="family",
         choices=("mor", "llama"),
         default="mor",
-        help="llama: LlamaForCausalLM, without routing; the layers of a recursive model are copied to each position",
+        help="llama: LlamaForCausalLM, for models without routing; shared layers are copied to each position",
     )
-    parser.add_argument("--depth", type=int, help="--as llama: recursions of every token; default all")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the stored weights")
-    parser.add_argument("--no-tokenizer", action="store_true", help="weights and code only")
-    parser.add_argument("--verify", action="store_true", help="compare with the training stack on real text first")
-    parser.add_argument("--verify-text", type=Path, help="text file to compare on; default: Python's documentation")
+    parser.add_argument("--depth", type=int, help="--as llama: recursions that every token takes; default: all")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="dtype of the stored weights")
+    parser.add_argument("--no-tokenizer", action="store_true", help="export weights and code only")
+    parser.add_argument("--verify", action="store_true", help="compare the export with the training stack on real text")
+    parser.add_argument("--verify-text", type=Path, help="text file for --verify; default: Python's documentation")
     args = parser.parse_args()
     if args.verify_text is not None and not args.verify:
         parser.error("--verify-text does nothing without --verify")
     if args.depth is not None and args.family != "llama":
-        parser.error("--depth is a choice of who runs an export: it needs --as llama")
+        parser.error("--depth needs --as llama: other exports choose the depth when they run")
     from mor_megatron.huggingface.verify import AnotherModelError
 
     return exit_status(lambda: print(f"{args.load} -> {run(args)}"), failures=(AnotherModelError,))

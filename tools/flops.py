@@ -1,11 +1,11 @@
-"""Parameters, FLOPs and key/value memory of a model, beside the vanilla model of the same unrolled depth.
+"""Parameters, FLOPs and key/value memory of a model, compared with the vanilla model of the same unrolled depth.
 
     python tools/flops.py --config examples/configs/mor_expert_nr3.yaml examples/configs/360m.yaml
     python tools/flops.py --config ... --budget 5e18 --fractions 1 0.7 0.4 --recompute-granularity full
     python tools/flops.py --budget 16.5e18
 
-Flags that are not listed below are settings of the run. Without --config, the paper's models at 360M and the
-iterations that the budget buys them, beside those that were published. See mor_megatron/planning/accounting.py.
+Flags that are not listed below are settings of the run. Without --config, prints the iterations of the paper's models
+at 360M for a budget, beside the published ones. See mor_megatron/planning/accounting.py.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from mor_megatron.planning.accounting import (
 
 PRESETS = Path(__file__).resolve().parents[1] / "examples" / "configs"
 PAPER = ("vanilla", "recursive_nr4", "mor_expert_nr2", "mor_expert_nr3", "mor_expert_nr4", "mor_expert_nr3_kv_sharing")
-"""Methods whose iterations at 360M and 16.5e18 FLOPs are published; each preset states them."""
+"""Methods with published iterations at 360M and 16.5e18 FLOPs; each preset states them."""
 
 Rows = list[tuple[str, float, float]]
-"""What is counted, for the model, for the unrolled one."""
+"""Name of a count, its value for the model, and its value for the unrolled model."""
 
 
 def load(files: list[Path], settings: list[str]) -> Config:
-    """A validated configuration, its vocabulary resolved."""
+    """A validated configuration, with its vocabulary size resolved."""
     config = read_config(["--config", *map(str, files), *settings])
     parallel = config.parallel
     config = validate(config, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
@@ -47,10 +47,10 @@ def load(files: list[Path], settings: list[str]) -> Config:
 
 
 def rows(config: Config, fractions: tuple[float, ...] | None, budget: float | None) -> Rows:
-    """Everything that is counted.
+    """All counts of a model.
 
     Args:
-        fractions: of tokens at each recursion, [Nr]; default: as planned.
+        fractions: fraction of tokens at each recursion, [Nr]; default: as planned.
         budget: forward FLOPs by the paper's accounting.
     """
     result: Rows = []
@@ -71,7 +71,7 @@ def rows(config: Config, fractions: tuple[float, ...] | None, budget: float | No
 
 
 def table(result: Rows) -> str:
-    """Name, model, unrolled, model / unrolled; a line each."""
+    """A table with one line per count: name, model, unrolled, model / unrolled."""
     lines = [f"{'':46}{'model':>18}{'unrolled':>18}{'ratio':>9}"]
     for name, model, unrolled in result:
         lines.append(f"{name:46}{model:>18,.0f}{unrolled:>18,.0f}{model / unrolled:>9.3f}")
@@ -82,7 +82,7 @@ def show_model(files: list[Path], settings: list[str], fractions: list[float] | 
     """Print one configuration's counts.
 
     Raises:
-        ValueError: the settings do not fit, there is no vocabulary, or not one fraction a recursion.
+        ValueError: the settings do not fit, there is no vocabulary, or the number of fractions is wrong.
     """
     config = load(files, settings)
     count = config.recursion.num_recursions
@@ -99,7 +99,7 @@ def show_model(files: list[Path], settings: list[str], fractions: list[float] | 
 
 
 def show_paper(budget: float) -> None:
-    """Print the iterations that a budget buys the paper's models at 360M."""
+    """Print the iterations of the paper's models at 360M for a budget."""
     print(f"{'360M':28}{'layers':>7}{'unique':>7}{'MFLOP a token':>15}{'iterations':>12}{'published, 16.5e18':>20}")
     for name in PAPER:
         config = load([PRESETS / f"{name}.yaml", PRESETS / "360m.yaml"], [])
@@ -111,7 +111,7 @@ def show_paper(budget: float) -> None:
 
 
 def run(args: argparse.Namespace, settings: list[str]) -> None:
-    """Print what was asked for.
+    """Print the counts of a configuration, or the iterations for a budget.
 
     Raises:
         ValueError: see `show_model`; or there is nothing to print.
@@ -127,11 +127,16 @@ def run(args: argparse.Namespace, settings: list[str]) -> None:
 
 
 def main() -> int:
-    """0: done; 2: settings that do not fit."""
+    """Exit status 0: done; 2: the settings do not fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, nargs="+", help="YAML files of a run; later ones win")
     parser.add_argument("--budget", type=float, help="forward FLOPs by the paper's accounting, such as 16.5e18")
-    parser.add_argument("--fractions", type=float, nargs="+", help="measured tokens_per_recursion; default: as planned")
+    parser.add_argument(
+        "--fractions",
+        type=float,
+        nargs="+",
+        help="measured fraction of tokens at each recursion (tokens_per_recursion_*); default: as planned",
+    )
     args, settings = parser.parse_known_args()
     return exit_status(lambda: run(args, settings))
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from mor_megatron.command import DTYPES, add_extension, exit_status, load_extension
 from mor_megatron.files import whole_file, write_whole
 
-_CHOICE = ("temperature", "top_k", "top_p", "depth", "router_threshold")
+_OPTIONS = ("temperature", "top_k", "top_p", "depth", "router_threshold")
 
 
 def run(args: argparse.Namespace) -> None:
-    """One text as it comes, or all continuations of a file.
+    """Print one text as it is generated, or write the continuations of a file of prompts.
 
     Raises:
         ValueError: the model or the prompts cannot be read, or a setting does not apply.
@@ -27,20 +27,22 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from mor_megatron.inference.batch import generate_all, read_prompts
-    from mor_megatron.inference.loading import continuation, encode, load_model, opening
+    from mor_megatron.inference.loading import continuation, document_start, encode, load_model
 
     prompts = None if args.prompts is None else read_prompts(args.prompts)
     load_extension(args)
     model, tokenizer = load_model(args.model, args.dtype, args.device)
     torch.manual_seed(args.seed)
-    choice = {name: getattr(args, name) for name in _CHOICE}
+    options = {name: getattr(args, name) for name in _OPTIONS}
     if prompts is None:
-        _stream(args, model, tokenizer, choice)
+        _stream(args, model, tokenizer, options)
         return
-    ids = [encode(prompt, tokenizer, model.config.vocab_size) if prompt else opening(model) for prompt in prompts]
+    ids = [
+        encode(prompt, tokenizer, model.config.vocab_size) if prompt else document_start(model) for prompt in prompts
+    ]
     with ExitStack() as stack:
         out = sys.stdout if args.output is None else stack.enter_context(whole_file(args.output))
-        found = generate_all(model, ids, args.batch_size or 8, args.max_new_tokens, **choice)
+        found = generate_all(model, ids, args.batch_size or 8, args.max_new_tokens, **options)
         for prompt, begun, one in zip(prompts, ids, found, strict=True):
             text = continuation(begun, one.tokens, tokenizer)
             depth = round(sum(one.depths) / len(one.depths), 3) if one.depths else None
@@ -48,24 +50,24 @@ def run(args: argparse.Namespace) -> None:
             print(json.dumps(record | {"finished": one.is_finished}, ensure_ascii=False), file=out, flush=True)
 
 
-def _stream(args: argparse.Namespace, model, tokenizer, choice: dict) -> None:
+def _stream(args: argparse.Namespace, model, tokenizer, options: dict) -> None:
     from mor_megatron.inference import show
     from mor_megatron.inference.generation import Token, generate
-    from mor_megatron.inference.loading import Pieces, encode, opening
+    from mor_megatron.inference.loading import StreamDecoder, document_start, encode
 
-    prompt = encode(args.prompt, tokenizer, model.config.vocab_size) if args.prompt else opening(model)
+    prompt = encode(args.prompt, tokenizer, model.config.vocab_size) if args.prompt else document_start(model)
     count = model.config.num_recursions
-    pieces, tokens = Pieces(tokenizer), []
+    decoder, tokens = StreamDecoder(tokenizer), []
 
     def print_token(token: Token) -> None:
-        piece = pieces.next(token.id)
+        piece = decoder.next(token.id)
         tokens.append((piece, token.depth))
         print(show.terminal(piece, token.depth, count) if args.show_depth else piece, end="", flush=True)
 
     if args.show_depth:
         print(show.legend(count))
-    cache = generate(model, prompt, args.max_new_tokens, print_token, **choice)
-    print(pieces.rest())
+    cache = generate(model, prompt, args.max_new_tokens, print_token, **options)
+    print(decoder.rest())
     if args.show_depth:
         mean = sum(depth for _, depth in tokens) / len(tokens)
         print(f"mean depth {mean:.2f} of {count}; keys and values {cache.nbytes() / 2**20:.2f} MiB", file=sys.stderr)
@@ -74,26 +76,30 @@ def _stream(args: argparse.Namespace, model, tokenizer, choice: dict) -> None:
 
 
 def main() -> int:
-    """0: done; 2: the model or the prompts cannot be read, or a setting does not apply."""
+    """Exit status 0: done; 2: the model or the prompts cannot be read, or a setting does not apply."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="export, a run's --save directory, or a checkpoint")
     add_extension(parser)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", help="text, ids if the model has no tokenizer; default: a document's beginning")
-    source.add_argument("--prompts", type=Path, help="a prompt a line, or records with a field `prompt`")
-    parser.add_argument("--batch-size", type=int, help="--prompts: how many at once; default 8")
-    parser.add_argument("--output", type=Path, help="--prompts: JSON lines go here instead of to the terminal")
+    source.add_argument(
+        "--prompt", help="text, or ids if the model has no tokenizer; default: the beginning of a document"
+    )
+    source.add_argument("--prompts", type=Path, help="file with one prompt per line, or records with a field `prompt`")
+    parser.add_argument("--batch-size", type=int, help="--prompts: prompts per batch; default 8")
+    parser.add_argument("--output", type=Path, help="--prompts: file for the JSON lines; default: the terminal")
     parser.add_argument("--max-new-tokens", type=int, default=100)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token; above: drawn")
-    parser.add_argument("--top-k", type=int, help="draw among so many tokens")
-    parser.add_argument("--top-p", type=float, help="draw among the likeliest tokens of this total probability")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
-    parser.add_argument("--depth", type=int, help="recursions of every token; default: the router decides")
-    parser.add_argument("--router-threshold", type=float, help="expert-choice: who goes on; default 0.5")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: take the most likely token; above 0: sample")
+    parser.add_argument("--top-k", type=int, help="sample from this number of most likely tokens")
+    parser.add_argument("--top-p", type=float, help="sample from the most likely tokens of this total probability")
+    parser.add_argument("--seed", type=int, default=0, help="seed for sampling")
+    parser.add_argument("--depth", type=int, help="recursions that every token takes; default: the router decides")
+    parser.add_argument(
+        "--router-threshold", type=float, help="expert-options: score from which a token continues; default 0.5"
+    )
     parser.add_argument("--show-depth", action="store_true", help="colour each token by its depth")
-    parser.add_argument("--html", type=Path, help="write the same as an HTML page")
+    parser.add_argument("--html", type=Path, help="write the coloured text as an HTML page")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--device", help="default: cuda if available, otherwise cpu")
     args = parser.parse_args()
     for name in ("batch_size", "max_new_tokens"):
         value = getattr(args, name)

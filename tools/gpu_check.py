@@ -1,17 +1,17 @@
-"""Does it compute the same on these GPUs, and how fast?
+"""Check that GPUs compute the same results as the CPU, and measure throughput.
 
-    python tools/gpu_check.py                       # everything, on all GPUs of this machine
-    python tools/gpu_check.py --device cpu --quick  # the same stages on the CPU in small, to see that they run
+    python tools/gpu_check.py                       # all stages, on all GPUs of this machine
+    python tools/gpu_check.py --device cpu --quick  # the same stages on a small scale on the CPU, to test the script
 
 - reference: the authors' numbers (`tests/reference`), fp32.
-- layouts: the small models of `tests/distributed`, a few fp32 steps in every layout that needs no more ranks than there
-  are GPUs, compared with one process: losses, metrics, norms, every parameter.
+- layouts: the small models of `tests/distributed`, a few fp32 steps in every layout that has enough GPUs, compared with
+  one process: losses, metrics, norms, every parameter.
 - kernels: gradients with flash-attn and Transformer Engine, compared with those without, bf16.
 - curves: losses of small models in bf16, compared with a run on the CPU.
-- throughput: tokens a second and utilisation at 135M to 1.7B, bf16, data parallel over all GPUs, random tokens.
+- throughput: tokens per second and utilisation at 135M to 1.7B, bf16, data parallel over all GPUs, random tokens.
 
-Prints a table a stage and writes everything with card, driver, versions and date as JSON. The exit status is 1 if a
-number disagrees or a process fails. Without a GPU, prints what it would run. Every job has its own processes.
+Prints one table per stage, and writes all results as JSON, with card, driver, versions and date. The exit status is 1
+if a number disagrees or a process fails. Without a GPU, prints what it would run. Every job has its own processes.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ from table import LAYOUTS, MODELS, ONE  # noqa: E402
 
 JOBS = ROOT / "tools" / "gpu_check_jobs.py"
 OUT_OF_MEMORY = ".oom"
-"""Suffix of the file that stands beside the rows of a job that did not fit into memory."""
+"""Suffix of the file that marks a job that ran out of memory, beside its rows."""
 FIRST_LOSS_TOL = 2e-3
 """Relative difference of the first loss of two bf16 runs: the same weights, products rounded to 8 bits."""
 LAST_LOSS_TOL = 0.02
-"""Relative difference of the mean loss of the last quarter: by then the runs have gone their own ways."""
+"""Relative difference of the mean loss of the last quarter, when the runs have diverged."""
 
 Row = dict[str, object]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run, on what."""
+    """What to run, and on which devices."""
 
     device: str
     """cuda or cpu."""
@@ -61,18 +61,18 @@ class Plan:
 
     @property
     def layouts(self) -> list[str]:
-        """Those whose world fits."""
+        """The layouts that have enough devices."""
         names = [layout.name for layout in LAYOUTS if layout.world_size <= self.ranks]
         return [name for name in names if name in ("dp2", "pp2")] if self.quick else names
 
     @property
     def models(self) -> list[str]:
-        """Of the layouts."""
+        """Names of the models for the layouts."""
         return ["expert-nr3"] if self.quick else list(MODELS)
 
     @property
     def sizes(self) -> list[tuple[str, str, int]]:
-        """Preset, variant, micro-batch to begin with."""
+        """Preset, variant, first micro-batch size."""
         if self.quick:
             return [("tiny", "mor_expert_nr3", 2)]
         variants = ("vanilla", "recursive_nr3", "mor_expert_nr3")
@@ -80,11 +80,11 @@ class Plan:
 
 
 def run_job(plan: Plan, job: str, arguments: Row, ranks: int = 1, device: str | None = None) -> list[Row]:
-    """Rows of a job on fresh processes.
+    """Run a job in new processes and return its rows.
 
     Raises:
-        MemoryError: it does not fit.
-        RuntimeError: it failed; the message has the end of its output.
+        MemoryError: the job ran out of memory.
+        RuntimeError: the job failed; the message contains the end of its output.
     """
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "rows.json"
@@ -101,7 +101,7 @@ def run_job(plan: Plan, job: str, arguments: Row, ranks: int = 1, device: str | 
 
 
 def environment(device: str) -> dict[str, str]:
-    """Of a process that computes on `device`; without the variables of a launcher that started this one."""
+    """Environment of a process that computes on `device`, without the variables of this process's launcher."""
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     if device == "cpu":
         kept |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -121,7 +121,7 @@ def reference(plan: Plan) -> list[Row]:
 
 
 def layouts(plan: Plan) -> list[Row]:
-    """A row for each layout and model; one process on the CPU is what all are compared with."""
+    """A row for each layout and model, compared with one process on the CPU."""
     chosen = [ONE, *(layout for layout in LAYOUTS if layout.name in plan.layouts)]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as results:
@@ -180,11 +180,11 @@ def _throughput(plan: Plan, size: str, variant: str, micro_batch: int) -> list[R
             return run_job(plan, "throughput", arguments | {"iterations": 2 if plan.quick else 10}, plan.ranks)
         except MemoryError:
             micro_batch //= 2
-    return [{"size": size, "model": variant, "skipped": "does not fit, even one sequence at a time"}]
+    return [{"size": size, "model": variant, "skipped": "does not fit, even with one sequence at a time"}]
 
 
 def settings_of(plan: Plan, size: str, variant: str, micro_batch: int) -> list[str]:
-    """Command line of a timed run: presets, bf16, four micro-batches a rank and iteration."""
+    """Command line of a timed run: presets, bf16, four micro-batches per rank and iteration."""
     presets = [str(ROOT / "examples" / "configs" / f"{name}.yaml") for name in (size, variant)]
     settings = ["--config", *presets, "--bf16", "--micro-batch-size", str(micro_batch)]
     settings += ["--global-batch-size", str(4 * micro_batch * plan.ranks)]
@@ -192,7 +192,7 @@ def settings_of(plan: Plan, size: str, variant: str, micro_batch: int) -> list[s
 
 
 def _or_failure(run: Callable[[], list[Row]], what: str) -> list[Row]:
-    """A stage goes on after a job that failed."""
+    """Run a job; if it fails, record the failure and let the stage continue."""
     try:
         return run()
     except RuntimeError as error:
@@ -206,7 +206,7 @@ _NOT_SHOWN = ("failed", "losses", "losses on the CPU", "output", "using", "peak_
 
 
 def print_table(stage: str, rows: list[Row]) -> None:
-    """As Markdown, with the output of what failed below."""
+    """The results as Markdown, followed by the output of failed jobs."""
     columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in _NOT_SHOWN]
     print(f"\n## {stage}\n\n| {' | '.join(columns)} | |\n|{'---|' * (len(columns) + 1)}")
     for row in rows:
@@ -223,7 +223,7 @@ def _shown(value: object) -> str:
 
 
 def machine(plan: Plan) -> Row:
-    """Card, driver, versions and date."""
+    """Card, driver, versions and date of this measurement."""
     packages = ("torch", "megatron-core", "deepspeed", "flash-attn", "transformer-engine")
     found: Row = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "device": plan.device}
     found |= {"ranks": plan.ranks, "python": sys.version.split()[0]}
@@ -243,24 +243,24 @@ def machine(plan: Plan) -> Row:
 
 
 def describe(plan: Plan) -> str:
-    """What would run."""
+    """Describe what would run."""
     sizes = ", ".join(f"{size} {variant}" for size, variant, _ in plan.sizes)
     return (
         "reference   every case of tests/reference\n"
         f"layouts     {', '.join(plan.layouts) or 'one process only'}; models {', '.join(plan.models)}\n"
-        "kernels     flash-attn and Transformer Engine, where installed, against neither\n"
-        "curves      bf16 losses against those of a CPU run\n"
+        "kernels     flash-attn and Transformer Engine, if installed, compared with neither\n"
+        "curves      bf16 losses compared with those of a CPU run\n"
         f"throughput  {sizes}"
     )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: all agreed, or there is no GPU; 1: something did not."""
+    """Exit status 0: all results agree, or there is no GPU; 1: a result disagrees."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: over gloo, to try the script")
-    parser.add_argument("--quick", action="store_true", help="one or two small cases a stage")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: over gloo, to test the script")
+    parser.add_argument("--quick", action="store_true", help="one or two small cases per stage")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help="only these")
-    parser.add_argument("--json", type=Path, default=Path("gpu_check.json"), help="where to write (%(default)s)")
+    parser.add_argument("--json", type=Path, default=Path("gpu_check.json"), help="output file (%(default)s)")
     args = parser.parse_args(argv)
     import torch
 

@@ -1,8 +1,8 @@
-"""What the processes of `gpu_check.py` do: one job each, alone or as one rank of a layout; rank 0 writes the rows.
+"""The jobs of `gpu_check.py`: one per process, alone or as one rank of a layout; rank 0 writes the rows.
 
     python tools/gpu_check_jobs.py JOB ROWS.json '{"argument": value, ...}'
 
-Which device a job computes on is decided by whoever starts it: with `CUDA_VISIBLE_DEVICES=` it is the CPU.
+The caller decides which device a job computes on: with `CUDA_VISIBLE_DEVICES=` it is the CPU.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ from mor_megatron.training.train_step import train_step  # noqa: E402
 Row = dict[str, object]
 
 CUDA_LAYOUT_TOL = 1e-4
-"""As `FP32_LAYOUT_TOL`, between a GPU and a CPU: each kernel of a GPU splits its sums in its own way."""
+"""Like `FP32_LAYOUT_TOL`, but between a GPU and a CPU: each GPU kernel sums in its own order."""
 KERNEL_TOL = 0.05
-"""Relative difference of all gradients in bf16 from those in fp32. On a CPU it is 0.007 to 0.008, with tokens at the
-edge that go another way; without the causal mask it would be 0.7, with keys one place off 0.4."""
+"""Relative difference of all gradients in bf16 from those in fp32. On a CPU it is 0.007 to 0.008, including tokens near
+the boundary that are routed differently. Without the causal mask it would be 0.7, with keys shifted by one 0.4."""
 
 IMPLEMENTATIONS = [
     ("local", "sdpa"),
@@ -68,7 +68,7 @@ CURVE_VOCABULARY = 128
 
 
 def single(models: list[str], results: str, global_batches: list[int]) -> list[Row]:
-    """Train the small models of `tests/distributed` in one process, and leave what became of them in `results`."""
+    """Train the small models of `tests/distributed` in one process, and write the outcome to `results`."""
     for global_batch in global_batches:
         for model in models:
             got = train(build_config(model, replace(ONE, global_batch=global_batch)))
@@ -77,7 +77,7 @@ def single(models: list[str], results: str, global_batches: list[int]) -> list[R
 
 
 def layout(name: str, models: list[str], results: str) -> list[Row]:
-    """Train them in one layout, and compare."""
+    """Train the small models in one layout, and compare them with one process."""
     layout = next(layout for layout in (ONE, *LAYOUTS) if layout.name == name)
     tolerance = CUDA_LAYOUT_TOL if torch.cuda.is_available() else FP32_LAYOUT_TOL
     rows = []
@@ -99,9 +99,9 @@ def _result_of(results: str, model: str, global_batch: int) -> Path:
 
 
 def kernels() -> list[Row]:
-    """bf16 gradients of small models with each implementation of layers and attention that can be had here.
+    """Compare bf16 gradients of small models under each available implementation of layers and attention.
 
-    They are compared with fp32 ones of Megatron-core's layers and PyTorch's attention.
+    The reference is fp32, with Megatron-core's layers and PyTorch's attention.
     """
     rows = []
     for model, recursion in KERNEL_MODELS.items():
@@ -119,7 +119,7 @@ def kernels() -> list[Row]:
 
 
 def curves(iterations: int) -> list[Row]:
-    """Losses of small models that learn a sequence of few surprises, in bf16."""
+    """Losses of small models that learn a predictable sequence, in bf16."""
     rows = []
     for model, recursion in CURVE_MODELS.items():
         config = _small_config(recursion, "auto", "auto")
@@ -138,8 +138,8 @@ def throughput(settings: list[str], size: str, model: str, iterations: int) -> l
     """Time of training steps on random tokens.
 
     Args:
-        settings: as on the command line of `pretrain_mor.py`.
-        iterations: timed ones, after two that warm up.
+        settings: arguments of `pretrain_mor.py`.
+        iterations: timed iterations, after two for warm-up.
     """
     world = launched_world_size() or 1
     config = validate(read_config(settings), world)
@@ -169,7 +169,7 @@ def throughput(settings: list[str], size: str, model: str, iterations: int) -> l
 
 
 def _small_config(recursion: Row, implementation: str, attention: str, bf16: bool = True) -> Config:
-    """Heads of 64, as flash-attn likes them; one micro-batch an iteration."""
+    """Heads of width 64, which suit flash-attn; one micro-batch per iteration."""
     return validate(
         Config(
             model=ModelConfig(
@@ -210,14 +210,14 @@ JOBS = {job.__name__: job for job in (single, layout, kernels, curves, throughpu
 
 
 def main() -> int:
-    """Run the job of the command line."""
+    """Run the job that the command line names."""
     job, output, arguments = sys.argv[1:]
     warnings.filterwarnings("ignore")
     try:
         rows = JOBS[job](**json.loads(arguments))
     except torch.OutOfMemoryError:
         Path(output).with_suffix(OUT_OF_MEMORY).touch()
-        os._exit(1)  # at once: the launcher then ends the ranks that wait for this one
+        os._exit(1)  # at once, so that the launcher ends the ranks that wait for this one
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(rows))
     dist.barrier()

@@ -1,7 +1,7 @@
-"""Turn a directory of transformers into a checkpoint to train on from, with --load DIR --finetune.
+"""Convert a transformers directory to a checkpoint that training can start from, with --load DIR --finetune.
 
-Our exports come back as they were; models of the LLaMA family come as they are, or as the beginning of a recursive
-model; checkpoints of the paper's authors need the configuration of their run. See docs/inference.md.
+Our exports are restored exactly. Models of the LLaMA family are imported unchanged, or as the start of a recursive
+model. Checkpoints of the paper's authors need the configuration of their run. See docs/inference.md.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _OF_LLAMA = ("max_position_embeddings", "num_recursions", "num_layers", *_SHARIN
 
 
 def run(args: argparse.Namespace) -> Path:
-    """Read, print where layers come from, write.
+    """Read the model, print the source of each layer, and write the checkpoint.
 
     Raises:
-        ValueError: the model is of another kind, or a flag does not apply to it.
+        ValueError: the kind of model is not supported, or a flag does not apply to it.
     """
     from mor_megatron.huggingface.importing import (
         kind_of,
@@ -65,20 +65,20 @@ def run(args: argparse.Namespace) -> Path:
 
 
 def main() -> int:
-    """0: imported; 2: something cannot be read, or has no place in these models."""
+    """Exit status 0: imported; 2: something cannot be read, or these models do not support it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="directory with config.json and weights")
-    parser.add_argument("--output", type=Path, required=True, help="new directory of checkpoints")
+    parser.add_argument("--output", type=Path, required=True, help="new directory for the checkpoint")
     add_extension(parser)
-    parser.add_argument("--authors-config", type=Path, help="YAML of the authors' run; the model is theirs")
-    group = parser.add_argument_group("models of the LLaMA family (Llama, Mistral, Qwen2), and up-training of them")
-    group.add_argument("--max-position-embeddings", type=int, help="longest sequence; default the model's")
-    group.add_argument("--num-recursions", type=int, help="default 1: nothing is shared")
-    group.add_argument("--num-layers", type=int, help="unrolled depth; default the model's")
+    parser.add_argument("--authors-config", type=Path, help="YAML of the authors' run, for one of their checkpoints")
+    group = parser.add_argument_group("models of the LLaMA family (Llama, Mistral, Qwen2), and up-training")
+    group.add_argument("--max-position-embeddings", type=int, help="longest sequence; default: the model's")
+    group.add_argument("--num-recursions", type=int, help="number of recursions; default 1: nothing is shared")
+    group.add_argument("--num-layers", type=int, help="unrolled depth; default: the model's")
     group.add_argument("--sharing-strategy", choices=tuple(STRATEGIES))
     group.add_argument("--depth-rounding", choices=("error", "down", "up"))
     group.add_argument("--initialization", choices=INITIALIZATIONS, help="default stepwise")
-    group.add_argument("--seed", type=int, help="of --initialization random; default 0")
+    group.add_argument("--seed", type=int, help="seed for --initialization random; default 0")
     args = parser.parse_args()
     return exit_status(lambda: print(f"{args.model} -> {run(args)}"))
 

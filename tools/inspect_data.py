@@ -1,4 +1,4 @@
-"""Show what an indexed corpus holds, and verify it. See docs/data.md."""
+"""Show the contents of an indexed corpus, and verify it. See docs/data.md."""
 
 from __future__ import annotations
 
@@ -47,12 +47,16 @@ def sample(prefix: str, index: Index, number: int, tokenizer: Tokenizer | None, 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("prefix", help="path without .bin or .idx")
-    parser.add_argument("--samples", type=int, default=0, help="show so many sequences, spread over the corpus")
-    parser.add_argument("--sample-tokens", type=int, default=100, help="tokens to show of each")
-    parser.add_argument("--tokenizer-type", help="decode samples, and check ids against its vocabulary")
-    parser.add_argument("--tokenizer-model", help="file or directory of the tokenizer")
+    parser.add_argument("--samples", type=int, default=0, help="number of sequences to show, spread over the corpus")
+    parser.add_argument("--sample-tokens", type=int, default=100, help="tokens to show per sequence")
+    parser.add_argument(
+        "--tokenizer-type", help="tokenizer type, to decode samples and check ids against its vocabulary"
+    )
+    parser.add_argument("--tokenizer-model", help="tokenizer file or directory")
     parser.add_argument("--vocab-size", type=int, help="--verify: every id must be below this")
-    parser.add_argument("--verify", action="store_true", help="read everything; exit status 1 if something is wrong")
+    parser.add_argument(
+        "--verify", action="store_true", help="read the whole corpus; exit status 1 if something is wrong"
+    )
     args = parser.parse_args()
     from mor_megatron.data.indexed import read_index, verify
 

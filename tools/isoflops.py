@@ -1,4 +1,4 @@
-"""IsoFLOP families: which method and which size make most of a budget of FLOPs. See docs/science.md.
+"""IsoFLOP families: which method and which size make the best use of a FLOPs budget. See docs/science.md.
 
     python tools/isoflops.py plan --output runs/iso --budgets 2e18 5e18 16.5e18 --seeds 1 2 \\
         --methods examples/configs/vanilla.yaml examples/configs/mor_expert_nr3.yaml \\
@@ -21,13 +21,13 @@ from mor_megatron.scaling.results import read_result
 
 
 def run_plan(args: argparse.Namespace) -> None:
-    """Write a family's settings and commands, and print what it costs.
+    """Write the settings and commands of a family, and print its cost.
 
     Raises:
-        ValueError: settings do not fit, or DIR has a family already.
+        ValueError: settings do not fit, or DIR already contains a family.
     """
     if (args.output / FAMILY).exists():
-        raise ValueError(f"output={args.output} has a family already: give another directory, or delete it")
+        raise ValueError(f"output={args.output} already contains a family: give another directory, or delete it")
     recipe = Recipe(args.decay_fraction, args.warmup_fraction)
     family = plan_family(args.output, args.methods, args.sizes, args.budgets, args.seeds, args.settings, recipe)
     write_family(args.output, family)
@@ -44,7 +44,7 @@ def run_plan(args: argparse.Namespace) -> None:
 
 
 def costs(runs: list[Run]) -> tuple[float, float]:
-    """Forward FLOPs, the paper's accounting, of every run on its own, and with trunks shared."""
+    """Forward FLOPs by the paper's accounting: of every run on its own, and with shared trunks."""
     alone = sum(run.budget for run in runs)
     trunks: dict[str, float] = {}
     for run in runs:
@@ -67,17 +67,19 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def run_report(args: argparse.Namespace) -> None:
-    """Print tables, write the picture.
+    """Print tables and write the plot.
 
     Raises:
-        ValueError: there is no family, or nothing of it has finished.
+        ValueError: there is no family, or none of its runs has finished.
     """
     runs = [run for run in read_family(args.directory) if args.seeds is None or run.seed in args.seeds]
     results = [read_result(run) for run in runs]
     missing = [f"{run.directory}/{run.decay.name}" for run, result in zip(runs, results, strict=True) if result is None]
     finished = [result for result in results if result is not None]
     if not finished:
-        raise ValueError(f"{args.directory}: no run has finished: train it, by {args.directory}/run.sh for example")
+        raise ValueError(
+            f"{args.directory}: no run has finished: train the family, for example with {args.directory}/run.sh"
+        )
     if missing:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         print(f"{len(missing)} of {len(runs)} runs have not finished and are left out: {names}", file=sys.stderr)
@@ -90,31 +92,43 @@ def run_report(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """0: done; 2: settings that do not fit, or files that are not there; 85: training was stopped early, and saved."""
+    """Exit status 0: done; 2: settings do not fit, or files are missing; 85: training was stopped early and saved."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     plan = commands.add_parser("plan", help="write the settings of every run")
     plan.set_defaults(run=run_plan)
-    plan.add_argument("--output", type=Path, required=True, help="directory of the family")
-    plan.add_argument("--budgets", type=float, nargs="+", required=True, help="forward FLOPs, the paper's accounting")
+    plan.add_argument("--output", type=Path, required=True, help="directory for the family")
+    plan.add_argument("--budgets", type=float, nargs="+", required=True, help="forward FLOPs by the paper's accounting")
     plan.add_argument(
-        "--methods", type=Path, nargs="+", required=True, help="files of settings; the first is the yardstick"
+        "--methods",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="settings files, one per method; differences are to the first",
     )
-    plan.add_argument("--sizes", type=Path, nargs="+", required=True, help="files of settings, read after the method's")
-    plan.add_argument("--seeds", type=int, nargs="+", default=[1234], help="of weights and order of data")
-    plan.add_argument("--decay-fraction", type=float, default=0.2, help="of a run, in which the rate falls")
-    plan.add_argument("--warmup-fraction", type=float, default=0.05, help="of the run with the smallest budget")
-    plan.add_argument("--settings", nargs=argparse.REMAINDER, default=[], help="flags of every run; last of all")
+    plan.add_argument(
+        "--sizes", type=Path, nargs="+", required=True, help="settings files, one per size, read after the method's"
+    )
+    plan.add_argument("--seeds", type=int, nargs="+", default=[1234], help="seeds for weights and data order")
+    plan.add_argument(
+        "--decay-fraction", type=float, default=0.2, help="fraction of a run over which the learning rate decays"
+    )
+    plan.add_argument(
+        "--warmup-fraction", type=float, default=0.05, help="warm-up, as a fraction of the run with the smallest budget"
+    )
+    plan.add_argument("--settings", nargs=argparse.REMAINDER, default=[], help="flags for every run; must come last")
 
     train = commands.add_parser("train", help="train all runs, one after another, in one process")
     train.set_defaults(run=run_train)
     train.add_argument("directory", type=Path, help="of the family")
 
-    reporting = commands.add_parser("report", help="tables, fits and a picture from metrics.jsonl of finished runs")
+    reporting = commands.add_parser(
+        "report", help="print tables and fits, and plot them, from metrics.jsonl of finished runs"
+    )
     reporting.set_defaults(run=run_report)
     reporting.add_argument("directory", type=Path, help="of the family")
-    reporting.add_argument("--seeds", type=int, nargs="+", help="only these; default: all")
+    reporting.add_argument("--seeds", type=int, nargs="+", help="seeds to use; default: all")
     reporting.add_argument("--plot", type=Path, help="default: DIR/isoflops.png")
     args = parser.parse_args()
     return exit_status(lambda: args.run(args))

@@ -1,9 +1,9 @@
-"""Submit a pretraining to Slurm: check its layout, fill in examples/slurm/pretrain.sbatch, keep a copy with the run.
+"""Submit a pretraining run to Slurm: check its layout, fill in examples/slurm/pretrain.sbatch, keep a copy.
 
 python tools/launch_slurm.py --nodes 4 --gpus-per-node 8 --time 24:00:00 --account lab -- \\
     --config examples/configs/mor_expert_nr2.yaml examples/configs/1.7b.yaml --data-path PREFIX --save runs/1.7b
 
-What follows -- is for pretrain_mor.py. See docs/slurm.md.
+Arguments after -- are for pretrain_mor.py. See docs/slurm.md.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def fill(template: str, directives: Mapping[str, str | None], before: Sequence[s
 
     Args:
         template: a batch script.
-        directives: options of sbatch by their long name; "" for one without a value, None to leave it out. Those of
-            the template that are not named stay.
+        directives: options of sbatch by their long name; "" for one without a value, None to leave it out. Other
+            options of the template are kept.
         before: lines of shell.
     Raises:
-        ValueError: a value cannot stand in a directive.
+        ValueError: a value cannot be written in a directive.
     """
     lines = template.splitlines()
     places = [number for number, line in enumerate(lines) if line.startswith(DIRECTIVE)]
@@ -55,7 +55,7 @@ def job_script(args: argparse.Namespace, arguments: Sequence[str], config: Confi
     Args:
         args: this program's options.
         arguments: of pretrain_mor.py.
-        config: what they say; it has a `save`.
+        config: the settings that these arguments give; `save` is set.
     Raises:
         ValueError: an option cannot be written into a batch script.
     """
@@ -72,17 +72,17 @@ def job_script(args: argparse.Namespace, arguments: Sequence[str], config: Confi
     }
     directives |= {name: value for name in ("account", "partition") if (value := getattr(args, name))}
     directives |= {name: value for name, _, value in (option.partition("=") for option in args.sbatch)}
-    # The job looks for the directory among its arguments; it may stand in a file so far.
+    # The job looks for the directory among its arguments; until here it may be set in a file.
     saves = [] if any(word == "--save" or word.startswith("--save=") for word in arguments) else ["--save", save]
     before = [f"export SRUN_OPTIONS={shlex.quote(' '.join(_container(args)))}"] if args.container_image else []
     return fill(TEMPLATE.read_text(), directives, [*before, f"set -- {shlex.join([*arguments, *saves])}"])
 
 
 def require_corpora(config: Config) -> None:
-    """Look for them where the job will: a typing error would otherwise wait in the queue first.
+    """Check that the corpora exist; otherwise the job would wait in the queue and then fail.
 
     Raises:
-        ValueError: none is given, or one is not there.
+        ValueError: no corpus is given, or one does not exist.
     """
     prefixes = dict.fromkeys(path for blend in read_blends(config.data) if blend for path in blend.paths)
     for prefix in prefixes:
@@ -95,12 +95,12 @@ def require_corpora(config: Config) -> None:
 
 
 def submit(script: str, save: Path) -> tuple[str, Path]:
-    """Hand a script to sbatch.
+    """Submit a script with sbatch.
 
     Returns:
         The job's number and the script's copy in `save`.
     Raises:
-        SubmissionError: sbatch refuses it, or is not here.
+        SubmissionError: sbatch refuses the script, or is not installed.
         OSError: the copy cannot be written.
     """
     save.mkdir(parents=True, exist_ok=True)
@@ -120,14 +120,14 @@ def launch(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     """Check, fill in, and print or submit.
 
     Raises:
-        ValueError: the settings do not fit the number of ranks, tokenizer or corpora are not there (of those in
-            a container nothing is known here), or sbatch refuses the job.
+        ValueError: the settings do not fit the number of ranks, tokenizer or corpora are missing (files in a
+            container are not checked), or sbatch refuses the job.
     """
     if Path.cwd() != ROOT:
-        raise ValueError(f"the job runs in {ROOT}, and paths are relative to it: start this there")
+        raise ValueError(f"the job runs in {ROOT}, and paths are relative to it: run this program there")
     config = read_config(arguments)
     if config.checkpoint.save is None:
-        raise ValueError("save=None leaves nothing to go on from after the time limit: give --save DIR")
+        raise ValueError("save=None leaves nothing to continue from after the time limit: give --save DIR")
     _require_one_at_a_time(args.sbatch, config.checkpoint.save)
     print(dry_run(config, args.nodes * _tasks_per_node(args)), file=sys.stderr)
     script = job_script(args, arguments, config)
@@ -154,22 +154,22 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--nodes", type=_positive, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=8, help="0: a run on CPUs (default: 8)")
-    parser.add_argument("--tasks-per-node", type=_positive, help="ranks on a node (default: one a GPU)")
+    parser.add_argument("--tasks-per-node", type=_positive, help="ranks per node (default: one per GPU)")
     parser.add_argument("--cpus-per-task", type=_positive, default=8, help="default: 8")
-    parser.add_argument("--time", default="24:00:00", help="limit, as sbatch wants it (default: 24:00:00)")
+    parser.add_argument("--time", default="24:00:00", help="time limit in sbatch's format (default: 24:00:00)")
     parser.add_argument("--account")
     parser.add_argument("--partition")
     parser.add_argument("--container-image", help="run the ranks in this image (pyxis)")
-    parser.add_argument("--container-mounts", help="SRC:DST[,SRC:DST...]; the repository is mounted in any case")
+    parser.add_argument("--container-mounts", help="SRC:DST[,SRC:DST...]; the repository is always mounted")
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="NAME[=VALUE]", help="any other option of sbatch; repeatable"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the script and the layout (on stderr) instead")
     args = parser.parse_args(argv[:place])
     if args.gpus_per_node < 0:
-        parser.error("--gpus-per-node is 0 or more")
+        parser.error("--gpus-per-node must be 0 or more")
     if not args.gpus_per_node and args.tasks_per_node is None:
-        parser.error("--gpus-per-node 0 has no GPUs to count ranks by: give --tasks-per-node")
+        parser.error("--gpus-per-node 0 does not set the number of ranks: give --tasks-per-node")
     if args.container_mounts and not args.container_image:
         parser.error("--container-mounts is read only with --container-image")
     if place == len(argv):
@@ -179,7 +179,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
+        raise argparse.ArgumentTypeError(f"{text} is not an integer of 1 or more")
     return int(text)
 
 
@@ -191,20 +191,20 @@ def _require_one_at_a_time(options: Sequence[str], save: str) -> None:
     tasks, _, at_once = dict(option.partition("=")[::2] for option in options).get("array", "%1").partition("%")
     if at_once != "1":
         raise ValueError(
-            f"array={tasks} has jobs run at once in one save={save}: launch each with a directory of its own, or let "
-            f"them take turns by array={tasks}%1"
+            f"array={tasks} runs several jobs at once in one save={save}: launch each with its own directory, or let "
+            f"them run one at a time with array={tasks}%1"
         )
 
 
 def _directive(name: str, value: str) -> str:
     if '"' in value or "\n" in value:
-        raise ValueError(f"{name}={value!r} cannot stand in a batch script: use a value without quotes")
+        raise ValueError(f"{name}={value!r} cannot be written in a batch script: use a value without quotes")
     shown = f'"{value}"' if any(character.isspace() for character in value) else value
     return f"{DIRECTIVE}{name}{'=' if value else ''}{shown}"
 
 
 def _container(args: argparse.Namespace) -> list[str]:
-    """srun's options of pyxis. The repository is mounted, and is where the ranks start, as without a container."""
+    """Options of srun for pyxis. The repository is mounted and is the working directory, as without a container."""
     mounts = ",".join(filter(None, [f"{ROOT}:{ROOT}", args.container_mounts]))
     options = [
         f"--container-image={args.container_image}",
@@ -213,12 +213,12 @@ def _container(args: argparse.Namespace) -> list[str]:
     ]
     for option in options:
         if any(character.isspace() for character in option):
-            raise ValueError(f"{option} has a blank, which separates options of srun: use a path without one")
+            raise ValueError(f"{option} contains a blank, which separates options of srun: use a path without one")
     return options
 
 
 def main() -> int:
-    """0: submitted; 1: sbatch does not take the job; 2: the settings do not fit."""
+    """Exit status 0: submitted; 1: sbatch refuses the job; 2: the settings do not fit."""
     return exit_status(lambda: launch(*parse(sys.argv[1:])), failures=(SubmissionError,))
 
 

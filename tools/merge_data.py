@@ -12,7 +12,7 @@ def main() -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", help="prefixes, or directories of .bin/.idx pairs")
     source.add_argument("--shards", type=int, metavar="N", help="the N shards that preprocess_data.py made of PREFIX")
-    parser.add_argument("--output-prefix", required=True, help="PREFIX of the output")
+    parser.add_argument("--output-prefix", required=True, help="prefix of the merged corpus")
     args = parser.parse_args()
     from mor_megatron.data.indexed import merge, prefixes_in
     from mor_megatron.data.shards import shards_of

@@ -19,12 +19,12 @@ def main() -> int:
         default="bpe",
         help="bpe, unigram: sentencepiece, PREFIX.model; hf-bpe: Hugging Face byte-level BPE, directory PREFIX",
     )
-    parser.add_argument("--output-prefix", required=True, help="PREFIX of the output")
-    parser.add_argument("--json-key", default="text", help="field that holds the text; a.b: field b of a")
+    parser.add_argument("--output-prefix", required=True, help="output PREFIX")
+    parser.add_argument("--json-key", default="text", help="field that contains the text; a.b: field b of a")
     parser.add_argument(
         "--character-coverage",
         type=float,
-        help="sentencepiece: share of the text, 0.98 to 1, whose characters get a token each (default: "
+        help="sentencepiece: fraction of the text, 0.98 to 1, whose characters get their own tokens (default: "
         f"{CHARACTER_COVERAGE}); rarer ones are spelled in bytes",
     )
     args = parser.parse_args()
@@ -36,7 +36,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        from mor_megatron.data.indexed import cannot_write  # which takes torch, and --help need not wait for it
+        from mor_megatron.data.indexed import cannot_write  # imports torch, which --help should not wait for
 
         print(f"error: {cannot_write(args.output_prefix, error)}", file=sys.stderr)
         return 1

@@ -1,18 +1,18 @@
 # shellcheck shell=bash
-# What the jobs in this directory have in common. Sourced in the batch script, in the root of the repository.
+# Settings that the jobs in this directory share. Sourced by the batch scripts, in the root of the repository.
 
 PATH=$PWD/.venv/bin:$PATH
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-# Since Slurm 22.05 a step has one CPU a task unless it is told again.
+# Since Slurm 22.05, a step has one CPU per task unless it is given the number again.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 
-# Rank 0 is on the first node. Slurm's own address of it also serves where names of nodes do not resolve. Rank, world
-# size and port are found by each task (mor_megatron/distributed/launch.py).
+# Rank 0 is on the first node. Slurm's address of that node also works if names of nodes do not resolve. Each task finds
+# rank, world size and port (mor_megatron/distributed/launch.py).
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol show node "$first_node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 export MASTER_ADDR=${MASTER_ADDR:-$first_node}
 
-# NCCL finds networks and GPUs by itself; name the interface where it picks one that the nodes do not share.
+# NCCL finds networks and GPUs by itself; name the interface if it picks one that the nodes do not share.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # export NCCL_SOCKET_IFNAME=ib0
 

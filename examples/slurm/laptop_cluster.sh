@@ -1,10 +1,10 @@
 #!/bin/bash
 # A Slurm cluster on one machine, to try the jobs in this directory: real controller and node daemons on the loopback
-# interface, with CPUs and GPUs that exist by name only. For root on Debian or Ubuntu, in a container or a virtual machine.
+# interface, with CPUs and GPUs that exist only by name. Needs root on Debian or Ubuntu, in a container or a VM.
 #
 #   laptop_cluster.sh install               Slurm and munge from the distribution's packages
 #   laptop_cluster.sh start DIR [NODES]     4 nodes, or NODES, that claim 64 CPUs and 8 GPUs; everything is kept in DIR
-#   laptop_cluster.sh stop DIR              cancel all jobs, end the daemons
+#   laptop_cluster.sh stop DIR              cancel all jobs and stop the daemons
 #
 # Between start and stop, `export SLURM_CONF=DIR/slurm.conf` makes sbatch, srun, squeue and scontrol speak to it.
 # SLURM_PORT (16800) and the 100 ports above it have to be free.

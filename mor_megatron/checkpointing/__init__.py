@@ -1,1 +1,1 @@
-"""Checkpoints that prove themselves intact and resume in any layout."""
+"""Checkpoints that are verified when read and resume in any layout."""

@@ -1,1 +1,1 @@
-"""From text to training batches: tokenizers, indexed corpora, blending and the order in which samples are seen."""
+"""From text to training batches: tokenizers, indexed corpora, blends, and the order of samples."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids and what the loss and attention need to know about them."""
+    """Token ids, and what the loss and attention need to know about them."""
 
     tokens: Tensor
     """[B, S] int64"""
@@ -21,9 +21,9 @@ class Batch:
     position_ids: Tensor | None = None
     """[B, S] int64; None is 0..S-1."""
     document_ids: Tensor | None = None
-    """[B, S] int64, running number of the document inside the sample; None attends across documents."""
+    """[B, S] int64, index of the document in the sample; None attends across documents."""
     corpus_ids: Tensor | None = None
-    """[B] int64, from which corpus of a blend each sample is; None: there is one."""
+    """[B] int64, the corpus of a blend that each sample is from; None: there is only one."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""

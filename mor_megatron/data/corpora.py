@@ -1,4 +1,4 @@
-"""Which corpora each split of the data is read from, in which proportions: the flags that say so, and their files."""
+"""The corpora of each split of the data and their proportions, from flags or from files that flags name."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from mor_megatron.config.run_schema import PATHS_PER_SPLIT, DataConfig
 
 SPLITS = ("training", "validation", "test")
 SOURCES = ("data_path", "data_args_path", *PATHS_PER_SPLIT, "per_split_data_args_path")
-"""Every field that names corpora."""
+"""All fields that name corpora."""
 
 
 @dataclass(frozen=True)
 class Blend:
-    """Corpora that are read together."""
+    """Corpora that form one split."""
 
     paths: tuple[str, ...]
     """Prefixes."""
     weights: tuple[float, ...] | None
-    """Shares of the samples, not normalised; None: in proportion to tokens."""
+    """Shares of the samples, not normalized; None: in proportion to tokens."""
     begin: float = 0.0
-    """Where the split's part of each corpus begins, as a fraction of its documents."""
+    """Start of the split's part of each corpus, as a fraction of its documents."""
     end: float = 1.0
-    """Where it ends."""
+    """End of that part."""
 
     def names(self) -> list[str]:
-        """A short, distinct name for each corpus: as few of the last parts of its path as it takes."""
+        """A short, distinct name for each corpus: as few of the last parts of its path as suffice."""
         parts = [Path(path).parts for path in self.paths]
         for length in range(1, max(map(len, parts)) + 1):
             names = ["/".join(part[-length:]) for part in parts]
             if len(set(names)) == len(names):
                 return names
-        return [f"{path} ({number})" for number, path in enumerate(self.paths)]  # one corpus, twice
+        return [f"{path} ({number})" for number, path in enumerate(self.paths)]  # the same corpus twice
 
 
 def read_blends(data: DataConfig) -> tuple[Blend | None, Blend | None, Blend | None]:
-    """Training, validation and test corpora; None: this split has none.
+    """Training, validation and test corpora; None: the split has no corpus.
 
     Raises:
-        ValueError: nothing given, a file that cannot be read, weights for some corpora only, or a bad `split`.
+        ValueError: nothing is given, a file cannot be read, only some corpora have weights, or `split` is invalid.
     """
     if data.uses_split:
         words, flag = data.data_path, "data-path"
@@ -62,7 +62,7 @@ def read_blends(data: DataConfig) -> tuple[Blend | None, Blend | None, Blend | N
 
 
 def corpus_sizes(data: DataConfig) -> dict[str, int]:
-    """Bytes of the tokens of each corpus that the settings name, by prefix; none where no data is named."""
+    """Size in bytes of the tokens of each corpus that the settings name, by prefix; empty if they name no data."""
     if not any(getattr(data, field) for field in SOURCES):
         return {}
     paths = {path for blend in read_blends(data) if blend is not None for path in blend.paths}
@@ -73,7 +73,7 @@ def parse_blend(words: Sequence[str], flag: str = "data-path") -> tuple[tuple[st
     """`p`, `p1 p2 ...` or `w1 p1 w2 p2 ...` as paths and weights (None: in proportion to tokens).
 
     Raises:
-        ValueError: nothing given, weights for some paths only, or a weight that is not positive.
+        ValueError: nothing is given, only some paths have weights, or a weight is not positive.
     """
     if not words:
         raise ValueError(f"{flag} is empty: give the prefix of a corpus, or weight prefix weight prefix ...")
@@ -93,7 +93,7 @@ def parse_split(split: str) -> tuple[float, float, float]:
     """`969,30,1` as proportions of training, validation and test.
 
     Raises:
-        ValueError: it is not up to three numbers of 0 or more.
+        ValueError: the text is not up to three numbers of 0 or more.
     """
     values = [_number(part) for part in split.split(",")]
     if len(values) > 3 or any(v is None or not 0 <= v < float("inf") for v in values) or not sum(values) > 0:
@@ -105,12 +105,12 @@ _KEYS = ("train", "valid", "test")
 
 
 def _read_parts(path: str) -> list[Sequence[str]]:
-    """Megatron-LM's file: an object with train, valid and test, each a list of words or one text of them."""
+    """Read Megatron-LM's file: an object with train, valid and test, each a list of words or one string of words."""
     flag = f"per-split-data-args-path={path}"
     try:
         parts = json.loads(_read(path, "per-split-data-args-path"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{flag} is not valid JSON (line {error.lineno}: {error.msg}): mend it there") from error
+        raise ValueError(f"{flag} is not valid JSON (line {error.lineno}: {error.msg}): correct it there") from error
     if not isinstance(parts, dict) or not set(parts) <= set(_KEYS):
         raise ValueError(f'{flag} must be a JSON object {{"train": [...], "valid": [...], "test": [...]}}')
     words = [part.split() if isinstance(part, str) else part for part in (parts.get(key) or [] for key in _KEYS)]

@@ -1,6 +1,6 @@
 """Training, validation and test samples of a run, and the order in which its ranks see them.
 
-`build_datasets` gives three sequences of samples; `build_batches` deals one of them out to the data-parallel ranks.
+`build_datasets` gives three sequences of samples; `build_batches` divides one of them among the data-parallel ranks.
 Sample i is a function of corpus, split and seed (see `gpt_dataset.py`), and iteration t reads samples
 [t * global batch, (t + 1) * global batch) on any number of ranks.
 """
@@ -27,7 +27,7 @@ from mor_megatron.data.gpt_dataset import EpochDataset, EpochDatasetConfig
 from mor_megatron.data.indexed import Index, read_index, read_tokens
 from mor_megatron.data.tokenizers import Tokenizer
 
-# Tokens at the head of a corpus that are compared with the vocabulary: enough to catch another tokenizer's data.
+# Tokens at the start of a corpus that are compared with the vocabulary: enough to catch data of another tokenizer.
 _PROBE = 1 << 20
 _ABOUT_ONCE = 1.05
 _NEEDS_EOD = (
@@ -39,22 +39,21 @@ _NEEDS_EOD = (
 def build_datasets(
     config: Config, tokenizer: Tokenizer | None, num_samples: tuple[int, int, int]
 ) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
-    """Training, validation and test datasets from the corpora that the settings name. Collective over all ranks.
+    """Build training, validation and test datasets from the corpora that the settings name. Collective over all ranks.
 
-    Rank 0 builds the sample indexes and caches them, the others load them; works without a process group, too.
+    Rank 0 builds the sample indexes and caches them, and the others load them. This also works without a process group.
 
     Args:
-        config: reads the data section and training.seed.
-        tokenizer: its vocabulary and behaviour are compared with the data's; None compares with model.vocab_size, if
-            set.
-        num_samples: sequences that the run needs of each split; 0 builds none (None in its place).
+        config: the data section and training.seed are read.
+        tokenizer: compared with the tokenizer of the data; if None, tokens are compared with model.vocab_size, if set.
+        num_samples: sequences that the run needs from each split; 0 returns None instead of a dataset.
     Returns:
-        Megatron-core datasets; item i holds `tokens` and `labels`, [S] int64. At least num_samples long; a split that
-        has fewer is repeated, each time in another order.
+        Megatron-core datasets; item i contains `tokens` and `labels`, [S] int64. Each has at least num_samples items; a
+        smaller split is repeated, each time in another order.
     Raises:
-        ValueError: no data, a bad blend or split, a damaged corpus (names file and offset), tokens outside the
-            vocabulary or of another tokenizer, no ends of documents where they are needed, a split without documents,
-            or a cache directory that cannot be written.
+        ValueError: there is no data, a blend or split is invalid, a corpus is damaged (names file and offset), tokens
+            are outside the vocabulary or from another tokenizer, required ends of documents are missing, a split has
+            no documents, or the cache directory cannot be written.
     """
     data = config.data
     blends = [blend if count else None for blend, count in zip(read_blends(data), num_samples, strict=True)]
@@ -75,17 +74,17 @@ def build_datasets(
     check_corpora(list(indexes), tokenizer)
     weighted = [None if blend is None else (list(blend.paths), _weights(blend, indexes)) for blend in blends]
 
-    # Not at the top: it would be imported before gpt_dataset.py can silence what Megatron-core says at import.
+    # Not at the top of the file: gpt_dataset.py must first silence the messages of Megatron-core's import.
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
-    # It regrets that blends are not cached; they are cheap to build, and a cache of theirs wants a process group.
+    # It warns that blends are not cached; they are cheap to build, and caching them needs a process group.
     logging.getLogger("megatron.core.datasets.blended_dataset").setLevel(logging.ERROR)
     settings = EpochDatasetConfig(
         random_seed=config.training.seed,
         sequence_length=data.seq_length,
         **_sources(data, weighted),
         tokenizer=_NoTokenizer(),
-        # Masks and positions follow from the tokens, in build_batches; an [S, S] mask is never made.
+        # build_batches derives masks and positions from the tokens; an [S, S] mask is never made.
         create_attention_mask=False,
         reset_position_ids=False,
         reset_attention_mask=False,
@@ -101,12 +100,12 @@ def build_datasets(
 
 
 def repetitions(dataset: Dataset) -> list[str]:
-    """Corpora that a run reads more than about once, in words.
+    """A notice for each corpus that a run reads more than about once.
 
     Args:
         dataset: from `build_datasets`.
     """
-    parts = getattr(dataset, "datasets", [dataset])  # a blend asks for a few more samples of each than it reads
+    parts = getattr(dataset, "datasets", [dataset])  # a blend requests a few more samples of each corpus than it reads
     passes = [(part.dataset_path, part.passes()) for part in parts]
     return [f"{path} {_three_digits(count)} times" for path, count in passes if count > _ABOUT_ONCE]
 
@@ -127,30 +126,30 @@ def build_batches(
 ) -> Iterator[Batch]:
     """This rank's micro-batches from `consumed_samples` on, until the dataset ends.
 
-    Micro-batch m of an iteration covers micro_batch_size * data_parallel_size neighbouring samples of the global batch,
-    and rank r takes the r-th run of micro_batch_size of them (Megatron-LM's order). Over the ranks and micro-batches of
-    one iteration that is the global batch exactly, whatever its cut. Starting anywhere costs the same, and torch's
-    global random state is left alone.
+    Micro-batch m of an iteration covers micro_batch_size * data_parallel_size consecutive samples of the global batch,
+    and rank r takes the r-th block of micro_batch_size of them (Megatron-LM's order). The ranks and micro-batches of
+    one iteration together read exactly the global batch, however it is divided. Starting at any sample costs the same,
+    and torch's global random state does not change.
 
     Args:
         dataset: from `build_datasets`.
         consumed_samples: samples that all ranks together have seen.
-        micro_batch_size: B, samples of one micro-batch.
+        micro_batch_size: B, samples per micro-batch.
         data_parallel_rank: r.
         data_parallel_size: ranks that share a global batch.
-        global_batch_size: samples of one iteration.
-        data: reads reset_position_ids, reset_attention_mask, eod_mask_loss, num_workers; default: none of them.
-        eod: end-of-document id; needed when one of those three is set.
+        global_batch_size: samples per iteration.
+        data: reset_position_ids, reset_attention_mask, eod_mask_loss and num_workers are read; default: all off.
+        eod: end-of-document id; required if one of the first three is set.
     Returns:
         Iterator of `Batch`, tensors [B, S] on the CPU.
     Raises:
-        ValueError: sizes that do not divide, or an eod that is needed and missing.
+        ValueError: the sizes do not divide, or a required eod is missing.
     """
     data = data or DataConfig()
     stride = micro_batch_size * data_parallel_size
     if global_batch_size % stride:
         raise ValueError(
-            f"global-batch-size={global_batch_size} is no multiple of micro-batch-size x data-parallel size = "
+            f"global-batch-size={global_batch_size} is not a multiple of micro-batch-size x data-parallel size = "
             f"{micro_batch_size} x {data_parallel_size}: use {max(1, round(global_batch_size / stride)) * stride}."
         )
     if eod is None and (data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss):
@@ -160,7 +159,7 @@ def build_batches(
         batch_sampler=_MicroBatches(len(dataset), consumed_samples, micro_batch_size, data_parallel_rank, stride),
         collate_fn=partial(make_batch, data=data, eod=eod),
         num_workers=data.num_workers,
-        # The loader draws a seed for its workers. From the global generator, that would change the model's dropout.
+        # The loader draws a seed for its workers; drawn from the global generator, it would change the model's dropout.
         generator=torch.Generator(),
     )
     return iter(loader)
@@ -180,12 +179,12 @@ class _MicroBatches:
 
 
 def make_batch(samples: Sequence[dict], data: DataConfig, eod: int | None) -> Batch:
-    """Stack samples and derive from their end-of-document tokens what the settings ask for.
+    """Stack samples, and derive masks, positions and documents from their end-of-document tokens.
 
     Args:
         samples: B items with `tokens` and `labels`, [S] int64.
-        data: reads reset_position_ids, reset_attention_mask, eod_mask_loss.
-        eod: end-of-document id, or None if none of those is set.
+        data: reset_position_ids, reset_attention_mask and eod_mask_loss are read.
+        eod: end-of-document id; may be None if none of these is set.
     """
     tokens = torch.stack([sample["tokens"] for sample in samples])
     labels = torch.stack([sample["labels"] for sample in samples])
@@ -201,12 +200,12 @@ def make_batch(samples: Sequence[dict], data: DataConfig, eod: int | None) -> Ba
 
 
 def _documents(ends: torch.Tensor) -> torch.Tensor:
-    """Running number of each token's document, [B, S] int64; an end of document belongs to the document it ends."""
+    """Index of each token's document, [B, S] int64; an end-of-document token belongs to the document it ends."""
     return ends.cumsum(1) - ends.long()
 
 
 def _positions(ends: torch.Tensor) -> torch.Tensor:
-    """Distance of each token from the first of its document, [B, S] int64."""
+    """Distance of each token from the first token of its document, [B, S] int64."""
     index = torch.arange(ends.shape[1]).expand(ends.shape)
     begins = torch.zeros_like(index)
     begins[:, 1:] = torch.where(ends[:, :-1], index[:, 1:], 0)
@@ -214,17 +213,17 @@ def _positions(ends: torch.Tensor) -> torch.Tensor:
 
 
 def has_tokens(data: DataConfig, split: str) -> bool:
-    """Whether a split, one of `SPLITS`, has something of every one of its corpora.
+    """Whether a split, one of `SPLITS`, has documents of each of its corpora.
 
     Raises:
-        ValueError: a corpus is not there or damaged, or the settings name none.
+        ValueError: a corpus is missing or damaged, or the settings name none.
     """
     blend = read_blends(data)[SPLITS.index(split)]
     return blend is not None and not any(_is_empty(blend, read_index(path)) for path in blend.paths)
 
 
 def _sources(data: DataConfig, weighted: list[tuple[list[str], list[float] | None] | None]) -> dict:
-    """The blends as Megatron-core takes them."""
+    """The blends in Megatron-core's form."""
     if not data.uses_split:
         return {"blend_per_split": weighted}
     # All splits are parts of one blend.
@@ -239,20 +238,20 @@ def _weights(blend: Blend, indexes: dict[str, Index]) -> list[float] | None:
 
 
 def _is_empty(blend: Blend, index: Index) -> bool:
-    """Megatron-core repeats a split until it has enough tokens, and never ends with a split that has none."""
+    """Refuse empty splits: Megatron-core repeats a split until it has enough tokens, and would never finish."""
     count = len(index.lengths)
     return not index.lengths[round(blend.begin * count) : round(blend.end * count)].sum(dtype=np.int64)
 
 
 def _no_tokens(data: DataConfig, name: str, path: str, count: int) -> str:
-    """What to say of a corpus of `count` documents of which a split gets nothing."""
+    """The message for a corpus of `count` documents that gives a split nothing."""
     otherwise = ", or more data" if name == "training" else ", more data, or --eval-iters 0"
     if not data.uses_split:
-        return f"{path}, named for {name}, holds no token: leave it out."
-    share = math.ceil(100 / count)  # per cent, so that it is at least one document
+        return f"{path}, named for {name}, contains no token: leave it out."
+    share = math.ceil(100 / count)  # per cent, at least one document
     shares = {"training": (90, 10, 0), "validation": (100 - share, share, 0), "test": (100 - 2 * share, share, share)}
     remedy = f"use --split {','.join(map(str, shares[name]))}"
-    if shares[name][0] <= 0:  # too few documents to be divided
+    if shares[name][0] <= 0:  # too few documents to divide
         remedy = "give it a corpus of its own (--train-data-path, --valid-data-path, --test-data-path)"
     documents = f"{count} {'document' if count == 1 else 'documents'}"
     return f"split={data.split} leaves no tokens for {name} in {path}, which has {documents}: {remedy}{otherwise}."
@@ -271,13 +270,13 @@ def _check_vocabulary(path: str, index: Index, vocab_size: int | None) -> None:
     bad = np.flatnonzero((head < 0) | (head >= vocab_size)) if vocab_size is not None else []
     if len(bad):
         raise ValueError(
-            f"{path}.bin holds token {head[bad[0]]} at byte {int(bad[0]) * head.itemsize}, outside the vocabulary of "
+            f"{path}.bin has token {head[bad[0]]} at byte {int(bad[0]) * head.itemsize}, outside the vocabulary of "
             f"{vocab_size}: it was made with another tokenizer. Preprocess it again, or change --tokenizer-model."
         )
 
 
 def _check_ends(path: str, index: Index, tokenizer: Tokenizer | None) -> None:
-    """Without ends of documents in the data, the settings that look for them would do nothing."""
+    """Refuse data without ends of documents if a setting needs them; the setting would have no effect."""
     if tokenizer is None:
         raise ValueError(_NEEDS_EOD)
     last = int(index.lengths[: index.bounds[1]].sum(dtype=np.int64)) - 1
@@ -290,19 +289,19 @@ def _check_ends(path: str, index: Index, tokenizer: Tokenizer | None) -> None:
 
 
 def _check_writable(folder: Path) -> None:
-    """On every rank, because rank 0 failing alone would leave the others waiting for it."""
+    """Check on every rank: if only rank 0 failed, the others would wait for it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)
     except OSError:
         writable = False
     if not writable:
-        raise ValueError(f"data-cache-path: {folder} cannot be written. Set --data-cache-path to a place that can.")
+        raise ValueError(f"data-cache-path: {folder} cannot be written. Set --data-cache-path to a writable directory.")
 
 
 class _NoTokenizer:
-    """Stands where Megatron-core wants a tokenizer, whose ids it would use for masks that are made here instead."""
+    """A placeholder tokenizer: Megatron-core would use its ids for masks, which are made here instead."""
 
     vocab_size = None
-    eod = -2  # matches no token, and not -1, which Megatron-core takes for padding
+    eod = -2  # matches no token; -1 would be padding for Megatron-core
     unique_identifiers: dict[str, str] = {}  # noqa: RUF012

@@ -1,6 +1,6 @@
-"""What a preprocessing worker does: tokenize one part of the input into a file of ids of its own.
+"""A preprocessing worker: it tokenizes parts of the input, each into its own file of ids.
 
-The process is started once with `Settings`, then gets one `Job` after another. `preprocess.py` is the other side.
+A worker process is started once with `Settings` and then receives one `Job` after another from `preprocess.py`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ import numpy as np
 from mor_megatron.data.sources import SHOWN, Broken, Document, Slice, describe, read
 from mor_megatron.data.tokenizers import Tokenizer
 
-# A batch call of the tokenizer gets so much: enough to pay for the call, small enough to stay in the caches.
+# Size of a batch call of the tokenizer: large enough to amortize the call, small enough to stay in the caches.
 _BATCH_DOCUMENTS, _BATCH_BYTES = 32, 1 << 18
 
 
 @dataclass(frozen=True)
 class Job:
-    """Part `number` of the input, and the folder for its shards."""
+    """Part `number` of the input, and the folder for its files."""
 
     number: int
     slices: tuple[Slice, ...]
     folder: str
 
     def shard(self, key: int) -> str:
-        """The file that gets the ids of the key with this position."""
+        """The file for the ids of the key at this position."""
         return f"{self.folder}/part{self.number:06d}.{key}"
 
     @property
@@ -44,7 +44,7 @@ class Job:
 
 @dataclass
 class Done:
-    """What became of a job: per key the tokens of each document, and what was left out."""
+    """The outcome of a job: for each key the number of tokens per document, and what was skipped."""
 
     lengths: list[np.ndarray]
     nbytes: int
@@ -55,7 +55,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Settings:
-    """What every worker needs; handed over once, at its start."""
+    """Settings of a worker, passed once at its start."""
 
     tokenizer: Tokenizer
     dtype: type[np.integer]
@@ -71,23 +71,23 @@ _settings: Settings
 
 
 def start_worker(settings: Settings) -> None:
-    """Prepare this process; it ends with its parent."""
+    """Prepare this process, and let it end with its parent."""
     global _settings
     _settings = settings
-    # The parent decides what an interrupt means; it tells the workers to stop.
+    # The parent handles interrupts and tells the workers to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
 def _die_with_parent() -> None:
-    """A parent that was killed cannot stop its workers; they would wait for work for ever."""
+    """End this process when its parent dies: a killed parent cannot stop its workers, which would wait forever."""
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
 
 def encode(job: Job) -> Done:
-    """Tokenize a part into one file of ids per key."""
+    """Tokenize a part of the input into one file of ids per key."""
     keys = range(len(_settings.keys))
     lengths: list[list[int]] = [[] for _ in keys]
     done = Done([], 0, 0, 0, [])
@@ -112,7 +112,7 @@ def encode(job: Job) -> Done:
 
 
 def _tokenize(texts: list[str], job: Job) -> tuple[np.ndarray, list[int]]:
-    """Ids of all texts, [tokens], and the tokens of each text; a text without tokens gets no end of document."""
+    """Ids of all texts, [tokens], and the number of tokens per text; an empty text gets no end-of-document token."""
     tokenizer = _settings.tokenizer
     try:
         batch = tokenizer.tokenize_batch(texts)

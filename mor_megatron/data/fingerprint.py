@@ -1,7 +1,7 @@
-"""What a tokenizer does, as a few values that lie beside a corpus and in a checkpoint, to be compared.
+"""Fingerprints of tokenizers: a few values, stored beside a corpus and in a checkpoint, that can be compared.
 
-`PREFIX.tokenizer.json` says with which tokenizer PREFIX.bin was made. Files, their names and their times do not matter:
-a copy of a tokenizer is the same tokenizer.
+`PREFIX.tokenizer.json` describes the tokenizer that made PREFIX.bin. Names and times of files do not matter: a copy of
+a tokenizer is the same tokenizer.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ SUFFIX = ".tokenizer.json"
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """All that decides which ids a text gets, and where it came from."""
+    """Everything that determines the ids of a text, and the origin of the tokenizer."""
 
     origin: str
-    """`--tokenizer-model` as it was given; for people, and not compared."""
+    """`--tokenizer-model` as it was given; only for messages, not compared."""
     behaviour: dict[str, int | str | None]
-    """`algorithm`, `vocab-size`, `end-of-document`, and digests of vocabulary, scores or merges, normalisation."""
+    """`algorithm`, `vocab-size`, `end-of-document`, and digests of vocabulary, scores or merges, normalization."""
 
     def difference(self, other: Fingerprint) -> tuple[str, int | str | None, int | str | None] | None:
-        """The first field that differs, its value here and there; None: both give every text the same ids."""
+        """The first field that differs, with both values; None: both give every text the same ids."""
         for name in {**self.behaviour, **other.behaviour}:
             mine, theirs = self.behaviour.get(name), other.behaviour.get(name)
             if mine != theirs:
@@ -39,27 +39,27 @@ class Fingerprint:
         return None
 
     def to_json(self) -> str:
-        """Text that `parse` turns back into an equal fingerprint."""
+        """A text from which `parse` restores the fingerprint."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
     def parse(cls, text: str) -> Fingerprint:
-        """Raises ValueError if it is no fingerprint."""
+        """Restore a fingerprint. Raises ValueError if the text is not one."""
         content = json.loads(text)
         if not isinstance(content, dict) or not isinstance(content.get("behaviour"), dict):
-            raise ValueError("it is no fingerprint of a tokenizer")
+            raise ValueError("it is not a tokenizer fingerprint")
         return cls(str(content.get("origin")), content["behaviour"])
 
 
 def fingerprint(tokenizer: Tokenizer) -> Fingerprint:
-    """Of a tokenizer in memory; two that give some text other ids, or end documents otherwise, have different ones."""
+    """The fingerprint of a tokenizer. Tokenizers with equal fingerprints give every document the same ids."""
     parts = tokenizer.behaviour()
     shown = {name: part if isinstance(part, int | str | None) else _digest(part) for name, part in parts.items()}
     return Fingerprint(tokenizer.origin, shown)
 
 
 def read_fingerprint(prefix: str) -> Fingerprint | None:
-    """That of a corpus; None for one of an older version, of Megatron-LM, or of no tokenizer.
+    """The fingerprint of a corpus; None if an older version, Megatron-LM, or no tokenizer made it.
 
     Raises:
         ValueError: the file is damaged.
@@ -70,14 +70,14 @@ def read_fingerprint(prefix: str) -> Fingerprint | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): copy it again, or delete it to do without it") from error
+        raise ValueError(f"{path} cannot be read ({error}): copy it again, or delete it to skip the check") from error
 
 
 def common_fingerprint(prefixes: Iterable[str]) -> Fingerprint | None:
-    """The tokenizer of several corpora; None, and a notice, if one of them does not say which it is.
+    """The common tokenizer of several corpora; None, with a notice, if the tokenizer of one is unknown.
 
     Raises:
-        ValueError: two were made with different tokenizers; names both, and the field that differs.
+        ValueError: two corpora were made with different tokenizers; names both, and the field that differs.
     """
     known, unknown, first = [], [], None
     for prefix in prefixes:
@@ -87,15 +87,15 @@ def common_fingerprint(prefixes: Iterable[str]) -> Fingerprint | None:
         if made_with is not None:
             require_same_tokenizer(prefix, made_with, known[0], first)
     if known and unknown:
-        _notice(f"{' '.join(unknown)} does not say which tokenizer it was made with, {known[0]} does")
+        _notice(f"the tokenizer of {' '.join(unknown)} is unknown, that of {known[0]} is known")
     return None if unknown else first
 
 
 def check_corpora(prefixes: Iterable[str], tokenizer: Tokenizer | None) -> None:
-    """Refuse corpora that were made with another tokenizer than the run's, or than each other.
+    """Refuse corpora that were made with another tokenizer than that of the run, or with different ones.
 
     Args:
-        tokenizer: the run's; None: only that they agree can be checked.
+        tokenizer: that of the run; if None, the corpora are only compared with each other.
     Raises:
         ValueError: names corpus, field, both values and the remedy.
     """
@@ -111,13 +111,13 @@ def check_corpora(prefixes: Iterable[str], tokenizer: Tokenizer | None) -> None:
             require_same_tokenizer(prefix, made_with, "this run", wanted)
     if unknown:
         _notice(
-            f"{' '.join(unknown)} does not say which tokenizer it was made with (no {SUFFIX} beside it): "
-            f"tokenizer-model={wanted.origin} is taken on trust"
+            f"the tokenizer of {' '.join(unknown)} is unknown (no {SUFFIX} beside it): "
+            f"tokenizer-model={wanted.origin} is assumed"
         )
 
 
 def require_same_tokenizer(prefix: str, made_with: Fingerprint, other: str, theirs: Fingerprint) -> None:
-    """Refuse a corpus whose ids mean other text. Raises ValueError."""
+    """Refuse a corpus whose ids stand for other text. Raises ValueError."""
     difference = made_with.difference(theirs)
     if difference is not None:
         name, one, two = difference

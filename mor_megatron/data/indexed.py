@@ -1,4 +1,4 @@
-"""Megatron-core's indexed corpora (PREFIX.bin and PREFIX.idx): write them whole or not at all, check, merge, verify.
+"""Megatron-core's indexed corpora (PREFIX.bin and PREFIX.idx): write completely or not at all, check, merge, verify.
 
 Layout of PREFIX.idx (megatron/core/datasets/indexed_dataset.py): magic (9 bytes), version 1 (u64), dtype code (u8),
 number of sequences n (u64), number of document bounds d (u64), lengths int32[n], byte pointers int64[n], document
@@ -21,13 +21,13 @@ from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, Indexed
 from mor_megatron.data.fingerprint import SUFFIX, Fingerprint, common_fingerprint
 
 _HEADER_BYTES = 34
-# Tokens read at once when a whole corpus is scanned.
+# Number of tokens read at once when a whole corpus is scanned.
 _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
 class Index:
-    """What PREFIX.idx says: the dtype of a token, `lengths` [n] in tokens, byte `pointers` [n], `bounds` [d]."""
+    """The content of PREFIX.idx: dtype of a token, `lengths` [n] in tokens, byte `pointers` [n], `bounds` [d]."""
 
     dtype: type[np.integer]
     lengths: np.ndarray
@@ -37,12 +37,12 @@ class Index:
 
     @property
     def tokens(self) -> int:
-        """Tokens in the corpus."""
+        """Number of tokens in the corpus."""
         return int(self.lengths.sum(dtype=np.int64))
 
     @property
     def documents(self) -> int:
-        """Documents in the corpus; each is one sequence unless another tool split them."""
+        """Number of documents in the corpus; each is one sequence unless another tool split it."""
         return len(self.bounds) - 1
 
 
@@ -50,12 +50,12 @@ class CorpusWriter:
     """Builds a corpus in `folder` and moves it to its final name when it is complete."""
 
     def __init__(self, folder: str, name: str, dtype: type[np.integer]):
-        # No suffix .idx before the end: a run that dies must not leave anything a reader would take for a corpus.
+        # No suffix .idx before the end: a run that dies must not leave files that look like a corpus.
         self._bin, self._idx = f"{folder}/{name}.bin.partial", f"{folder}/{name}.idx.partial"
         self._builder = IndexedDatasetBuilder(self._bin, dtype=dtype)
 
     def append(self, tokens_path: str, lengths: np.ndarray) -> None:
-        """Add documents: a file of their token ids in the corpus's dtype, and the tokens of each, [documents]."""
+        """Add documents: a file of their token ids in the corpus's dtype, and their lengths in tokens, [documents]."""
         with open(tokens_path, "rb") as tokens:
             shutil.copyfileobj(tokens, self._builder.data_file, 1 << 22)
         first = len(self._builder.sequence_lengths)
@@ -70,7 +70,7 @@ class CorpusWriter:
         """Write the index, then give all files their final names, PREFIX.idx last.
 
         Args:
-            made_with: the tokenizer; None if it is not known.
+            made_with: the fingerprint of the tokenizer; None if it is unknown.
         """
         self._builder.data_file.flush()
         os.fsync(self._builder.data_file.fileno())
@@ -87,10 +87,10 @@ class CorpusWriter:
 
 
 def working_folder(output_prefix: str) -> tempfile.TemporaryDirectory:
-    """A folder beside the output, on the same file system, that vanishes when the work ends or fails.
+    """A folder beside the output, on the same file system, that is removed when the work ends or fails.
 
     Raises:
-        ValueError: the place cannot be written.
+        ValueError: the directory cannot be written.
     """
     target = Path(output_prefix)
     try:
@@ -101,10 +101,10 @@ def working_folder(output_prefix: str) -> tempfile.TemporaryDirectory:
 
 
 def cannot_write(output_prefix: str, error: OSError) -> ValueError:
-    """The error to show when writing failed: a full disk, a quota, missing rights."""
+    """The error to report when writing fails: a full disk, a quota, missing permissions."""
     return ValueError(
-        f"output-prefix={output_prefix} cannot be written ({error.strerror or error}): free space or rights there, or "
-        "choose another place. No output was left behind."
+        f"output-prefix={output_prefix} cannot be written ({error.strerror or error}): free space or set permissions "
+        "there, or choose another directory. No output was left behind."
     )
 
 
@@ -114,13 +114,13 @@ def optimal_dtype(vocab_size: int) -> type[np.integer]:
 
 
 def read_index(prefix: str, may_be_empty: bool = False) -> Index:
-    """Map PREFIX.idx into memory after the checks that cost nothing: header, and sizes of both files.
+    """Map PREFIX.idx into memory after cheap checks: header, and sizes of both files.
 
     Args:
         prefix: the corpus.
-        may_be_empty: it is a shard, and may hold no sequence.
+        may_be_empty: whether the corpus may have no sequence, as a shard may.
     Raises:
-        ValueError: a missing file, a bad header, or sizes that disagree; names file and offset.
+        ValueError: a file is missing, the header is invalid, or sizes disagree; names file and offset.
     """
     idx, data = f"{prefix}.idx", f"{prefix}.bin"
     for path in (idx, data):
@@ -145,14 +145,15 @@ def read_index(prefix: str, may_be_empty: bool = False) -> Index:
     if n == 0:
         if may_be_empty:
             return Index(dtype, np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(1, np.int64))
-        raise ValueError(f"{idx} holds no sequence: {_AGAIN}")
+        raise ValueError(f"{idx} contains no sequence: {_AGAIN}")
     lengths = np.memmap(idx, np.int32, "r", _HEADER_BYTES, (n,))
     pointers = np.memmap(idx, np.int64, "r", _HEADER_BYTES + 4 * n, (n,))
     bounds = np.memmap(idx, np.int64, "r", _HEADER_BYTES + 12 * n, (d,)) if d else np.zeros(0, np.int64)
     end = int(pointers[-1]) + int(lengths[-1]) * DType.size(dtype)
     if os.path.getsize(data) != end:
         raise ValueError(
-            f"{data} ends at byte {os.path.getsize(data)}, but by {idx} its last sequence ends at byte {end}: {_AGAIN}"
+            f"{data} ends at byte {os.path.getsize(data)}, but according to {idx} its last sequence ends at byte "
+            f"{end}: {_AGAIN}"
         )
     return Index(dtype, lengths, pointers, bounds, multimodal=size == expected + n)
 
@@ -166,11 +167,11 @@ def read_tokens(prefix: str, index: Index) -> np.ndarray:
 
 
 def verify(prefix: str, vocab_size: int | None = None) -> Iterator[str]:
-    """Read a whole corpus and describe what is wrong with it: nothing, for a sound one.
+    """Read a whole corpus and describe its faults; the list is empty if it has none.
 
     Args:
         prefix: the corpus.
-        vocab_size: when given, every token must be in [0, vocab_size).
+        vocab_size: if given, every token must be in [0, vocab_size).
     """
     try:
         index = read_index(prefix)
@@ -221,13 +222,13 @@ def _out_of_range(prefix: str, index: Index, vocab_size: int) -> Iterator[str]:
 
 
 def merge(prefixes: list[str], output_prefix: str) -> Index:
-    """Concatenate corpora, in the order given. Shards without a document are passed over.
+    """Concatenate corpora, in the given order. Shards without documents are skipped.
 
     Returns:
         The index of the new corpus.
     Raises:
-        ValueError: nothing to merge, an unsound input, different dtypes or tokenizers, a multimodal corpus, an input
-            that is the output, or no space.
+        ValueError: there is nothing to merge, an input is damaged, multimodal or equal to the output, inputs have
+            different dtypes or tokenizers, or the disk is full.
     """
     if not prefixes:
         raise ValueError("input names no corpus: give prefixes, or a directory with .bin and .idx files.")
@@ -238,13 +239,13 @@ def merge(prefixes: list[str], output_prefix: str) -> Index:
     for prefix, index in indexes.items():
         if index.dtype is not dtype:
             raise ValueError(
-                f"{prefix} holds {index.dtype.__name__} and {first} holds {dtype.__name__}: their vocabularies differ "
+                f"{prefix} has dtype {index.dtype.__name__} and {first} {dtype.__name__}: their vocabularies differ "
                 "in size. Preprocess both with one tokenizer."
             )
         if index.multimodal:
-            raise ValueError(f"{prefix} is multimodal, and its modes would be lost: merge it with Megatron-LM's tool.")
+            raise ValueError(f"{prefix} is multimodal and would lose its modes: merge it with Megatron-LM's tool.")
     if not any(len(index.lengths) for index in indexes.values()):
-        raise ValueError(f"input={' '.join(prefixes)} holds no document: the shards have nothing to merge.")
+        raise ValueError(f"input={' '.join(prefixes)} contains no document: there is nothing to merge.")
     made_with = common_fingerprint(prefixes)
     with working_folder(output_prefix) as folder:
         try:
@@ -259,10 +260,10 @@ def merge(prefixes: list[str], output_prefix: str) -> Index:
 
 
 def prefixes_in(folder: str) -> list[str]:
-    """Prefixes of the corpora in a directory, sorted by name (the input form of Megatron-LM's merge tool).
+    """Prefixes of the corpora in a directory, sorted by name (as in Megatron-LM's merge tool).
 
     Raises:
-        ValueError: a .bin without its .idx, or the reverse.
+        ValueError: a .bin has no .idx, or the reverse.
     """
     found = {p.with_suffix("") for p in Path(folder).iterdir() if p.suffix in (".bin", ".idx")}
     for prefix in found:

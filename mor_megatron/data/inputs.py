@@ -1,4 +1,4 @@
-"""Which files `--input` means: files, directories, patterns and standard input, as a list in a fixed order."""
+"""Expand `--input`, which names files, directories, patterns and standard input, to a list in a fixed order."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def expand(inputs: list[str]) -> list[str]:
     """Files and dataset directories, in input order.
 
     Args:
-        inputs: a file; a directory written by `save_to_disk`; any other directory, which stands for the files of known
-            formats below it, sorted by path; a pattern (`*`, `?`, `[]`, `**`), which stands for what it matches,
-            sorted; or `-`, for JSON lines on standard input.
+        inputs: files; directories written by `save_to_disk`; other directories, which stand for the files of known
+            formats below them, sorted by path; patterns (`*`, `?`, `[]`, `**`), which stand for their sorted matches;
+            or `-` for JSON lines on standard input.
     Raises:
         ValueError: nothing matches, or standard input is named twice.
     """
@@ -44,13 +44,13 @@ def _expand(name: str) -> list[str]:
     matches = sorted(glob.glob(name, recursive=True))
     if not matches:
         raise ValueError(f"input={name} matches no file.")
-    if "**" in name:  # directories, too, beside the files in them
+    if "**" in name:  # also matches directories, beside the files in them
         matches = [match for match in matches if not Path(match).is_dir()]
     return [path for match in matches for path in _expand(match)]
 
 
 def _files_below(folder: str) -> list[str]:
-    """Of one sort: beside records, plain text is a README or a licence."""
+    """The files of one kind: plain text beside records is a README or a licence."""
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     kinds = [kind_of(path) if _may_be_data(path.relative_to(folder)) else None for path in files]
     wanted = {TEXT} if set(kinds) <= {TEXT, None} else {JSONL, PARQUET}
@@ -60,17 +60,17 @@ def _files_below(folder: str) -> list[str]:
     left = [str(path.relative_to(folder)) for path in files if path not in set(taken)]
     if left:
         shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
-        logger.warning("%s: %d files taken, %d left out: %s", folder, len(taken), len(left), shown)
+        logger.warning("%s: %d files used, %d skipped: %s", folder, len(taken), len(left), shown)
     return [str(path) for path in taken]
 
 
 def _may_be_data(path: Path) -> bool:
-    """Not hidden, and not written beside a corpus."""
+    """Whether a file is not hidden, and is not one that is written beside a corpus."""
     return not any(part[0] in "._" for part in path.parts) and not path.name.endswith((SUFFIX, ORIGIN))
 
 
 def _standard_input() -> str:
-    """A copy that several processes can read, and more than once. It goes with this process."""
+    """Copy standard input to a file that several processes can read; it is removed when this process ends."""
     folder = tempfile.mkdtemp(prefix="mor-input-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = Path(folder) / "stdin.jsonl"

@@ -1,7 +1,7 @@
-"""Cut the input into slices that can be read independently, in input order.
+"""Divide the input into slices that can be read independently, in input order.
 
-First among shards, by the input alone, so that each machine of many finds its own; then among the workers of one
-machine, as they need it. The corpus depends on neither.
+The input is first divided among shards, by the input alone, so that each machine finds its own shard. It is then
+divided among the workers of one machine, as needed. The corpus depends on neither.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from mor_megatron.data.sources import (
     open_parquet,
 )
 
-# Slices are small enough to balance workers and to show progress, large enough that opening one costs nothing.
+# Slices are small enough to balance workers and to show progress, and large enough that opening one costs little.
 _SMALLEST_SLICE, _LARGEST_SLICE = 1 << 18, 256 << 20
 _SLICES_PER_WORKER = 16
-# Only an estimate for progress and slice sizes: how much text a compressed byte holds.
+# Bytes of text per compressed byte; only an estimate, for progress and slice sizes.
 _TYPICAL_COMPRESSION = 3
-# How a file begins whose values go over several lines, or all stand in one.
+# The start of a file with JSON values over several lines, or with all of them in one array.
 _OPENS_VALUE = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:(?P<array>\[\s*\{|\[[ \t\r]*\n)|\{[ \t\r]*\n)")
 
 
 def plan(
     inputs: list[str], keys: tuple[str, ...] = ("text",), workers: int = 1, paragraphs: bool = False
 ) -> list[Slice]:
-    """`survey` and `cut` at once: the slices of the whole input."""
+    """The slices of the whole input: `survey`, then `cut`."""
     return cut(survey(inputs, keys, paragraphs), workers)
 
 
@@ -49,22 +49,22 @@ def survey(inputs: list[str], keys: tuple[str, ...] = ("text",), paragraphs: boo
 
     Args:
         inputs: what `inputs.expand` takes.
-        keys: the fields of a record that hold text, `a.b` for a field b in a; plain text files have the one key `text`.
-        paragraphs: cut plain text at blank lines into documents, instead of one document per file.
+        keys: the fields of a record that contain text, `a.b` for a field b in a; plain text has only the key `text`.
+        paragraphs: split plain text at blank lines into documents, instead of one document per file.
     Raises:
-        ValueError: a missing or unreadable input, an unknown format, or a column that is not there.
+        ValueError: an input is missing or unreadable, a format is unknown, or a column is missing.
     """
     return [_whole(path, keys, paragraphs) for path in expand(inputs)]
 
 
 def cut(parts: Sequence[Slice], workers: int) -> list[Slice]:
-    """Slices for so many workers, in input order."""
+    """Slices for a number of workers, in input order."""
     target = slice_target(sum(part.size for part in parts), workers)
     compressed = sum(part.kind == JSONL and part.stop is None for part in parts)
     slices: list[Slice] = []
     for part in parts:
         if part.kind == JSONL and part.stop is None and compressed < workers and part.size > _SMALLEST_SLICE:
-            # Too few files to go round. Each range decompresses what lies before it, so cut no finer than needed.
+            # Too few files for the workers. Each range decompresses everything before it, so make no more than needed.
             slices += _cut(replace(part, stop=decompressed_length(part.path)), workers)
         elif part.stop is None:
             slices.append(part)
@@ -76,12 +76,12 @@ def cut(parts: Sequence[Slice], workers: int) -> list[Slice]:
 
 
 def slice_target(total: int, workers: int) -> int:
-    """Bytes that a unit of work should have when `workers` share `total`."""
+    """Size in bytes of a unit of work when `workers` share `total`."""
     return min(max(total // (_SLICES_PER_WORKER * workers), _SMALLEST_SLICE), _LARGEST_SLICE)
 
 
 def _cut(part: Slice, pieces: int) -> list[Slice]:
-    """`part` as `pieces` ranges of about the same length."""
+    """Divide `part` into `pieces` ranges of about the same length."""
     length = part.stop - part.start
     edges = [part.start + length * i // pieces for i in range(pieces + 1)] if pieces else []
     return [replace(part, start=a, stop=b, size=part.size * (b - a) // length) for a, b in itertools.pairwise(edges)]
@@ -118,7 +118,7 @@ def _whole(path: str, keys: tuple[str, ...], paragraphs: bool) -> Slice:
 
 
 def _need_lines(path: str) -> None:
-    """Refuse a file that is one JSON value. Its last record alone might look like a line, and be all that is taken."""
+    """Refuse a file that is one JSON value: only its last record may look like a line, and the rest would be lost."""
     opening = _OPENS_VALUE.match(first_bytes(path))
     if opening is not None:
         what, filter = ("a JSON array", ".[]") if opening["array"] else ("JSON over several lines", ".")

@@ -1,9 +1,9 @@
 """Turn documents into indexed corpora with many processes.
 
-The input is cut into parts, in order. Each worker takes the next part, tokenizes it and writes its token ids to a file
-of its own (`encoding.py`); this process appends finished parts to the corpus in input order while the workers go on.
-What ends up in the corpus therefore does not depend on the number of workers, and the final names appear only when all
-is written.
+The input is divided into parts, in order. Each worker takes the next part, tokenizes it and writes its token ids to its
+own file (`encoding.py`). This process appends finished parts to the corpus in input order while the workers continue.
+The corpus therefore does not depend on the number of workers, and the final names appear only when everything is
+written.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mor_megatron.files import write_whole
 
 @dataclass
 class Report:
-    """What a run did. `broken` describes the first few of `broken_count` records; `empty` texts gave no token."""
+    """The outcome of a run. `broken` describes the first of `broken_count` records; `empty` texts gave no token."""
 
     prefixes: list[str]
     documents: int = 0
@@ -57,31 +57,31 @@ def preprocess(
     progress: bool = True,
     shard: tuple[int, int] | None = None,
 ) -> Report:
-    """Write PREFIX_KEY_document.bin and .idx for each key, and which tokenizer made them.
+    """Write PREFIX_KEY_document.bin and .idx for each key, and the fingerprint of the tokenizer.
 
     Args:
         inputs: files, directories and patterns, as `inputs.py` takes them, in any format of `sources.py`.
         output_prefix: PREFIX; its directory is made if needed. Existing corpora are replaced at the very end.
-        tokenizer: gives the ids, and with them the dtype (`optimal_dtype`).
-        keys: fields of a record that hold text.
+        tokenizer: gives the ids; its vocabulary determines the dtype (`optimal_dtype`).
+        keys: fields of a record that contain text.
         append_eod: end every document with the tokenizer's end-of-document token.
         workers: processes.
         strict: stop at the first broken record instead of skipping it.
-        paragraphs: cut plain text files at blank lines.
-        progress: draw a bar with MB/s and tokens/s on stderr.
-        shard: (i, n) writes part i of n, from 1, to corpora of their own (`shard_prefix`); merged in order, they are
-            what one run writes. A part may have no document.
+        paragraphs: split plain text files at blank lines.
+        progress: show a bar with MB/s and tokens/s on stderr.
+        shard: (i, n) writes shard i of n, counted from 1, under its own name (`shard_prefix`). Merged in order, shards
+            equal the corpus of one run. A shard may have no document.
     Raises:
         ValueError: a setting or an input is wrong, no document was found, writing failed, or a worker died. Nothing
-            is left behind then.
+            is left behind.
     """
     started = time.monotonic()
     if workers < 1:
         raise ValueError(f"workers={workers}: at least 1 is needed.")
     if shard is not None and STANDARD_INPUT in inputs:
-        raise ValueError(f"shard={shard[0]}/{shard[1]}: standard input cannot be cut: give files.")
+        raise ValueError(f"shard={shard[0]}/{shard[1]}: standard input cannot be divided: give files.")
     if append_eod:
-        _ = tokenizer.eod  # raises now, not in a worker
+        _ = tokenizer.eod  # raises here, not in a worker
     whole = survey(inputs, keys, paragraphs)
     require_usable(whole)
     slices = cut(whole if shard is None else shard_of(whole, *shard), workers)
@@ -97,7 +97,9 @@ def preprocess(
         writers = [CorpusWriter(folder, f"corpus{i}", dtype) for i in range(len(keys))]
         try:
             for prefix in report.prefixes if shard is not None else ():
-                Path(f"{prefix}.idx").unlink(missing_ok=True)  # an earlier one must not pass for this if it fails
+                Path(f"{prefix}.idx").unlink(
+                    missing_ok=True
+                )  # if this run fails, an earlier corpus must not pass for its result
             with _Bar(jobs, settings, progress) as bar:
                 for job, done in _run(jobs, settings, context, workers, bar):
                     for key, (writer, lengths) in enumerate(zip(writers, done.lengths, strict=True)):
@@ -130,7 +132,7 @@ def preprocess(
 
 
 def _parts(slices: list[Slice], workers: int) -> Iterator[tuple[Slice, ...]]:
-    """Neighbouring slices together until they are worth a file of their own."""
+    """Group consecutive slices until a group is worth its own file."""
     target = slice_target(sum(part.size for part in slices), workers)
     together: list[Slice] = []
     for part in slices:
@@ -143,7 +145,7 @@ def _parts(slices: list[Slice], workers: int) -> Iterator[tuple[Slice, ...]]:
 
 
 def _run(jobs: list[Job], settings: Settings, context, workers: int, bar: _Bar) -> Iterator[tuple[Job, Done]]:
-    """Results in the order of the jobs. Stops the workers when the caller fails or is interrupted."""
+    """Yield results in the order of the jobs. Stop the workers if the caller fails or is interrupted."""
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(settings,))
     try:
         futures: list[Future[Done]] = [pool.submit(encode, job) for job in jobs]
@@ -165,7 +167,7 @@ class _Bar:
         total = sum(job.size for job in jobs)
         self._settings = settings
         self._started = time.monotonic()
-        often = 0.5 if sys.stderr.isatty() else 15.0  # a log file keeps every line
+        often = 0.5 if sys.stderr.isatty() else 15.0  # a log file would keep every line
         self._bar = tqdm(total=total, unit="B", unit_scale=True, disable=not show, desc="preprocess", mininterval=often)
 
     def __enter__(self) -> _Bar:
@@ -181,18 +183,18 @@ class _Bar:
         self._bar.update(self._settings.nbytes.value - self._bar.n)
 
     def correct(self, difference: int) -> None:
-        """Sizes of compressed and columnar inputs are estimates until they are read."""
+        """Correct the total: sizes of compressed and columnar inputs are estimates until they are read."""
         self._bar.total += difference
         self.refresh()
 
 
 def default_workers() -> int:
-    """Cores this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def summary(report: Report) -> str:
-    """The report as a few lines for people."""
+    """The report as a few lines of text."""
     mib, seconds = report.nbytes / 1e6, max(report.seconds, 1e-9)
     lines = [
         f"{' '.join(Path(p).name for p in report.prefixes)}: {report.documents:,} documents, {report.tokens:,} tokens; "

@@ -1,4 +1,4 @@
-"""Parts of a corpus that are made apart, on several machines, and joined to what one machine would have made."""
+"""Shards of a corpus: made separately, on several machines, and joined to the corpus that one machine would make."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from pathlib import Path
 from mor_megatron.data.sources import Slice
 
 ORIGIN = ".shard.json"
-"""Suffix of the file beside a shard that says of what it is a part; equal for all shards of one input."""
+"""Suffix of the file beside a shard that describes the whole input; it is equal for all shards of one input."""
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """`I/N`, part I of N, counted from 1.
+    """Parse `I/N`, shard I of N, counted from 1.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the text has another form.
     """
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise ValueError(f"shard={text} is not I/N, part I of N from 1/N to N/N.")
+        raise ValueError(f"shard={text} is not I/N: give shard I of N, from 1/N to N/N.")
     return int(number), int(count)
 
 
 def shard_of(parts: Sequence[Slice], number: int, count: int) -> list[Slice]:
-    """Part `number` of `count`, about equal in bytes of input. All parts, one after another, are the input.
+    """Shard `number` of `count`. Shards have about equal bytes of input; in order, they are the whole input.
 
-    Where it is cut depends on nothing but the sizes of the files, their order, and `count`. JSON lines are cut between
+    The boundaries depend only on the sizes of the files, their order, and `count`. JSON lines are divided between
     lines, parquet between row groups, datasets between rows; compressed JSON lines and plain text only between files.
 
     Raises:
-        ValueError: the input cannot be cut into so many parts.
+        ValueError: the input cannot be divided into so many shards.
     """
     whole_files = sum(part.stop is None for part in parts)
     if whole_files == len(parts) < count:
         raise ValueError(
-            f"shard={number}/{count}: compressed JSON lines and plain text are cut between files only, and the input "
-            f"has {whole_files}: use --shard I/{whole_files}, or decompress them."
+            f"shard={number}/{count}: compressed JSON lines and plain text are divided between files only, and the "
+            f"input has {whole_files}: use --shard I/{whole_files}, or decompress them."
         )
     sizes = [max(part.size, 1) for part in parts]
     begin, end = (sum(sizes) * edge // count for edge in (number - 1, number))
@@ -57,14 +57,14 @@ def shard_of(parts: Sequence[Slice], number: int, count: int) -> list[Slice]:
 
 
 def origin(parts: Sequence[Slice], **flags: object) -> str:
-    """What decides the shards of an input besides their number: its files, in order, their sizes, and flags."""
+    """Everything that determines the shards of an input except their number: files in order, their sizes, and flags."""
     files = [(Path(part.path).name, part.kind, part.size, part.keys, part.paragraphs) for part in parts]
     digest = hashlib.sha256(json.dumps([files, flags], sort_keys=True).encode()).hexdigest()[:16]
     return json.dumps({"inputs": len(parts), "bytes": sum(part.size for part in parts), "digest": digest}) + "\n"
 
 
 def shard_prefix(prefix: str, shard: tuple[int, int] | None) -> str:
-    """Where part i of n of a corpus lies, shard = (i, n), i from 1, until they are merged; None: the whole corpus."""
+    """Prefix of shard = (i, n), counted from 1, until the shards are merged; None: the whole corpus."""
     return prefix if shard is None else f"{prefix}.shard-{shard[0]:05d}-of-{shard[1]:05d}"
 
 
@@ -72,7 +72,7 @@ def shards_of(prefix: str, count: int) -> list[str]:
     """Prefixes of all shards of a corpus, in order.
 
     Raises:
-        ValueError: some are not there, or were not cut from the same input; names them.
+        ValueError: shards are missing, or are not shards of the same input; names them.
     """
     shards = {f"{number}/{count}": shard_prefix(prefix, (number, count)) for number in range(1, count + 1)}
     missing = [n for n, path in shards.items() if not all(Path(f"{path}{s}").is_file() for s in (".idx", ORIGIN))]
@@ -85,7 +85,7 @@ def shards_of(prefix: str, count: int) -> list[str]:
     others = [name for name, origin in origins.items() if origin != origins[f"1/{count}"]]
     if others:
         raise ValueError(
-            f"shards={count}: {', '.join(others)} of {prefix} are of another input, or made with other flags, than "
-            f"1/{count} ({origins[others[0]].strip()}, and {origins[f'1/{count}'].strip()}): make all of them again."
+            f"shards={count}: {', '.join(others)} of {prefix} are from another input, or were made with other flags, "
+            f"than 1/{count} ({origins[others[0]].strip()}, and {origins[f'1/{count}'].strip()}): make all again."
         )
     return list(shards.values())

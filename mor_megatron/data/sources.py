@@ -1,7 +1,7 @@
 """Read documents from JSONL (.gz and .zst too), parquet, plain text and Hugging Face dataset directories.
 
-`read` yields the documents of one slice of the input; `planning.py` makes the slices. Which worker reads a slice never
-changes what is in it, so a corpus does not depend on the number of workers.
+`read` yields the documents of one slice of the input; `planning.py` makes the slices. The content of a slice does not
+depend on the worker that reads it, so a corpus does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ SUPPORTED = (
     "JSON lines (.jsonl .json .ndjson), plain text (.txt .text .md), either compressed (.gz .zst), .parquet, a "
     "directory of such files or one written by datasets' save_to_disk, a pattern, or - for JSON lines on standard input"
 )
-# By which a directory is known as a dataset.
+# Marks a directory as a dataset.
 DATASET_FILES = ("state.json", "dataset_dict.json")
-# Broken records that a report shows; all are counted.
+# Number of broken records that a report shows; all are counted.
 SHOWN = 10
-# Records looked at before the work starts.
+# Number of records that are checked before the work starts.
 _PROBE = 100
 
 
@@ -34,8 +34,8 @@ _PROBE = 100
 class Slice:
     """A part of one input: bytes of the decompressed file (jsonl), row groups (parquet) or rows (dataset).
 
-    `stop` None means to the end, of what can be read as a whole only. `size` is bytes of input, exact for jsonl without
-    compression, else an estimate.
+    `stop` None means to the end; it is used for files that can only be read as a whole. `size` is bytes of input, exact
+    for JSONL without compression, otherwise an estimate.
     """
 
     path: str
@@ -49,7 +49,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Document:
-    """One document: a text for each key, and the bytes of input it took."""
+    """One document: a text for each key, and its size in bytes of input."""
 
     texts: tuple[str, ...]
     nbytes: int
@@ -66,7 +66,7 @@ class Broken:
 
 
 def read(part: Slice) -> Iterator[Document | Broken]:
-    """The documents of a slice, in order, with a `Broken` in the place of each record that has none.
+    """Yield the documents of a slice, in order, with a `Broken` for each record that contains none.
 
     Raises:
         ValueError: the file itself is damaged, such as compressed data that ends early.
@@ -77,7 +77,7 @@ def read(part: Slice) -> Iterator[Document | Broken]:
 
 
 def describe(broken: list[Broken]) -> list[str]:
-    """`file:line: reason` for each record. Counts lines up to the byte offsets, so it reads those files once more."""
+    """`file:line: reason` for each record. Counts lines up to the byte offsets, so it reads these files again."""
     lines: dict[tuple[str, int], int] = {}
     for path in {b.path for b in broken if b.unit == "line"}:
         offsets = sorted({b.position for b in broken if b.path == path})
@@ -91,7 +91,7 @@ def describe(broken: list[Broken]) -> list[str]:
 
 
 def skipped(empty: int, broken_count: int, broken: list[str]) -> list[str]:
-    """What was left out, as lines for people; `broken` describes the first few of `broken_count` records."""
+    """Describe what was skipped, as lines of text; `broken` describes the first of `broken_count` records."""
     lines = [f"skipped {empty:,} empty texts"] if empty else []
     if broken_count:
         lines.append(f"skipped {broken_count:,} broken records:")
@@ -102,10 +102,10 @@ def skipped(empty: int, broken_count: int, broken: list[str]) -> list[str]:
 
 
 def require_usable(parts: Iterable[Slice]) -> None:
-    """Look at the first records: if not one of them is usable, the settings are wrong, not the data.
+    """Check the first records: if none of them is usable, the settings are wrong, not the data.
 
     Raises:
-        ValueError: that is so; names the first record.
+        ValueError: none is usable; names the first record.
     """
     first = list(itertools.islice(itertools.chain.from_iterable(map(read, parts)), _PROBE))
     if first and all(isinstance(item, Broken) for item in first):
@@ -116,7 +116,7 @@ def require_usable(parts: Iterable[Slice]) -> None:
 
 
 def kind_of(path: str | Path) -> str | None:
-    """JSONL, TEXT or PARQUET by the name of a file, whatever its case; None: no known format."""
+    """JSONL, TEXT or PARQUET by the name of a file, in any case; None: unknown format."""
     path = Path(path)
     if path.suffix.lower() == ".parquet":
         return PARQUET
@@ -127,7 +127,7 @@ def kind_of(path: str | Path) -> str | None:
 
 
 def _read_jsonl(part: Slice) -> Iterator[Document | Broken]:
-    """The lines that begin in [start, stop)."""
+    """Yield the lines that begin in [start, stop)."""
     with _open(part.path) as stream:
         position = part.start
         if position:
@@ -159,14 +159,14 @@ def _parse(line: bytes, part: Slice, offset: int) -> Document | Broken:
     for key, text in zip(part.keys, texts, strict=True):
         if not isinstance(text, str):
             return broken(f"{key!r} holds {type(text).__name__}, not text")
-        # Half of an escaped surrogate pair is valid JSON but no text; escapes are rare enough to look only there.
+        # Half of an escaped surrogate pair is valid JSON but not text; escapes are rare, so only these are checked.
         if (b"\\ud" in line or b"\\uD" in line) and not _encodes(text):
             return broken(f"{key!r} holds half a surrogate pair, which has no UTF-8")
     return Document(texts, len(line))
 
 
 def _field(record: dict, key: str) -> object:
-    """What stands under a key, or under `a.b`, the key b of the object under a. Raises KeyError."""
+    """The value of a key, or for `a.b` of the key b of the object under a. Raises KeyError."""
     if key in record:
         return record[key]
     value: object = record
@@ -178,7 +178,7 @@ def _field(record: dict, key: str) -> object:
 
 
 def _names(record: dict) -> list[str]:
-    """Keys, and with a dot those one level below."""
+    """The keys of a record, and with a dot those one level below."""
     below = [(key, value if isinstance(value, dict) else {}) for key, value in record.items()]
     return [name for key, value in below for name in ([f"{key}.{inner}" for inner in value] or [key])]
 
@@ -207,7 +207,7 @@ def _read_text(part: Slice) -> Iterator[Document | Broken]:
         if document.strip():
             yield Document((document,), len(document.encode()))
         elif not part.paragraphs:
-            yield Document(("",), len(raw))  # a file is a document, if an empty one
+            yield Document(("",), len(raw))  # an empty file is an empty document
 
 
 # Columns ---------------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def _records(part: Slice, row: int, columns: list[list]) -> Iterator[Document | 
 
 
 def _flat(table, keys: tuple[str, ...]):
-    """An Arrow table in which fields of structs are columns, `a.b`, as far down as the keys need it."""
+    """An Arrow table in which fields of structs are columns, `a.b`, as deep as the keys need."""
     import pyarrow
 
     while not set(keys) <= set(table.column_names) and any(map(pyarrow.types.is_struct, table.schema.types)):
@@ -254,10 +254,10 @@ def _flat(table, keys: tuple[str, ...]):
 
 
 def open_parquet(path: str, keys: tuple[str, ...]):
-    """The file, and the names of its columns, those inside structs too if a key is no column itself.
+    """The file and the names of its columns, including those inside structs if a key is not a column itself.
 
     Raises:
-        ValueError: it is not parquet.
+        ValueError: the file is not parquet.
     """
     import pyarrow.parquet
 
@@ -269,10 +269,10 @@ def open_parquet(path: str, keys: tuple[str, ...]):
 
 
 def open_dataset(path: str, keys: tuple[str, ...]):
-    """The dataset in a directory, with fields of structs as columns if a key is no column itself.
+    """The dataset in a directory, with fields of structs as columns if a key is not a column itself.
 
     Raises:
-        ValueError: it is none, or several splits.
+        ValueError: the directory contains no dataset, or several splits.
     """
     import datasets
 
@@ -284,7 +284,9 @@ def open_dataset(path: str, keys: tuple[str, ...]):
             f"input={path} is a directory, but not one that datasets can load ({error}). Supported: {SUPPORTED}."
         ) from error
     if isinstance(dataset, datasets.DatasetDict):
-        raise ValueError(f"input={path} holds several splits: give one of {', '.join(f'{path}/{s}' for s in dataset)}.")
+        raise ValueError(
+            f"input={path} contains several splits: give one of {', '.join(f'{path}/{s}' for s in dataset)}."
+        )
     return dataset if set(keys) <= set(dataset.column_names) else dataset.flatten()
 
 
@@ -292,7 +294,7 @@ def open_dataset(path: str, keys: tuple[str, ...]):
 
 
 def compression(path: str | Path) -> str | None:
-    """Arrow's name of it, by the file's; None: not compressed."""
+    """Arrow's name of the compression, by the name of the file; None: not compressed."""
     return _COMPRESSIONS.get(Path(path).suffix.lower())
 
 
@@ -321,7 +323,7 @@ def _skip(stream: io.BufferedReader, nbytes: int) -> None:
 
 
 def decompressed_length(path: str) -> int:
-    """Bytes; takes as long as decompressing it. Raises ValueError if the file is damaged."""
+    """Decompressed size in bytes; takes as long as decompressing. Raises ValueError if the file is damaged."""
     with _readable(path), _open(path) as stream:
         return sum(len(block) for block in iter(lambda: stream.read(1 << 20), b""))
 
@@ -330,12 +332,12 @@ def decompressed_length(path: str) -> int:
 def _readable(path: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:  # the decompressors report damage as OSError, too
-        raise ValueError(f"{path} cannot be read ({error}): replace the file, or leave it out.") from error
+    except OSError as error:  # the decompressors also report damage as OSError
+        raise ValueError(f"{path} cannot be read ({error}): replace the file, or leave it out of the input.") from error
 
 
 def _line_numbers(path: str, offsets: list[int]) -> Iterator[int]:
-    """Numbers, from 1, of the lines that begin at ascending byte offsets of the decompressed file."""
+    """Line numbers, from 1, of the lines that begin at ascending byte offsets of the decompressed file."""
     position, line = 0, 1
     with _open(path) as stream:
         for offset in offsets:

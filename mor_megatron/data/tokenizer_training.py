@@ -25,10 +25,10 @@ MODEL_TYPES = ("bpe", "unigram", "hf-bpe")
 EOD = "<|endoftext|>"
 CHARACTER_COVERAGE = 0.9999
 LEAST_COVERAGE = 0.98
-"""sentencepiece takes no less."""
+"""sentencepiece's minimum."""
 _BYTES_AND_SPECIAL = 256 + 3
-# sentencepiece leaves out without a word: longer sentences, sentences beyond this number, and those with the character
-# that it uses itself.
+# sentencepiece silently skips longer sentences, sentences beyond this number, and sentences with the character that it
+# uses itself.
 LONGEST_LINE = 16384
 _MOST_LINES = 4_000_000
 _LINE_ENDS = re.compile("[\n\u2585]")
@@ -36,7 +36,7 @@ _LINE_ENDS = re.compile("[\n\u2585]")
 
 @dataclass
 class Reading:
-    """The texts of an input, and what became of them."""
+    """The texts of an input, and counts of what was skipped or changed."""
 
     slices: list[Slice]
     empty: int = 0
@@ -44,12 +44,12 @@ class Reading:
     broken: list[Broken] = field(default_factory=list)
     lines: int = 0
     cut: int = 0
-    """Lines that were longer than LONGEST_LINE."""
+    """Number of lines longer than LONGEST_LINE."""
     error: BaseException | None = None
-    """What ended the reading early; a library may report it in its own words."""
+    """The error that ended the reading early; a library may report it in other words."""
 
     def texts(self) -> Iterator[str]:
-        """Every text that is not empty, in order."""
+        """Yield all texts that are not empty, in order."""
         try:
             for item in itertools.chain.from_iterable(map(read, self.slices)):
                 if isinstance(item, Broken):
@@ -64,7 +64,7 @@ class Reading:
             raise
 
     def pieces(self) -> Iterator[str]:
-        """Their lines; long ones in pieces that begin at a blank, or anywhere if they have none."""
+        """Yield the lines of the texts; long ones in pieces that start at a blank, or anywhere if there is none."""
         for line in itertools.chain.from_iterable(map(_LINE_ENDS.split, self.texts())):
             self.cut += len(line) > LONGEST_LINE
             while len(line) > LONGEST_LINE:
@@ -78,12 +78,12 @@ class Reading:
                 yield line
 
     def report(self) -> Iterator[str]:
-        """What was left out or changed, for people."""
+        """Describe what was skipped or changed, as lines of text."""
         yield from skipped(self.empty, self.broken_count, describe(self.broken))
         if self.cut:
-            yield f"{self.cut:,} lines of more than {LONGEST_LINE:,} characters were cut, at blanks where they have any"
+            yield f"{self.cut:,} lines of more than {LONGEST_LINE:,} characters were split, at blanks if they have any"
         if self.lines > _MOST_LINES:
-            yield f"{_MOST_LINES:,} of {self.lines:,} lines were drawn at random to learn from"
+            yield f"training used {_MOST_LINES:,} of {self.lines:,} lines, drawn at random"
 
 
 def train_tokenizer(
@@ -94,7 +94,7 @@ def train_tokenizer(
     json_key: str = "text",
     character_coverage: float | None = None,
 ) -> str:
-    """Train a tokenizer and write it; what was left out of the input is counted and logged.
+    """Train a tokenizer and write it; skipped and changed input is counted and logged.
 
     Args:
         inputs: files, directories and patterns, as `inputs.py` takes them, in any format of `sources.py`.
@@ -103,10 +103,10 @@ def train_tokenizer(
             BPE, writes the directory PREFIX that AutoTokenizer loads).
         output_prefix: where to write.
         json_key: field of JSONL, parquet and dataset records.
-        character_coverage: share of the text, 0.98 to 1, whose characters get a token each, rarer ones being spelled in
-            bytes; sentencepiece only. None: 0.9999.
+        character_coverage: fraction of the text, 0.98 to 1, whose characters get their own tokens; rarer characters are
+            spelled in bytes. sentencepiece only. None: 0.9999.
     Returns:
-        What to give as --tokenizer-model.
+        The value for --tokenizer-model.
     Raises:
         ValueError: a setting is wrong, the input cannot be read or has no text, or the vocabulary is too small for the
             characters of the text or larger than the text can fill.
@@ -115,19 +115,19 @@ def train_tokenizer(
         raise ValueError(f"model-type={model_type} is unknown: use one of {', '.join(MODEL_TYPES)}.")
     if character_coverage is not None and model_type == "hf-bpe":
         raise ValueError(
-            f"character-coverage={character_coverage} does nothing with model-type=hf-bpe, which is made of bytes: "
+            f"character-coverage={character_coverage} has no effect with model-type=hf-bpe, which consists of bytes: "
             "leave it out."
         )
     if character_coverage is not None and not LEAST_COVERAGE <= character_coverage <= 1:
         raise ValueError(
-            f"character-coverage={character_coverage} is not between {LEAST_COVERAGE} and 1: use a share of the text "
+            f"character-coverage={character_coverage} is not between {LEAST_COVERAGE} and 1: use a fraction "
             f"such as {CHARACTER_COVERAGE}."
         )
     reading = Reading(plan(inputs, keys=(json_key,)))
     require_usable(reading.slices)
     if not any(True for _ in reading.texts()):
         raise ValueError(
-            f"input={' '.join(inputs)} holds no document with text in {json_key!r} ({reading.empty} empty, "
+            f"input={' '.join(inputs)} contains no document with text in {json_key!r} ({reading.empty} empty, "
             f"{reading.broken_count} broken)."
         )
     reading = Reading(reading.slices)
@@ -145,15 +145,15 @@ def train_tokenizer(
 def _train_sentencepiece(reading: Reading, vocab_size: int, model_type: str, prefix: str, coverage: float) -> str:
     import sentencepiece
 
-    model = io.BytesIO()  # the library writes files without looking whether there is room
-    # The trainer works on lines; a newline is then encoded as its byte piece, one token, as in LLaMA's vocabulary.
+    model = io.BytesIO()  # the library does not check for free disk space
+    # The trainer works on lines; a newline is encoded as its byte piece, one token, as in LLaMA's vocabulary.
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=reading.pieces(),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
-            # Lossless: change no character, drop no space, add none, and spell what is unknown in bytes.
+            # Lossless: change no character, drop and add no space, and spell unknown characters in bytes.
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
@@ -163,7 +163,7 @@ def _train_sentencepiece(reading: Reading, vocab_size: int, model_type: str, pre
             input_sentence_size=_MOST_LINES,
             shuffle_input_sentence=True,
             num_threads=min(16, os.cpu_count() or 1),
-            # Ids 0, 1, 2; </s> ends a document. Megatron-LM takes the model's eos as end of document, too.
+            # Ids 0, 1, 2; </s> ends a document. Megatron-LM also uses the model's eos as end of document.
             unk_id=0,
             bos_id=1,
             eos_id=2,
@@ -176,20 +176,20 @@ def _train_sentencepiece(reading: Reading, vocab_size: int, model_type: str, pre
     table = [f"{pieces.id_to_piece(i)}\t{pieces.get_score(i):g}\n" for i in range(pieces.get_piece_size())]
     with whole_file(f"{prefix}.vocab") as file:
         file.writelines(table)
-        file.flush()  # both or none
+        file.flush()  # both files or none
         write_whole(f"{prefix}.model", model.getvalue())
     return f"{prefix}.model"
 
 
 def _advice(error: str, vocab_size: int, coverage: float) -> str:
-    """What sentencepiece says, as something to do."""
+    """Translate sentencepiece's errors into remedies."""
     most, least = re.search(r"set it to a value <= (\d+)", error), re.search(r"required_chars\. \d+ vs (\d+)", error)
     if most is not None:
         return (
             f"vocab-size={vocab_size} is more than the text can fill: use --vocab-size {most[1]} or less, or more text."
         )
     if least is not None:
-        # Fewer characters are of no use where there is room for none, and there are no fewer than the least coverage.
+        # A lower coverage helps only if there is room for some characters, and it has a minimum.
         may_cover_less = coverage > LEAST_COVERAGE and vocab_size > _BYTES_AND_SPECIAL
         less = f", or a --character-coverage below {coverage}, down to {LEAST_COVERAGE}" if may_cover_less else ""
         return (
@@ -217,7 +217,7 @@ def _train_huggingface(reading: Reading, vocab_size: int, prefix: str) -> str:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    # All cores may work here; encoding keeps to one thread a process (see tokenizers.py).
+    # Training may use all cores; encoding uses one thread per process (see tokenizers.py).
     before = os.environ.get("TOKENIZERS_PARALLELISM", "false")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     try:

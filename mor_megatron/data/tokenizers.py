@@ -1,11 +1,11 @@
 """One small interface over the tokenizer libraries, under Megatron-LM's type names.
 
-Megatron-core has tokenizers of its own. They encode one text at a time and drop special tokens when they decode; a
-preprocessor wants the libraries' batch calls and text that comes back as it went in, so these wrappers call
-sentencepiece, tokenizers and transformers directly. The end-of-document id is the same as Megatron-core's: the
-sentencepiece model's eos, the Hugging Face tokenizer's eos.
+Megatron-core has its own tokenizers. They encode one text at a time and drop special tokens when they decode. A
+preprocessor needs the libraries' batch calls and lossless decoding, so these wrappers call sentencepiece, tokenizers
+and transformers directly. The end-of-document id is the same as Megatron-core's: the eos of the sentencepiece model or
+of the Hugging Face tokenizer.
 
-Encoding never adds special tokens (no BOS in front of each document); `--append-eod` is what separates documents.
+Encoding never adds special tokens (no BOS in front of each document); `--append-eod` separates documents.
 Every wrapper uses one thread: the preprocessor gets its parallelism from processes.
 """
 
@@ -19,16 +19,16 @@ from typing import Any, Protocol
 
 from mor_megatron.config.schema import Config, DataConfig
 
-# Read by the Rust library at its first batch call. Without it every worker process would start a thread per core.
+# The Rust library reads this at its first batch call. Without it, every worker process would start a thread per core.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Names that published tokenizers give their end of document, looked up where the library does not say which it is.
+# Names of the end of document in published tokenizers, used if the library does not identify it.
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<EOD>", "<|eod|>")
 
 TRAINED_SIZE = "trained_vocab_size"
-"""What an exported tokenizer notes of training: how many ids it had."""
+"""Key under which an exported tokenizer records the number of ids in training."""
 
-# What a tokenizer's directory may have. Which class reads it depends on the model's config.json, too.
+# Files of a tokenizer's directory. The model's config.json also determines the class that reads it.
 _DIRECTORY_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"),
     *("*.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json"),
@@ -40,10 +40,10 @@ class Tokenizer(Protocol):
     """Text to token ids and back.
 
     Attributes:
-        vocab_size: number of ids, added tokens included; every id is in [0, vocab_size).
+        vocab_size: number of ids, including added tokens; every id is in [0, vocab_size).
         origin: `--tokenizer-model`, as it was given.
-        files: all that it is made of; copied elsewhere, they make the same tokenizer.
-        eod: id of the end-of-document token. Raises ValueError when the tokenizer has none.
+        files: all files of the tokenizer; copied elsewhere, they make the same tokenizer.
+        eod: id of the end-of-document token. Raises ValueError if the tokenizer has none.
     """
 
     vocab_size: int
@@ -57,13 +57,13 @@ class Tokenizer(Protocol):
         """Ids of one text, without special tokens."""
 
     def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of several texts; the same as `tokenize` on each, only faster."""
+        """Ids of several texts: the same as `tokenize` on each, but faster."""
 
     def detokenize(self, ids: list[int]) -> str:
         """The text of ids; special tokens of Hugging Face tokenizers appear by name."""
 
     def behaviour(self) -> dict[str, Any]:
-        """All that decides which ids a text gets, by name, as JSON can write it (`fingerprint.py` compares it)."""
+        """Everything that determines the ids of a text, by name, in JSON types (see `fingerprint.py`)."""
 
 
 class _Base:
@@ -89,7 +89,7 @@ class _Base:
 
 
 class SentencePieceTokenizer(_Base):
-    """A sentencepiece .model file; end of document is its eos piece, else the first of EOD_NAMES it knows."""
+    """A sentencepiece .model file; the end of document is its eos piece, or the first of EOD_NAMES that it knows."""
 
     def __init__(self, model: str):
         import sentencepiece
@@ -141,7 +141,7 @@ class FastTokenizer(_Base):
         self.origin = origin
         self.files = files
         self._backend = backend
-        # A tokenizer.json may carry truncation or padding of its first user; both would change the corpus.
+        # A tokenizer.json may contain truncation or padding settings; both would change the corpus.
         backend.no_truncation()
         backend.no_padding()
         self.vocab_size = _id_count(backend.get_vocab(with_added_tokens=True))
@@ -159,7 +159,7 @@ class FastTokenizer(_Base):
         model = settings["model"]
         if isinstance(model.get("vocab"), dict):
             del model["vocab"]  # a list has scores
-        # Older versions of the library wrote a merge as one word.
+        # Older versions of the library wrote a merge as one string.
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.pop("merges", ())]
         return {
             "algorithm": model.get("type") or type(self._backend.model).__name__,
@@ -171,7 +171,7 @@ class FastTokenizer(_Base):
 
 
 class SlowTokenizer(_Base):
-    """A transformers tokenizer that has no Rust backend."""
+    """A transformers tokenizer without a Rust backend."""
 
     def __init__(self, tokenizer, origin: str, files: tuple[Path, ...]):
         self.origin = origin
@@ -196,15 +196,15 @@ class SlowTokenizer(_Base):
 
 
 class NullTokenizer(_Base):
-    """Text that already is ids: decimal numbers separated by white space (Megatron-LM's NullTokenizer).
+    """Text that already consists of ids: decimal numbers separated by white space (Megatron-LM's NullTokenizer).
 
-    `tokenizer_model` is the number N of ordinary ids; end of document is id N, so vocab_size is N + 1.
+    `tokenizer_model` is the number N of ordinary ids; the end of document is id N, so vocab_size is N + 1.
     """
 
     def __init__(self, size: str):
         self.origin = size
         if not size.isdecimal() or int(size) < 1:
-            raise ValueError(f"tokenizer-model={size!r}: NullTokenizer wants the number of ids, for example 1024.")
+            raise ValueError(f"tokenizer-model={size!r}: NullTokenizer needs the number of ids, for example 1024.")
         self._eod = int(size)
         self.vocab_size = self._eod + 1
 
@@ -226,7 +226,7 @@ def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None) -> Tokeniz
         tokenizer_model: a .model file; a tokenizer directory or tokenizer.json; a directory with vocab.json and
             merges.txt (or encoder.json and vocab.bpe); the number of ids. Nothing is ever downloaded.
     Raises:
-        ValueError: unknown type, or a model that is missing or of another kind.
+        ValueError: the type is unknown, or the model is missing or of another kind.
     """
     if tokenizer_type not in _BUILDERS:
         raise ValueError(f"tokenizer-type={tokenizer_type} is unknown: use one of {', '.join(_BUILDERS)}.")
@@ -240,15 +240,15 @@ def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None) -> Tokeniz
 
 
 def configured_tokenizer(data: DataConfig) -> Tokenizer | None:
-    """The tokenizer of a run, None if it names none; raises as `build_tokenizer` does."""
+    """The tokenizer of a run; None if the settings name none. Raises the errors of `build_tokenizer`."""
     return None if data.tokenizer_type is None else build_tokenizer(data.tokenizer_type, data.tokenizer_model)
 
 
 def resolve_vocabulary(config: Config, tokenizer: Tokenizer | None) -> Config:
-    """The configuration with `model.vocab_size` set, before padding: `--vocab-size`, else the tokenizer's.
+    """The configuration with `model.vocab_size` set, before padding: `--vocab-size`, or else the tokenizer's.
 
     Raises:
-        ValueError: neither is given, or the tokenizer has more tokens than the model would.
+        ValueError: neither is given, or the tokenizer has more tokens than the model.
     """
     wanted = config.model.vocab_size
     if tokenizer is None and wanted is None:
@@ -266,19 +266,21 @@ def resolve_vocabulary(config: Config, tokenizer: Tokenizer | None) -> Config:
 def _huggingface(model: str) -> Tokenizer:
     path = Path(model)
     if path.is_file():
-        # The directory around a tokenizer.json knows which token is eos; the file alone does not.
+        # The directory of a tokenizer.json states which token is eos; the file alone does not.
         if path.name == "tokenizer.json" and (path.parent / "tokenizer_config.json").exists():
             return _huggingface(str(path.parent))
         return _tokenizer_json(path)
     from transformers import AutoTokenizer
 
     try:
-        # Without a word about code beside it, transformers would ask the terminal.
+        # Without this argument, transformers would ask in the terminal whether to run code of the directory.
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if (path / "tokenizer.json").exists():  # alone, or beside the config.json of a model transformers cannot know
+        if (
+            path / "tokenizer.json"
+        ).exists():  # alone, or beside the config.json of a model that transformers does not know
             return _tokenizer_json(path / "tokenizer.json")
-        said = " ".join(str(error).split())  # the library takes several lines for it
+        said = " ".join(str(error).split())  # the library's message has several lines
         raise ValueError(
             f"tokenizer-model={model} is not a Hugging Face tokenizer directory ({said}): it needs tokenizer.json, or "
             "what AutoTokenizer reads."
@@ -295,7 +297,7 @@ def _huggingface(model: str) -> Tokenizer:
 
 
 def _as_trained(backend, size: int | None):
-    """Without what our own export added behind the vocabulary of training, a padding token."""
+    """Remove the padding token that our own export added after the vocabulary of training."""
     import tokenizers
 
     if size is None:
@@ -326,13 +328,13 @@ def _gpt2(model: str) -> Tokenizer:
                 backend.add_special_tokens(["<|endoftext|>"])
             return FastTokenizer(backend, model, (folder / vocab, folder / merges))
     raise ValueError(
-        f"tokenizer-model={model}: GPT2BPETokenizer wants a directory with vocab.json and merges.txt "
+        f"tokenizer-model={model}: GPT2BPETokenizer needs a directory with vocab.json and merges.txt "
         "(or encoder.json and vocab.bpe)."
     )
 
 
 def _id_count(vocab: dict[str, int]) -> int:
-    # A vocabulary may have holes; the embedding must reach the largest id.
+    # A vocabulary may have gaps; the embedding must cover the largest id.
     return max(vocab.values()) + 1
 
 

@@ -1,1 +1,1 @@
-"""How good a trained model is: likelihood of text, how it routes, tasks of lm-eval."""
+"""Evaluation of trained models: likelihood of text, routing statistics, lm-eval tasks."""

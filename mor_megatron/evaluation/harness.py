@@ -1,8 +1,8 @@
-"""Tasks of EleutherAI's lm-evaluation-harness, on the model and tokenizer that are loaded already.
+"""Tasks of EleutherAI's lm-evaluation-harness, on a loaded model and tokenizer.
 
-The numbers are those of `lm_eval --model hf --model_args pretrained=DIR,trust_remote_code=True` on an export; here
-checkpoints do as well, on any number of data-parallel ranks. Selection is by threshold: right-padding, which the
-harness does not mask, lies after every token that it could influence.
+The numbers equal those of `lm_eval --model hf --model_args pretrained=DIR,trust_remote_code=True` on an export; this
+module also evaluates checkpoints, on any number of data-parallel ranks. Tokens are selected by threshold, which is
+causal. The harness does not mask padding, but pads on the right, so padding cannot influence a score.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ _MISSING = "tasks need lm-evaluation-harness, which is not installed: pip instal
 
 @dataclass(frozen=True)
 class Options:
-    """Of all tasks of one call."""
+    """Options for all tasks of one call."""
 
     batch_size: int = 8
     num_fewshot: int | None = None
-    """None: as in the preset, else the task's own number."""
+    """Examples in the prompt; None: those of the preset, otherwise the task's own number."""
     limit: int | None = None
-    """Documents of each task; None: all."""
+    """Documents per task; None: all."""
     include_path: Path | None = None
-    """Directory of further tasks."""
+    """Directory of additional tasks."""
 
 
 def chosen_tasks(names: Sequence[str]) -> dict[str, int | None]:
-    """Task -> examples in its prompt (None: the task's own number), the preset spelled out."""
+    """Task -> examples in its prompt (None: the task's own number), with the preset expanded."""
     chosen: dict[str, int | None] = {}
     for name in names:
         chosen |= PAPER_TASKS if name == PAPER else {name: None}
@@ -59,19 +59,19 @@ def chosen_tasks(names: Sequence[str]) -> dict[str, int | None]:
 def run_tasks(
     model: MoRForCausalLM, tokenizer: PreTrainedTokenizerBase | None, names: Sequence[str], options: Options
 ) -> dict | None:
-    """Evaluate; collective over all ranks of the process group, if there is one.
+    """Evaluate tasks. Collective over all ranks of the process group, if there is one.
 
     Args:
         model: in evaluation mode; the same on every rank.
         tokenizer: of the model.
         names: tasks, groups or tags of lm-eval, or `paper`.
     Returns:
-        The harness's results, versions and numbers of examples by task and group; None on all ranks but the first.
+        The harness's results, versions and numbers of examples by task and group; None on all ranks except the first.
     Raises:
         ValueError: lm-eval is not installed, a task is unknown, or the model has no tokenizer.
     """
     if tokenizer is None:
-        raise ValueError("tasks are text, and this model has no tokenizer")
+        raise ValueError("tasks consist of text, and this model has no tokenizer")
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -80,7 +80,7 @@ def run_tasks(
         raise ValueError(_MISSING) from error
 
     class RankedLM(HFLM):
-        """The harness knows ranks through accelerate only, which would load the model itself."""
+        """Tell the harness its rank; it would otherwise ask accelerate, which loads the model itself."""
 
         def __init__(self):
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
@@ -95,10 +95,10 @@ def run_tasks(
         def barrier(self) -> None:
             dist.barrier()
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant: a model that is loaded already
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that the model is already loaded, which is intended
     chosen = chosen_tasks(names)
     manager = TaskManager(include_path=options.include_path, include_defaults=False)
-    if set(chosen) - set(manager.all_tasks):  # the harness's own are many, and take seconds to read
+    if set(chosen) - set(manager.all_tasks):  # reading the harness's own many tasks takes seconds
         manager = TaskManager(include_path=options.include_path)
     unknown = [name for name in chosen if name not in manager.all_tasks]
     if unknown:
@@ -121,7 +121,7 @@ def run_tasks(
 
 
 def table(results: dict) -> str:
-    """The harness's own tables, as people know them."""
+    """The harness's own tables."""
     from lm_eval.utils import make_table
 
     tables = [make_table(results)]

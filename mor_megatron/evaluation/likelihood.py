@@ -1,8 +1,8 @@
-"""Likelihood of text under a model, in every way that it can be run, on any number of data-parallel ranks.
+"""Likelihood of text under a model, in each of its modes, on any number of data-parallel ranks.
 
-The model is the one that travels with an export (`inference.loading.load_model`): it is what a checkpoint of any layout
-and an export have in common, needs no process group, and is what people will run. That it computes what the training
-stack computes is tested, here for the losses and in `tests/unit/huggingface` for logits and depths.
+The model is of the class that travels with an export (`inference.loading.load_model`). This class is common to exports
+and checkpoints of any layout, needs no process group, and is the one that users run. Tests compare it with the training
+stack: for losses in `tests/end_to_end/test_evaluate.py`, for logits and depths in `tests/unit/huggingface`.
 """
 
 from __future__ import annotations
@@ -23,51 +23,51 @@ from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 
 
 @dataclass(frozen=True)
-class Result:
-    """Of one mode."""
+class ModeResult:
+    """Results of one mode."""
 
     mode: Mode
     nll: float
-    """Mean over predictions, nats."""
+    """Mean negative log-likelihood of a prediction, nats."""
     perplexity: float
     bits_per_byte: float | None
-    """Bits of all predictions over bytes of the text predicted; None without a tokenizer."""
+    """Bits of all predictions divided by the bytes of the predicted text; None without a tokenizer."""
     fractions: tuple[float, ...]
-    """Fraction of tokens that pass each recursion, [Nr]."""
+    """Fraction of tokens that take each recursion, [Nr]."""
 
     @property
     def mean_depth(self) -> float:
-        """Recursions a token passes."""
+        """Mean number of recursions per token."""
         return sum(self.fractions)
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of a text."""
+    """Results on one text."""
 
     sequences: int
     tokens: int
     """Predictions."""
     nbytes: int | None
-    """Of the text predicted, UTF-8; None without a tokenizer."""
-    results: tuple[Result, ...]
+    """UTF-8 bytes of the predicted text; None without a tokenizer."""
+    results: tuple[ModeResult, ...]
     same_depth: float | None
-    """expert_choice: fraction of tokens that threshold and top-k send equally deep."""
+    """expert_choice: fraction of tokens with the same depth by threshold and by top-k."""
     calibration: list[dict] | None
     """expert_choice: see `routing.Calibration.report`."""
 
 
 class _Sums:
-    """What is added up over batches and ranks, in float64."""
+    """Sums over batches and ranks, in float64."""
 
     def __init__(
         self, modes: Sequence[Mode], num_recursions: int, calibration: Calibration | None, device: torch.device
     ):
         self.counts = torch.zeros(4, dtype=torch.float64, device=device)
-        """Sequences, predictions, bytes, tokens that two modes send equally deep."""
+        """Numbers of sequences, predictions, bytes, and tokens that have the same depth in two modes."""
         self.losses = torch.zeros(len(modes), dtype=torch.float64, device=device)
         self.depths = torch.zeros(len(modes), num_recursions + 1, dtype=torch.float64, device=device)
-        """Tokens by the recursions that they passed."""
+        """Number of tokens by the recursions that they took."""
         self.calibration = calibration
 
     def over_ranks(self) -> None:
@@ -84,13 +84,13 @@ def likelihood(
     batch_size: int,
     nbytes: Tensor | None = None,
 ) -> Likelihood:
-    """Evaluate; collective over all ranks of the process group, if there is one, between which pieces are dealt out.
+    """Evaluate a text. Collective over all ranks of the process group, if there is one; they divide the pieces.
 
     Args:
         model: in evaluation mode; the same on every rank.
         pieces: at least one; the same on every rank.
         modes: from `modes_of`.
-        batch_size: pieces in one pass.
+        batch_size: pieces per pass.
         nbytes: bytes of each token, [V] (`sequences.token_bytes`).
     Raises:
         ValueError: nothing is predicted.
@@ -133,10 +133,12 @@ def _add(model: MoRForCausalLM, batch: Padded, modes: Sequence[Mode], sums: _Sum
 
 
 def _run(model: MoRForCausalLM, batch: Padded, labels: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
-    """Sum of the losses, and depths [B, S]."""
+    """The sum of the losses, and the depths [B, S]."""
     output = model(batch.tokens.to(model.device), batch.mask.to(model.device), use_cache=False, **mode.options)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
-    for logits, wanted in zip(output.logits, labels, strict=True):  # fp32 copies of one sequence's logits at a time
+    for logits, wanted in zip(
+        output.logits, labels, strict=True
+    ):  # fp32 copies of the logits for one sequence at a time
         losses = F.cross_entropy(logits.float(), wanted, ignore_index=IGNORED, reduction="none")
         total += losses.sum(dtype=torch.float64)
     return total, output.depths
@@ -149,9 +151,9 @@ def _results(modes: Sequence[Mode], sums: _Sums, has_bytes: bool) -> Likelihood:
     results = []
     for mode, loss, by_depth in zip(modes, sums.losses.tolist(), sums.depths.cpu(), strict=True):
         nll = loss / tokens
-        passing = by_depth.flip(0).cumsum(0).flip(0) / by_depth.sum()  # [Nr + 1]: at least so deep
+        passing = by_depth.flip(0).cumsum(0).flip(0) / by_depth.sum()  # [Nr + 1]: at least this deep
         bits = loss / math.log(2) / total_bytes if has_bytes and total_bytes > 0 else None
-        results.append(Result(mode, nll, math.exp(min(nll, 700.0)), bits, tuple(passing[1:].tolist())))
+        results.append(ModeResult(mode, nll, math.exp(min(nll, 700.0)), bits, tuple(passing[1:].tolist())))
     seen = sums.depths[0].sum().item()
     return Likelihood(
         sequences=int(sequences),

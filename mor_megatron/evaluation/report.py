@@ -1,4 +1,4 @@
-"""What an evaluation found, as a table for people and as a dictionary for JSON."""
+"""The results of an evaluation, as a table and as a dictionary for JSON."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mor_megatron.planning.accounting import count_parameters, executed_flops_pe
 
 
 def summary(model: MoRConfig, found: Likelihood, seq_length: int) -> dict:
-    """Everything, by name.
+    """All results, by name.
 
     Args:
         model: configuration of the model.
-        found: what was measured.
-        seq_length: tokens of a sequence, on which attention's operations depend.
+        found: the measured values.
+        seq_length: tokens per sequence; the FLOPs of attention depend on it.
     """
     config = training_config(model)
     config = replace(config, data=replace(config.data, seq_length=seq_length))

@@ -1,7 +1,7 @@
-"""How well a router's own score, which is causal, foretells what whole-sequence top-k keeps (expert-choice only).
+"""How well a router's score, which is causal, predicts the selection by whole-sequence top-k (expert-choice only).
 
-The auxiliary loss trains `sigmoid(logit)` to be the probability of being kept among the candidates of a recursion. Read
-off the pass that selects by top-k: for each candidate its score, and whether it was kept.
+The auxiliary loss trains `sigmoid(logit)` to be the probability that a candidate of a recursion is kept. The pass that
+selects by top-k gives, for each candidate, its score and whether it was kept.
 """
 
 from __future__ import annotations
@@ -15,18 +15,22 @@ from torch import Tensor
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 
 BINS = 10
-"""Of the score, equally wide; 0.5 is an edge."""
+"""Number of equally wide bins of the score; 0.5 is an edge."""
 
 
 @contextmanager
 def router_logits(model: MoRForCausalLM) -> Iterator[list[Tensor]]:
-    """Inside: a list that gets, at each recursion of each pass, the logits of its candidates by which it is decided
-    who goes on, [candidates] fp32, in the order of the batch's real tokens."""
-    choice = model.model.router
+    """Record the logits that decide which candidates continue.
+
+    Yields:
+        A list that grows by one entry at each recursion of each pass: the logits of the candidates, [candidates] fp32,
+        in the order of the batch's real tokens.
+    """
+    method = model.model.router
     seen: list[Tensor] = []
     hooks = [
         router.register_forward_hook(lambda module, inputs, logits: seen.append(logits.squeeze(1)))
-        for router in choice.aux_routers or choice.routers
+        for router in method.aux_routers or method.routers
     ]
     try:
         yield seen
@@ -36,27 +40,27 @@ def router_logits(model: MoRForCausalLM) -> Iterator[list[Tensor]]:
 
 
 class Calibration:
-    """Sums over candidates, by recursion and bin of the score. Recursions of capacity 1 decide nothing.
+    """Sums over candidates, by recursion and bin of the score. Recursions of capacity 1 are left out.
 
     Args:
         capacity: fraction of tokens that each recursion keeps, [Nr].
-        threshold: score from which on a token is kept.
+        threshold: lowest score with which a token is kept.
     """
 
     def __init__(self, capacity: Sequence[float], threshold: float, device: torch.device):
         self.capacity, self.threshold = capacity, threshold
         num_recursions = len(capacity)
         self.sums = torch.zeros(num_recursions, BINS, 3, dtype=torch.float64, device=device)
-        """[Nr, BINS, (candidates, their scores, how many were kept)]"""
+        """[Nr, BINS, (number of candidates, sum of their scores, number kept)]"""
         self.agreed = torch.zeros(num_recursions, dtype=torch.float64, device=device)
         """Candidates that threshold and top-k treat alike, [Nr]."""
 
     def add(self, logits: list[Tensor], depths: Tensor) -> None:
-        """One pass that selected by top-k.
+        """Add one pass that selected by top-k.
 
         Args:
-            logits: of its recursions, from `router_logits`.
-            depths: recursions that each token passed, [B, S]; -1 at padding.
+            logits: those of its recursions, from `router_logits`.
+            depths: recursions that each token took, [B, S]; -1 at padding.
         """
         depths = depths[depths >= 0]
         for r, logit in enumerate(logits):
@@ -70,7 +74,7 @@ class Calibration:
             self.agreed[r] += ((score >= self.threshold).double() == kept).sum()
 
     def tensors(self) -> list[Tensor]:
-        """What several ranks add up."""
+        """The tensors that are summed over ranks."""
         return [self.sums, self.agreed]
 
     def report(self) -> list[dict]:

@@ -1,8 +1,8 @@
-"""What a model is evaluated on: sequences of tokens, each with the token that follows.
+"""The sequences on which a model is evaluated: tokens, each with the token that follows.
 
-Two sources, one form. An indexed corpus is read as validation in training reads it, sample by sample, so that a
-checkpoint can be given the very loss that its run reported. Raw text is packed as training packs it: documents one
-after the other, each closed by the end-of-document token, cut into pieces of equal length.
+There are two sources. An indexed corpus is read sample by sample, as validation in training reads it, so that a
+checkpoint reproduces the loss that its run reported. Raw text is packed as in training: documents follow one another,
+each ends with the end-of-document token, and the stream is cut into pieces of equal length.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Piece:
     tokens: Tensor
     """[n] int64"""
     labels: Tensor
-    """[n] int64: the token after each; IGNORED where it does not count."""
+    """[n] int64: the token after each; IGNORED where nothing is predicted."""
 
 
 @dataclass(frozen=True)
 class Padded:
-    """Pieces side by side, padded on the right."""
+    """A batch of pieces, padded on the right."""
 
     tokens: Tensor
     """[B, S] int64"""
@@ -55,7 +55,7 @@ class Padded:
 
 
 def pad(pieces: Sequence[Piece]) -> Padded:
-    """Pieces of any lengths as one batch."""
+    """Combine pieces of any lengths into one batch."""
     longest = max(len(piece.tokens) for piece in pieces)
     tokens = torch.zeros(len(pieces), longest, dtype=torch.int64)
     mask, labels = torch.zeros_like(tokens), torch.full_like(tokens, IGNORED)
@@ -66,7 +66,7 @@ def pad(pieces: Sequence[Piece]) -> Padded:
 
 
 def settings_of(path: Path, exported: MoRConfig) -> Config:
-    """What is known of the data: the run's settings for a checkpoint, defaults that fit the model for an export."""
+    """The settings of the data: those of the run for a checkpoint, defaults that fit the model for an export."""
     if is_export(path):
         return training_config(exported)
     return read_run_config(newest_checkpoint(path))[0]
@@ -76,10 +76,10 @@ class IndexedPieces:
     """The first samples of a corpus's validation split, in the order in which `training.evaluate` takes them.
 
     Args:
-        config: its data section and seed say which samples these are; its vocabulary is resolved.
-        count: samples; at most one pass over the split (a blend repeats its smaller corpora, as in training).
+        config: its data section and seed determine the samples; its vocabulary size is resolved.
+        count: number of samples; at most one pass over the split (a blend repeats its smaller corpora, as in training).
     Raises:
-        ValueError: there is no such corpus or it does not fit (see `build_datasets`), or documents are kept apart.
+        ValueError: the corpus is missing or does not fit (see `build_datasets`), or the run keeps documents apart.
     """
 
     def __init__(self, config: Config, count: int):
@@ -114,15 +114,15 @@ def text_pieces(
     count: int,
     eod: int | None = None,
 ) -> list[Piece]:
-    """Raw text, cut into pieces; every token is predicted once, ends of documents too.
+    """Raw text, cut into pieces. Every token is predicted once, including the ends of documents.
 
     Args:
         paths: files as `tools/preprocess_data.py` takes them; records have their text under `text`.
-        tokenizer: None: the text is ids.
-        vocab_size: of the model.
-        length: tokens of a piece; the last one may be shorter.
-        count: pieces to make at most.
-        eod: what ends a document; default the tokenizer's eos.
+        tokenizer: if None, the text consists of ids.
+        vocab_size: that of the model.
+        length: tokens per piece; the last one may be shorter.
+        count: maximum number of pieces.
+        eod: id that ends a document; default: the tokenizer's eos.
     Raises:
         ValueError: a file cannot be read, a record is broken, or there is nothing to predict.
     """
@@ -140,13 +140,13 @@ def _stream(
     paths: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, eod: int | None
 ) -> Iterator[int]:
     if eod is not None:
-        yield eod  # what the first document's first token follows
+        yield eod  # precedes the first token of the first document
     if tokenizer is not None:
         to_ids = encoder_of_training(tokenizer)
     for part in plan(list(paths)):
         for document in read(part):
             if isinstance(document, Broken):
-                raise ValueError(f"{describe([document])[0]}: correct it, or leave it out")
+                raise ValueError(f"{describe([document])[0]}: correct it, or remove it")
             text = document.texts[0]
             if not text.strip():
                 continue
@@ -159,11 +159,11 @@ def _stream(
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
-    """Bytes of UTF-8 that each id stands for in a text, [vocab_size] int64; 0 for special tokens.
+    """Number of UTF-8 bytes that each id represents in a text, [vocab_size] int64; 0 for special tokens.
 
-    The bytes of a text are the sum over its tokens, wherever it is cut.
+    The bytes of a text are the sum over its tokens, so a text may be cut anywhere.
     """
-    # Behind another token: some tokenizers drop a space where a text begins.
+    # Decoded after another token, because some tokenizers drop a leading space.
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1]
     before = len(tokenizer.decode([anchor]).encode())
     special = set(tokenizer.all_special_ids)
@@ -172,7 +172,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
     texts = tokenizer.batch_decode([[anchor, i] for i in ids], clean_up_tokenization_spaces=False)
     for i, text in zip(ids, texts, strict=True):
         counts[i] = len(text.encode()) - before
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # part of a character, which no text can show
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # part of a character, which cannot be decoded alone
             name = tokenizer.convert_ids_to_tokens(i)
             # Byte fallback writes <0xE2>; byte-level vocabularies have one character for each byte.
             counts[i] = 1 if name.startswith("<0x") else len(name)

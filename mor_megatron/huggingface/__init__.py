@@ -1,1 +1,1 @@
-"""Mixture-of-Recursions for transformers, and the way in and out of it."""
+"""Mixture-of-Recursions models for transformers: the exported model, export and import."""

@@ -1,1 +1,1 @@
-"""Running trained models: loading, generating, showing what was routed where."""
+"""Running trained models: loading, generation, and pictures of token depths."""

@@ -18,42 +18,42 @@ from mor_megatron.inference.generation import sampling
 logger = logging.getLogger(__name__)
 
 PROMPT = "prompt"
-"""Field of a record that holds a prompt."""
+"""Field of a record that contains the prompt."""
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What followed one prompt."""
+    """The continuation of one prompt."""
 
     tokens: tuple[int, ...]
-    """Without the token that ended it."""
+    """Generated ids, without the token that ended the sequence."""
     depths: tuple[int, ...]
-    """Recursions that each passed."""
+    """Number of recursions that each token took."""
     is_finished: bool
-    """It ended by itself."""
+    """Whether the model ended the sequence itself."""
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file: the lines of a text, or the field `prompt` of records (JSON lines, parquet, compressed too).
+    """Read prompts: the lines of a text, or the field `prompt` of records (JSON lines or parquet; also compressed).
 
-    A record's prompt may be empty. Blank lines of a text are left out, with a notice.
+    The prompt of a record may be empty. Blank lines of a text are skipped, with a notice.
 
     Raises:
-        ValueError: it cannot be read, a record is broken, or there is no prompt in it.
+        ValueError: the file cannot be read, a record is broken, or there is no prompt.
     """
     if path.suffix in (".txt", ".text", ".md"):
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         prompts = [line for line in lines if line.strip()]
         if len(prompts) < len(lines):
-            logger.warning(f"{path}: {len(lines) - len(prompts)} of {len(lines)} lines are blank and left out")
+            logger.warning(f"{path}: skipped {len(lines) - len(prompts)} blank lines of {len(lines)}")
     else:
         records = [record for part in plan([str(path)], keys=(PROMPT,)) for record in read(part)]
         broken = [record for record in records if isinstance(record, Broken)]
         if broken:
-            raise ValueError(f"{describe(broken[:1])[0]}: correct it, or leave it out")
+            raise ValueError(f"{describe(broken[:1])[0]}: correct it, or remove it")
         prompts = [record.texts[0] for record in records]
     if not prompts:
-        raise ValueError(f"prompts={path} holds no prompt: give one a line, or records with the field {PROMPT!r}")
+        raise ValueError(f"prompts={path} contains no prompt: give one per line, or records with the field {PROMPT!r}")
     return prompts
 
 
@@ -69,21 +69,25 @@ def generate_all(
     depth: int | None = None,
     router_threshold: float | None = None,
 ) -> Iterator[Continuation]:
-    """Continue every prompt, in their order. Without drawing, a batch changes nothing; other arguments as `generate`.
+    """Continue all prompts, in order. Without sampling, the results do not depend on how prompts are batched.
+
+    Other arguments are those of `generate`.
 
     Raises:
         ValueError: a setting does not apply.
     """
     options = sampling(temperature, top_k, top_p)
-    orders = {"depth": depth, "router_threshold": router_threshold}
-    orders = {name: value for name, value in orders.items() if value is not None}
+    routing_options = {"depth": depth, "router_threshold": router_threshold}
+    routing_options = {name: value for name, value in routing_options.items() if value is not None}
     for start in range(0, len(prompts), batch_size):
-        yield from _generate(model, prompts[start : start + batch_size], max_new_tokens, options | orders, orders)
+        yield from _generate(
+            model, prompts[start : start + batch_size], max_new_tokens, options | routing_options, routing_options
+        )
 
 
 @torch.no_grad()
 def _generate(
-    model: MoRForCausalLM, prompts: Sequence[list[int]], max_new_tokens: int, options: dict, orders: dict
+    model: MoRForCausalLM, prompts: Sequence[list[int]], max_new_tokens: int, options: dict, routing_options: dict
 ) -> Iterator[Continuation]:
     longest = max(map(len, prompts))
     padding = model.generation_config.pad_token_id or 0
@@ -94,7 +98,7 @@ def _generate(
     tokens = model.generate(
         ids, attention_mask=mask, max_new_tokens=max_new_tokens, cache=cache, pad_token_id=padding, **options
     )
-    model(tokens[:, cache.get_seq_length() :], cache=cache, **orders)  # the last tokens were chosen, but not taken in
+    model(tokens[:, cache.get_seq_length() :], cache=cache, **routing_options)  # the cache lacks the last tokens
     ends = model.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
     for row, depths in zip(tokens[:, longest:].tolist(), cache.depths[:, longest:].tolist(), strict=True):

@@ -18,12 +18,12 @@ class Token:
 
     id: int
     depth: int
-    """Recursions that it passed."""
+    """Number of recursions that it took."""
     generated: bool
 
 
 class _Stream(BaseStreamer):
-    """Hands on each token once its depth is known: when the model has taken it in, to find the one after it."""
+    """Passes each token on once its depth is known, which is when the model has processed it."""
 
     def __init__(self, cache: MoRCache, show: Callable[[Token], None]):
         self.cache, self.show = cache, show
@@ -39,7 +39,7 @@ class _Stream(BaseStreamer):
         self.flush()
 
     def flush(self) -> None:
-        """Show the tokens that the cache knows."""
+        """Pass on the tokens that are in the cache."""
         known = self.cache.get_seq_length()
         while self.waiting and self.shown < known:
             token, generated = self.waiting.pop(0)
@@ -60,11 +60,11 @@ def generate(
     depth: int | None = None,
     router_threshold: float | None = None,
 ) -> MoRCache:
-    """Continue a text; `show` gets every token of the prompt and of the continuation as soon as its depth is known.
+    """Continue a text. `show` receives every token of prompt and continuation as soon as its depth is known.
 
     Args:
-        temperature: 0 takes the most likely token; otherwise tokens are drawn.
-        top_k, top_p: draw among the k most likely tokens; among those that make up the fraction p.
+        temperature: 0 takes the most likely token; above 0, tokens are sampled.
+        top_k, top_p: sample from the k most likely tokens; from the most likely tokens of total probability p.
         depth, router_threshold: see `MoRForCausalLM.forward`.
     Returns:
         Keys and values of the whole text.
@@ -72,8 +72,8 @@ def generate(
         ValueError: a setting does not apply.
     """
     options = sampling(temperature, top_k, top_p)
-    orders = {"depth": depth, "router_threshold": router_threshold}
-    orders = {name: value for name, value in orders.items() if value is not None}
+    routing_options = {"depth": depth, "router_threshold": router_threshold}
+    routing_options = {name: value for name, value in routing_options.items() if value is not None}
     cache = MoRCache(model.config)
     stream = _Stream(cache, show)
     ids = torch.tensor([prompt], device=model.device)
@@ -85,15 +85,15 @@ def generate(
         streamer=stream,
         pad_token_id=model.generation_config.pad_token_id or 0,
         **options,
-        **orders,
+        **routing_options,
     )
-    model(tokens[:, cache.get_seq_length() :], cache=cache, **orders)  # the last token was chosen, but not taken in
+    model(tokens[:, cache.get_seq_length() :], cache=cache, **routing_options)  # the cache lacks the last token
     stream.flush()
     return cache
 
 
 def sampling(temperature: float, top_k: int | None, top_p: float | None) -> dict[str, bool | float | int]:
-    """Arguments of transformers' `generate` for how tokens are chosen; see `generate`.
+    """Sampling arguments of transformers' `generate`; see `generate` for their meaning.
 
     Raises:
         ValueError: a setting does not apply.
@@ -101,7 +101,7 @@ def sampling(temperature: float, top_k: int | None, top_p: float | None) -> dict
     if temperature < 0.0:
         raise ValueError(f"temperature={temperature} must be 0 (the most likely token) or more")
     if temperature == 0.0 and (top_k is not None or top_p is not None):
-        raise ValueError("top-k and top-p choose among tokens to draw from: give a --temperature above 0")
+        raise ValueError("top-k and top-p restrict sampling: give a --temperature above 0")
     if temperature == 0.0:
         return {"do_sample": False}
     return {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}

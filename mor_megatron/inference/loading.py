@@ -1,4 +1,4 @@
-"""A model to run, from an export or straight from a checkpoint of any layout."""
+"""Load a model to run, from an export or directly from a checkpoint of any layout."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from mor_megatron.huggingface.tokenizer import export_tokenizer
 
 
 def is_export(path: str | Path) -> bool:
-    """Whether this is a directory for transformers; else it is a checkpoint of ours, or nothing."""
+    """Whether a path is a transformers directory. Otherwise it can only be one of our checkpoints."""
     return (Path(path) / "config.json").exists()
 
 
 def load_model(
     path: str | Path, dtype: str = "fp32", device: str | None = None
 ) -> tuple[MoRForCausalLM, PreTrainedTokenizerBase | None]:
-    """The model in evaluation mode, and its tokenizer if it has one.
+    """Load a model in evaluation mode, and its tokenizer if it has one.
 
-    The code is this package's own: none that lies beside the weights is run.
+    The code of this package runs; code stored beside the weights does not.
 
     Args:
         path: an export, a run's directory, or one checkpoint in it.
         dtype: fp32, bf16 or fp16.
-        device: default CUDA where there is one.
+        device: default: CUDA if available, otherwise the CPU.
     Raises:
-        ValueError: there is no model, or it is damaged.
+        ValueError: the path contains no model, or a damaged one.
     """
     path = Path(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,39 +50,41 @@ def load_model(
 
 
 def _read_export(path: Path, dtype: torch.dtype) -> MoRForCausalLM:
-    """transformers would fill in what is missing at random, and take a model of another kind for one of ours."""
+    """Load an export, and refuse what transformers accepts: missing weights, and models of another kind."""
     try:
         kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
         if kind != MoRForCausalLM.config_class.model_type:
-            raise ValueError(f"model={path} is a {kind} model: bring it in by tools/import_hf.py")
+            raise ValueError(f"model={path} is a {kind} model: import it with tools/import_hf.py")
         model, found = MoRForCausalLM.from_pretrained(
             path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"model={path} cannot be read: {str(error).splitlines()[0]}") from error
-    for fault, verb in (("missing_keys", "lacks"), ("mismatched_keys", "has another shape of")):
+    for fault, verb in (("missing_keys", "lacks"), ("mismatched_keys", "has the wrong shape for")):
         for name in sorted(found[fault]):
             raise ValueError(f"model={path} {verb} {name if isinstance(name, str) else name[0]}: export it again")
     return model
 
 
-def opening(model: MoRForCausalLM) -> list[int]:
-    """What stands before a document in training, from which a text without a prompt begins.
+def document_start(model: MoRForCausalLM) -> list[int]:
+    """The token that precedes a document in training; a text without a prompt starts from it.
 
     Raises:
-        ValueError: nothing stands there.
+        ValueError: the model has no such token.
     """
     token = model.generation_config.bos_token_id
     if token is None:
-        raise ValueError("this model knows no beginning of a document, for its run named no tokenizer: give a prompt")
+        raise ValueError(
+            "this model has no token that begins a document, because its run had no tokenizer: give a prompt"
+        )
     return [token]
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> list[int]:
-    """Ids of a text; without a tokenizer, text is ids: decimal numbers separated by white space.
+    """Ids of a text. Without a tokenizer, the text consists of ids: decimal numbers separated by white space.
 
     Raises:
-        ValueError: there is nothing in it, or something that is no id.
+        ValueError: the text is empty, or contains something that is not an id.
     """
     if tokenizer is not None:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -90,7 +92,9 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
         words = text.split()
         wrong = [word for word in words if not word.isdecimal() or int(word) >= vocab_size]
         if wrong:
-            raise ValueError(f"{wrong[0]!r} is no id below {vocab_size}: the model has no tokenizer, give numbers")
+            raise ValueError(
+                f"{wrong[0]!r} is not an id below {vocab_size}: the model has no tokenizer, so give numbers"
+            )
         ids = [int(word) for word in words]
     if not ids:
         raise ValueError("the text is empty: give at least one token")
@@ -98,29 +102,29 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
 
 
 def continuation(prompt: Sequence[int], tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Text that tokens add to that of a prompt: some tokenizers strip a space where a text begins."""
+    """The text that tokens add to a prompt. They are decoded together: some tokenizers strip a leading space."""
     if tokenizer is None:
         return " ".join(map(str, tokens))
     whole, before = tokenizer.decode([*prompt, *tokens]), tokenizer.decode(list(prompt))
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(tokens))
 
 
-class Pieces:
-    """Text of tokens one at a time, in a stream.
+class StreamDecoder:
+    """Decodes a stream of tokens one at a time.
 
-    A character may need several tokens: the last of them gets it.
+    If a character spans several tokens, its text belongs to the last of them.
 
     Args:
-        tokenizer: None: the text of a token is its number.
+        tokenizer: if None, the text of a token is its number.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None):
         self.tokenizer = tokenizer
-        self._ids: list[int] = []  # of the characters not yet complete, after one token that is
+        self._ids: list[int] = []  # one complete token, then those of the incomplete character
         self._shown = ""
 
     def next(self, token: int) -> str:
-        """What a token adds to the text."""
+        """The text that a token adds."""
         if self.tokenizer is None:
             return f"{token} "
         self._ids.append(token)
@@ -136,7 +140,7 @@ class Pieces:
         return piece
 
     def rest(self) -> str:
-        """What the last tokens would have begun, at the end of a text: replacement characters."""
+        """Replacement characters for an incomplete character at the end of the text."""
         if self.tokenizer is None or not self._ids:
             return ""
         return self.tokenizer.decode(self._ids, skip_special_tokens=False)[len(self._shown) :]

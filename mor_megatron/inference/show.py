@@ -1,4 +1,4 @@
-"""Depths of tokens for people: coloured text in a terminal, an HTML page, a heat map, means by kind of token."""
+"""Display of token depths: coloured text in a terminal, an HTML page, a heat map, means by kind of token."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 Shown = tuple[str, int]
-"""Text of a token, and the recursions that it passed."""
+"""Text of a token, and the number of recursions that it took."""
 
 _TERMINAL = (34, 36, 32, 33, 31, 35)
 """Colours from shallow to deep, as ANSI codes."""
 
 
 def terminal(piece: str, depth: int, num_recursions: int) -> str:
-    """The text in the colour of its depth."""
+    """A text in the terminal colour of its depth."""
     return f"\x1b[{_TERMINAL[_step(depth, num_recursions, len(_TERMINAL))]}m{piece}\x1b[0m"
 
 
@@ -25,7 +25,7 @@ def legend(num_recursions: int) -> str:
 
 
 def page(tokens: Iterable[Shown], num_recursions: int, title: str) -> str:
-    """A text as an HTML page that needs nothing else: the darker a token, the deeper it went."""
+    """A text as a self-contained HTML page: the darker a token, the deeper it went."""
     spans = []
     for piece, depth in tokens:
         text = html.escape(piece).replace("\n", "&#8629;<br>")
@@ -38,7 +38,7 @@ def page(tokens: Iterable[Shown], num_recursions: int, title: str) -> str:
 
 
 def table_page(tokens: list[Shown], num_recursions: int, title: str, means: dict[str, tuple[float, int]]) -> str:
-    """Tokens x recursions as an HTML table, and means by class."""
+    """Tokens x recursions and the means by class, as an HTML page."""
     head = "".join(f"<th>{r + 1}</th>" for r in range(num_recursions))
     rows = [f"<tr><th>token</th>{head}</tr>"]
     for piece, depth in tokens:
@@ -80,7 +80,7 @@ def heat_map(tokens: list[Shown], num_recursions: int, title: str, path: Path, w
 
 
 def token_class(piece: str) -> str:
-    """What kind of token a text is: by its first visible character, and whether a word begins or goes on."""
+    """The kind of a token, by its first visible character and whether it begins or continues a word."""
     visible = piece.strip()
     if not visible:
         return "white space"
@@ -94,7 +94,7 @@ def token_class(piece: str) -> str:
 
 
 def class_means(tokens: Iterable[Shown]) -> dict[str, tuple[float, int]]:
-    """Mean depth and number of tokens of each class, the commonest first."""
+    """Mean depth and number of tokens of each class, the most common first."""
     depths: dict[str, list[int]] = defaultdict(list)
     for piece, depth in tokens:
         depths[token_class(piece)].append(depth)
@@ -103,7 +103,7 @@ def class_means(tokens: Iterable[Shown]) -> dict[str, tuple[float, int]]:
 
 
 def _step(depth: int, num_recursions: int, steps: int) -> int:
-    """Depths 1..Nr spread over steps 0..steps-1."""
+    """Map depths 1..Nr to steps 0..steps-1."""
     if num_recursions == 1:
         return 0
     return round((depth - 1) / (num_recursions - 1) * (steps - 1))

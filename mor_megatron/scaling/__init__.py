@@ -1,1 +1,1 @@
-"""Families of runs for scaling experiments: what to run, and what came out."""
+"""Families of runs for scaling experiments: plans, training, fits and reports."""

@@ -1,14 +1,14 @@
 """A family of isoFLOP runs: methods x sizes x seeds, each trained for several budgets of FLOPs.
 
 A budget counts forward FLOPs as the paper does (planning/accounting.py). The learning rate is constant after warm-up
-and decays over the last fifth (WSD), so that runs of one model to different budgets have their beginnings in common:
-a *trunk* at constant rate is trained once, and from where the last fifth of each budget would begin, a *decay* branches
-off its checkpoint. Data, optimizer and iteration count go on, so a trunk and its decay are one WSD run, bit for bit.
+and decays over the last fifth (WSD), so runs of one model to different budgets start with the same iterations. A
+*trunk* at constant rate is trained once. Where the last fifth of a budget begins, a *decay* branches off the trunk's
+checkpoint. Data, optimizer and iteration count continue, so a trunk and its decay equal one WSD run, bit for bit.
 
     DIR/family.json                          every run, for `report`
-    DIR/vanilla-360m-seed1/trunk-2e18.yaml   the trunk as far as this budget needs it; resumes the one before
-    DIR/vanilla-360m-seed1/decay-2e18.yaml   its last fifth
-    DIR/run.sh                               all of them, in an order that works
+    DIR/vanilla-360m-seed1/trunk-2e18.yaml   the trunk as far as this budget needs it; resumes the previous part
+    DIR/vanilla-360m-seed1/decay-2e18.yaml   the last fifth of the run
+    DIR/run.sh                               all runs, each after those that it needs
     DIR/submit.sh                            the same as Slurm jobs; a decay waits for its part of the trunk
 """
 
@@ -32,12 +32,12 @@ FAMILY = "family.json"
 
 @dataclass(frozen=True)
 class Recipe:
-    """The schedule, the same for all members."""
+    """The learning-rate schedule of all members."""
 
     decay_fraction: float = 0.2
-    """Part of a run over which the rate falls to min-lr."""
+    """Fraction of a run over which the rate falls to min-lr."""
     warmup_fraction: float = 0.05
-    """Warm-up, as a part of the run with the smallest budget; equally many iterations for every budget."""
+    """Warm-up, as a fraction of the run with the smallest budget; its iterations are the same for every budget."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Run:
     size: str
     seed: int
     budget: float
-    """Forward FLOPs, the paper's accounting."""
+    """Forward FLOPs, by the paper's accounting."""
     iterations: int
     branch: int
-    """Iterations of the trunk before the decay."""
+    """Number of iterations of the trunk before the decay."""
     directory: str
-    """Of the model and seed: trunk, decays and their settings."""
+    """Directory of the model and seed: trunk, decays and their settings."""
 
     @property
     def label(self) -> str:
@@ -77,7 +77,7 @@ class Run:
 
 
 def budget_label(budget: float) -> str:
-    """16.5e18 as 1.65e19."""
+    """Format a budget: 16.5e18 is 1.65e19."""
     return f"{budget:.4g}".replace("e+", "e")
 
 
@@ -95,19 +95,19 @@ def plan_family(
     settings: Sequence[str] = (),
     recipe: Recipe | None = None,
 ) -> list[tuple[Run, Config, Config]]:
-    """Work out every run; nothing is written.
+    """Plan every run; nothing is written.
 
     Args:
-        directory: of the family.
-        methods: files of settings, one a method (examples/configs).
-        sizes: files of settings, one a size; read after the method's.
+        directory: directory of the family.
+        methods: settings files, one per method (examples/configs).
+        sizes: settings files, one per size, read after the method's.
         budgets: forward FLOPs by the paper's accounting.
-        seeds: of weights and data order.
-        settings: flags of every run, which win over the files.
+        seeds: seeds for weights and data order.
+        settings: flags for every run; they take precedence over the files.
     Returns:
-        Runs with the settings of trunk and decay, seed after seed; of one model, from the smallest budget up.
+        The runs with the settings of trunk and decay, grouped by seed; for one model, in order of the budgets.
     Raises:
-        ValueError: settings do not fit, or a budget is too small for a schedule; names the model and the budget.
+        ValueError: settings do not fit, or a budget is too small for the schedule; names the model and the budget.
     """
     recipe = recipe or Recipe()
     _check(methods, sizes, budgets, seeds, recipe)
@@ -125,7 +125,9 @@ def _member(
     directory: Path, method: str, size: str, base: Config, budgets: list[float], recipe: Recipe
 ) -> list[tuple[Run, Config, Config]]:
     if base.training.global_batch_size is None:
-        raise ValueError("global-batch-size is not set: give it, a budget must not depend on the number of ranks")
+        raise ValueError(
+            "global-batch-size is not set: give it, because a budget must not depend on the number of ranks"
+        )
     parallel = base.parallel
     ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     warmup = round(recipe.warmup_fraction * iterations_for_budget(base, budgets[0]))
@@ -147,7 +149,7 @@ def _member(
 
 
 def _trunk(run: Run, base: Config, warmup: int) -> Config:
-    # Evaluated are decays alone: a loss at constant rate answers nothing here. keep-last would delete what they need.
+    # Only decays are evaluated: losses at constant rate are not used. keep-last would delete what they need.
     return replace(
         base,
         optimizer=replace(
@@ -203,8 +205,8 @@ def write_family(directory: Path, family: Sequence[tuple[Run, Config, Config]]) 
 def _run_script(runs: Iterable[Run]) -> str:
     lines = [
         "#!/bin/sh",
-        "# All runs of the family, one after another, from the root of the repository. A run that was interrupted goes",
-        '# on, one that has finished ends at once. LAUNCH starts a run, such as "torchrun --nproc-per-node 8".',
+        "# All runs of the family, one after another, from the root of the repository. An interrupted run",
+        '# continues, and a finished one ends at once. LAUNCH starts a run, such as "torchrun --nproc-per-node 8".',
         "set -e",
     ]
     for run in runs:
@@ -216,7 +218,7 @@ _SUBMIT = """\
 #!/bin/sh
 # The family as Slurm jobs, from the root of the repository; arguments are options of tools/launch_slurm.py:
 #   sh DIR/submit.sh --nodes 4 --gpus-per-node 8 --time 12:00:00
-# A decay, and the next part of its trunk, wait for the part of the trunk before them.
+# A decay and the next part of its trunk wait for the previous part of the trunk.
 set -e
 submit() { # job to wait for or "", name, settings, options
     after=$1 name=$2 settings=$3
@@ -243,10 +245,10 @@ def _submit_script(runs: Iterable[Run]) -> str:
 
 
 def read_family(directory: Path) -> list[Run]:
-    """The runs of a family that was written.
+    """Read the runs of a family.
 
     Raises:
-        ValueError: there is none, or its file is not one.
+        ValueError: the directory has no family file, or the file is not valid.
     """
     path = directory / FAMILY
     try:
@@ -261,11 +263,13 @@ def _check(methods, sizes, budgets, seeds, recipe: Recipe) -> None:
     for name, values in (("methods", methods), ("sizes", sizes)):
         stems = [path.stem for path in values]
         if len(set(stems)) < len(stems):
-            raise ValueError(f"{name}={' '.join(map(str, values))}: two have one name; name each file differently")
+            raise ValueError(
+                f"{name}={' '.join(map(str, values))}: two files have the same name: give each its own name"
+            )
     if not all(0 < budget < float("inf") for budget in budgets) or len(set(map(budget_label, budgets))) < len(budgets):
         raise ValueError(f"budgets={' '.join(f'{b:g}' for b in budgets)} must be different numbers above 0")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={' '.join(map(str, seeds))} must be different")
     for name, value in (("decay-fraction", recipe.decay_fraction), ("warmup-fraction", recipe.warmup_fraction)):
         if not 0 <= value < 1 or (name == "decay-fraction" and value == 0):
-            raise ValueError(f"{name}={value} is out of range: use a part of the run, such as 0.2")
+            raise ValueError(f"{name}={value} is out of range: use a fraction of the run, such as 0.2")

@@ -14,15 +14,15 @@ class Parabola:
     """loss = minimum + curvature (ln N - ln optimum)^2, with curvature above 0."""
 
     optimum: float
-    """Parameters with the least loss."""
+    """Number of parameters with the lowest loss."""
     minimum: float
-    """That loss, nats a token."""
+    """The lowest loss, nats per token."""
     curvature: float
     inside: bool
-    """The optimum lies among the sizes that were trained; otherwise it is an extrapolation."""
+    """Whether the optimum lies between the trained sizes; otherwise it is an extrapolation."""
 
     def __call__(self, parameters: float) -> float:
-        """Loss of a model of so many parameters."""
+        """Loss of a model with this number of parameters."""
         return self.minimum + self.curvature * math.log(parameters / self.optimum) ** 2
 
 
@@ -35,7 +35,7 @@ class PowerLaw:
 
 
 def fit_parabola(parameters: Sequence[float], losses: Sequence[float]) -> Parabola | None:
-    """Least squares in ln N at one budget; None with fewer than three sizes, or where it opens downwards."""
+    """Least squares in ln N at one budget; None with fewer than three sizes, or if the parabola opens downwards."""
     if len(set(parameters)) < 3:
         return None
     x = np.log(parameters)
@@ -50,7 +50,7 @@ def fit_parabola(parameters: Sequence[float], losses: Sequence[float]) -> Parabo
 
 
 def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
-    """Least squares in the logarithms; None with fewer than three points, for a line through two proves nothing."""
+    """Least squares in the logarithms; None with fewer than three points: a line through two proves nothing."""
     if len(x) < 3:
         return None
     exponent, constant = np.polyfit(np.log(x), np.log(y), 1)

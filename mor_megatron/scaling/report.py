@@ -1,4 +1,4 @@
-"""Tables (Markdown) and the picture of an isoFLOP family, means over seeds."""
+"""Tables (Markdown) and the plot of an isoFLOP family, with means over seeds."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from mor_megatron.training.metrics import THRESHOLD_LOSS, TOPK_LOSS
 
 @dataclass(frozen=True)
 class Cell:
-    """Results of one budget, method and size: a seed each."""
+    """Results of one budget, method and size, one per seed."""
 
     results: tuple[RunResult, ...]
 
     @property
     def first(self) -> RunResult:
-        """Stands for what does not depend on the seed."""
+        """The first result, for everything that does not depend on the seed."""
         return self.results[0]
 
     def losses(self, name: str) -> list[float]:
-        """One loss a seed, nats a token."""
+        """One loss per seed, nats per token."""
         return [result.loss(name) for result in self.results]
 
     def mean(self, name: str) -> float:
-        """Over the seeds."""
+        """Mean of a loss over the seeds."""
         return statistics.fmean(self.losses(name))
 
     def half_range(self, name: str) -> float:
-        """(largest - smallest) / 2 over the seeds."""
+        """Half the range of a loss over the seeds."""
         return (max(self.losses(name)) - min(self.losses(name))) / 2
 
 
@@ -55,7 +55,7 @@ def group(results: Iterable[RunResult]) -> Family:
 
 
 def runs_table(family: Family) -> str:
-    """Every budget, method and size."""
+    """A table with one row per budget, method and size."""
     rows = [
         "| budget | method | size | parameters | unrolled | iterations | tokens | executed FLOPs | NLL top-k "
         "| NLL threshold | ± over seeds |",
@@ -75,7 +75,7 @@ def runs_table(family: Family) -> str:
 
 
 def optima_table(family: Family) -> str:
-    """Best size that was trained, and the minimum of the parabola, of every budget and method."""
+    """A table with the best trained size and the minimum of the parabola for every budget and method."""
     rows = [
         "| budget | method | best size trained | NLL top-k | NLL threshold | parameters at the parabola's minimum "
         "| NLL threshold there | minimum of each seed |",
@@ -97,9 +97,9 @@ def optima_table(family: Family) -> str:
 
 
 def differences_table(family: Family) -> str:
-    """Threshold loss of each method minus that of the first, at the same budget, size and seed; below 0 it is better.
+    """Threshold loss of each method minus that of the first, at the same budget, size and seed; below 0 is better.
 
-    Mean over the seeds, and half the range over them: a difference that the range covers is noise.
+    Gives the mean over the seeds and half their range: a difference smaller than the range is noise.
     """
     sizes = dict.fromkeys(
         cell.first.run.size for methods in family.values() for cells in methods.values() for cell in cells
@@ -121,7 +121,7 @@ def differences_table(family: Family) -> str:
 
 
 def growth(family: Family) -> list[str]:
-    """How the best size grows with the budget: a sentence a method."""
+    """How the best size grows with the budget, one sentence per method."""
     lines = []
     for method in dict.fromkeys(method for methods in family.values() for method in methods):
         fits = {budget: parabola(methods[method]) for budget, methods in family.items() if method in methods}
@@ -137,13 +137,13 @@ def growth(family: Family) -> list[str]:
 
 
 def parabola(cells: Sequence[Cell], name: str = THRESHOLD_LOSS) -> Parabola | None:
-    """Fit to one budget and method, all seeds together."""
+    """Fit a parabola to one budget and method, over all seeds."""
     points = [(result.parameters, result.loss(name)) for cell in cells for result in cell.results]
     return fit_parabola(*zip(*points, strict=True))
 
 
 def _minima(cells: Sequence[Cell]) -> str:
-    """The parabola's minimum of each seed alone."""
+    """The minimum of the parabola for each seed separately."""
     minima = []
     for seed in dict.fromkeys(result.run.seed for cell in cells for result in cell.results):
         mine = [(r.parameters, r.threshold) for cell in cells for r in cell.results if r.run.seed == seed]
@@ -153,7 +153,10 @@ def _minima(cells: Sequence[Cell]) -> str:
 
 
 def plot(family: Family, path: Path) -> None:
-    """Loss against parameters, a panel a budget: threshold filled and fitted, top-k hollow, bars the range of seeds."""
+    """Plot loss against parameters, one panel per budget.
+
+    Threshold losses are filled and fitted, top-k losses are hollow, and bars show the range of the seeds.
+    """
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,4 +1,4 @@
-"""What the runs of a family came to, from their metrics.jsonl."""
+"""Results of the runs of a family, from their metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from mor_megatron.training.metrics import THRESHOLD_LOSS, TOPK_LOSS
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: trunk up to the branch, and decay."""
+    """A finished run: the trunk up to the branch, and the decay."""
 
     run: Run
     parameters: int
-    """Unique, without embedding and head."""
+    """Number of unique parameters, without embedding and head."""
     unrolled: int
-    """The same of the vanilla model of this depth."""
+    """Number of parameters of the vanilla model of this depth, counted likewise."""
     tokens: int
     executed_flops: float
-    """Training, forward and backward, head included, tokens as they were routed; recomputation left out."""
+    """Executed training FLOPs: forward and backward, head included, tokens as they were routed, no recomputation."""
     topk: float
-    """Validation loss, whole-sequence selection, nats a token."""
+    """Validation loss with whole-sequence selection, nats per token."""
     threshold: float
-    """Validation loss, causal selection, nats a token."""
+    """Validation loss with causal selection, nats per token."""
 
     def loss(self, name: str) -> float:
         """One of `TOPK_LOSS` and `THRESHOLD_LOSS`."""
@@ -43,10 +43,10 @@ class RunResult:
 
 
 def read_result(run: Run) -> RunResult | None:
-    """The result of a run, None if it has not finished.
+    """The result of a run; None if it has not finished.
 
     Raises:
-        ValueError: its settings cannot be read, its metrics are not metrics, or no validation loss was finite.
+        ValueError: its settings or metrics cannot be read, or its validation loss is not finite.
     """
     records = [*_records(run.trunk, 0, run.branch), *_records(run.decay, run.branch, run.iterations)]
     steps = [record for record in records if "lm_loss" in record]
@@ -69,7 +69,7 @@ def read_result(run: Run) -> RunResult | None:
 
 
 def executed_flops(config: Config, steps: list[dict]) -> Iterator[float]:
-    """Executed training FLOPs of each iteration, from the fractions of tokens that it reports."""
+    """Executed training FLOPs of each iteration, from the fractions of tokens that the run reported."""
     tokens = config.training.global_batch_size * config.data.seq_length
     for step in steps:
         fractions = measured_fractions(step, config.recursion.num_recursions)

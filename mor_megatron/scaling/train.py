@@ -1,4 +1,4 @@
-"""All runs of a family in one process, one after another: start-up is long beside the runs of a small experiment."""
+"""Train all runs of a family in one process: in a small experiment, start-up takes long compared with a run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mor_megatron.scaling.family import Run, checkpoint_of
 
 
 def train_family(runs: Iterable[Run]) -> bool:
-    """Train what has not finished, each trunk before its decays.
+    """Train all runs that have not finished, each trunk before its decays.
 
     Returns:
-        Whether all of it is finished; False: a signal or a time limit stopped it, and the run at hand was saved.
+        Whether all runs have finished. False: a signal or a time limit stopped the current run, which was saved.
     Raises:
-        ValueError: settings, data or checkpoint do not fit; and what else `pretrain` raises.
+        ValueError: settings, data or checkpoint do not fit. Other errors of `pretrain` are passed on.
     """
     for run in runs:
         for path in run.configs:
@@ -25,5 +25,5 @@ def train_family(runs: Iterable[Run]) -> bool:
                 print(f"== {path}", flush=True)
                 if not pretrain(config):
                     return False
-                gc.collect()  # engines refer to themselves
+                gc.collect()  # engines refer to themselves, so they need the garbage collector
     return True

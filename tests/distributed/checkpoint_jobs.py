@@ -1,4 +1,4 @@
-"""What a worker does for the tests of checkpoints: train and save, or resume, on the samples of each iteration."""
+"""Jobs of workers in the checkpoint tests: train and save, or resume, on the samples of each iteration."""
 
 from __future__ import annotations
 

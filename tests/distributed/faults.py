@@ -1,4 +1,4 @@
-"""Errors that a parallel implementation could well have, put into a model on purpose: the comparison must see each."""
+"""Plausible errors of a parallel implementation, planted in a model: the comparison must detect each of them."""
 
 from __future__ import annotations
 

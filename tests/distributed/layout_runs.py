@@ -1,4 +1,4 @@
-"""What a worker does for one cell of the table, and how two results are compared."""
+"""The job of a worker for one cell of the table, and the comparison of two results."""
 
 from __future__ import annotations
 

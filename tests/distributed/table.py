@@ -1,7 +1,7 @@
 """The table of the layout tests: named layouts, named models, and the configuration of each pair.
 
-Everything is tiny, but nothing divides evenly that need not: odd numbers of kept tokens, a vocabulary that wants
-padding, masks that count other numbers of tokens on each rank.
+Everything is tiny, and sizes do not divide evenly unless they must: odd numbers of kept tokens, a vocabulary that needs
+padding, masks that count different numbers of tokens on each rank.
 """
 
 from __future__ import annotations

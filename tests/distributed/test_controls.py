@@ -1,4 +1,4 @@
-"""The comparison of `test_layouts.py` turns red for errors that would not crash, and says where they are."""
+"""The comparison of `test_layouts.py` fails for errors that would not crash, and locates them."""
 
 from __future__ import annotations
 

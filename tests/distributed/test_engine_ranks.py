@@ -1,4 +1,4 @@
-"""DeepSpeed's own backward pass on two ranks: partitioned weights, ranks that differ in what they run, faults."""
+"""DeepSpeed's own backward pass on two ranks: partitioned weights, ranks that run different layers, faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validation losses do not depend on the layout, however tokens are selected; routers that drift are noticed."""
+"""Validation losses do not depend on the layout, however tokens are selected; routers that diverge are detected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What docs/extending.md promises: one file outside the package brings a sharing strategy and a routing method, and
+"""The claims of docs/extending.md: one file outside the package adds a sharing strategy and a routing method, and
 nothing else is edited. The file is examples/extension/parity.py."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of bytes in planning/memory.py, and its count of parameters, against what real engines hold."""
+"""The bytes and parameters that planning/memory.py predicts, compared with those of real engines."""
 
 from __future__ import annotations
 

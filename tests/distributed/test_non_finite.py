@@ -1,4 +1,4 @@
-"""A gradient that is not finite on one rank: no rank of any layout updates, the rank is named, and training goes on."""
+"""A non-finite gradient on one rank: no rank of any layout updates, the rank is named, and training continues."""
 
 from __future__ import annotations
 

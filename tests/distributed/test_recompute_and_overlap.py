@@ -1,4 +1,4 @@
-"""What may not change a bit of training: recomputed activations, and when messages of the ring are waited for."""
+"""Recomputed activations and overlapped messages of the ring do not change a bit of training."""
 
 from __future__ import annotations
 

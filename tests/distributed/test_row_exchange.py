@@ -1,4 +1,4 @@
-"""Rows that are cut by sequence over ranks move as rows do that are all in one place, forward and backward."""
+"""Rows sharded by sequence over ranks move like rows on one rank, forward and backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A decay that branches off a trunk is the run that had its schedule from the beginning."""
+"""A decay that branches off a trunk equals a run that had its schedule from the beginning."""
 
 import pytest
 from small_runs import assert_same_checkpoint, read_metrics, small_config

@@ -1,4 +1,4 @@
-"""Whole runs and their checkpoints: damage, failing disks, saving in the background, retention, fine-tuning."""
+"""Whole runs and their checkpoints: damage, failing disks, asynchronous saves, retention, fine-tuning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run on two tensor-parallel ranks, exported, and used as people use models."""
+"""A run on two tensor-parallel ranks is exported, and the export is used as users would."""
 
 from __future__ import annotations
 

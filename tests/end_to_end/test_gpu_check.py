@@ -1,4 +1,4 @@
-"""tools/gpu_check.py without a GPU: every stage runs on the CPU, and a number that disagrees turns it red."""
+"""tools/gpu_check.py without a GPU: every stage runs on the CPU, and a number that disagrees makes it fail."""
 
 from __future__ import annotations
 

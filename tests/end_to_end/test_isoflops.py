@@ -50,10 +50,8 @@ def test_results_are_those_of_the_trunk_and_the_decay(process_group, corpus, tmp
     directory = tmp_path / "family"
     family = plan_family(directory, files["methods"][1:], files["sizes"], [8e7, 1.2e8], [1])
     write_family(directory, family)
-    assert (
-        report(directory).stderr
-        == f"error: {directory}: no run has finished: train it, by {directory}/run.sh for example\n"
-    )
+    remedy = f"train the family, for example with {directory}/run.sh"
+    assert report(directory).stderr == f"error: {directory}: no run has finished: {remedy}\n"
     runs = read_family(directory)
     assert read_result(runs[0]) is None
     assert train_family(runs)

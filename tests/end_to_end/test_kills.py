@@ -1,8 +1,8 @@
-"""Ranks killed at random instants, saves included: the same command goes on, and the curve is that of a run left alone.
+"""Ranks killed at random instants, also during saves: the same command continues, with the curve of an undisturbed run.
 
 A run is started, killed (one rank or all), and started again with the same command until it reaches its end; then the
-next run begins, until the number of kills is used up. `pytest -m slow -s tests/end_to_end/test_kills.py` kills a
-hundred times and prints what each kill found.
+next run starts, until the number of kills is reached. `pytest -m slow -s tests/end_to_end/test_kills.py` kills a
+hundred times and prints the outcome of each kill.
 """
 
 from __future__ import annotations

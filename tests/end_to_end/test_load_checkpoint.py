@@ -1,4 +1,4 @@
-"""What a run begins with: which checkpoint, how much of it, and what has changed since. The tokenizer is in it."""
+"""What a run starts from: which checkpoint, how much of it, and what has changed since. It includes the tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training processes as srun starts them; one is killed in the middle, and the others stop and name it."""
+"""Training processes as srun starts them: one is killed during training, and the others stop and name it."""
 
 from __future__ import annotations
 

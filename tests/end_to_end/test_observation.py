@@ -1,4 +1,4 @@
-"""What a run tells of itself on request, and the evaluation of a checkpoint alone."""
+"""Optional output of a run (timers, profiles, ...), and the evaluation of a checkpoint without training."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The parallel benchmark's runs: the tied pipeline is the same model, the trace a whole schedule, the bytes add up."""
+"""Runs of the parallel benchmark: the tied pipeline is the same model, the trace is complete, the bytes add up."""
 
 from __future__ import annotations
 

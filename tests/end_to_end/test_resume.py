@@ -1,4 +1,4 @@
-"""Stopping and resuming changes nothing, bit for bit; and what a checkpoint refuses."""
+"""Stopping and resuming changes nothing, bit for bit; checkpoints that do not fit are refused."""
 
 import math
 

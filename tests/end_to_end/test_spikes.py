@@ -1,4 +1,4 @@
-"""A loss spike, real: text of another kind in the middle of what the model has learned. Reported, and rolled back."""
+"""A real loss spike, from another kind of text in the middle of the data, is reported and rolled back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that are told to stop: by a signal to any rank, by the clock, at an iteration. They save, say so, and go on."""
+"""Runs stopped by a signal to any rank, by a time limit, or at an iteration: they save, report it, and can continue."""
 
 from __future__ import annotations
 

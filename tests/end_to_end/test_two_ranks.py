@@ -1,4 +1,4 @@
-"""Two data-parallel ranks over gloo: the same numbers as one, resuming bit for bit, skipping together.
+"""Two data-parallel ranks over gloo: the same numbers as one rank, bit-identical resumes, skipped steps on both.
 
 One pair of ranks does all the work (`two_ranks_worker.py`); the tests read what it wrote.
 """

@@ -1,4 +1,4 @@
-"""A published model, here one with biases, becomes the beginning of a routed one, trains, and is exported."""
+"""A published model, here one with biases, becomes the start of a routed model, which is trained and exported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ranks of `test_two_ranks.py`: everything that two data-parallel ranks do, once, results as files.
+"""The ranks of `test_two_ranks.py`: two data-parallel ranks do all the work once, and write the results to files.
 
 Usage: two_ranks_worker.py CORPUS OUTPUT_DIRECTORY
 """

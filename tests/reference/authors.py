@@ -1,7 +1,7 @@
-"""Cases run with the authors' implementation: their settings, names and weights, mapped to ours.
+"""Reference cases from the authors' implementation: their settings, names and weights, mapped to ours.
 
 A case is one safetensors file: weights, inputs, outputs, losses and gradients, and a JSON `meta` with the settings.
-A setting this file does not know is an error, never a skip.
+A setting that this file does not know is an error, never a skip.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A checkpoint as the authors' program leaves it, imported: the same weights as the case itself."""
+"""An imported checkpoint of the authors' program has the same weights as the reference case."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Our model against the authors' numbers: logits, losses, gradients, selections, decoding.
+"""Our model compared with the authors' numbers: logits, losses, gradients, selections, decoding.
 
-`pytest tests/reference --reference-dir DIR` runs any other directory of such files. With CUDA, ours runs there.
+`pytest tests/reference --reference-dir DIR` runs another directory of such files. With CUDA, our model runs there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The authors' numbers from models that are divided among ranks: losses, router losses and every gradient."""
+"""Models divided among ranks reproduce the authors' numbers: losses, router losses and every gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slurm's commands and jobs in tests, and the run that its jobs are."""
+"""Slurm's commands and jobs in tests, and the run that the jobs execute."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The batch script under a real Slurm on one machine: what ends a job early, and that the curve does not show it.
+"""The batch script under a real Slurm on one machine: interruptions of a job do not change the curve.
 
 Two nodes with one rank each train on the CPU; their GPUs are fake. Every job is the file of the examples, submitted
-with other numbers. All that ends well has the loss curve and the checkpoint of a run that was never interrupted.
+with other numbers. Every completed job has the loss curve and the checkpoint of an uninterrupted run.
 """
 
 from __future__ import annotations

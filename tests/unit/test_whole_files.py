@@ -1,4 +1,4 @@
-"""Files are there whole or not at all, and whoever writes them hears of it."""
+"""Files are written completely or not at all, and failures are reported."""
 
 from __future__ import annotations
 

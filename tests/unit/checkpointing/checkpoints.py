@@ -1,4 +1,4 @@
-"""A small checkpoint as two tensor-parallel and two data-parallel ranks would write it, without any of them."""
+"""A small checkpoint as two tensor-parallel and two data-parallel ranks would write it, made by one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may differ between a checkpoint and the run that loads it: every setting has an answer."""
+"""Which settings may differ between a checkpoint and the run that loads it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which checkpoint is taken, whatever instant a run was killed at; which ones retention deletes."""
+"""Which checkpoint is loaded after a kill at any instant, and which ones retention deletes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of a checkpoint: any reader of safetensors reads them; nothing can be changed in them unnoticed."""
+"""Files of a checkpoint: any safetensors reader can read them, and every change is detected."""
 
 from __future__ import annotations
 

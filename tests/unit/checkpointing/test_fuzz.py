@@ -1,4 +1,4 @@
-"""Damaged checkpoints and corpora: the same content or one clear error that names the place; nothing in between."""
+"""Damaged checkpoints and corpora give the same content or one clear error that names the place."""
 
 from __future__ import annotations
 

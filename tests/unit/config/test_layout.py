@@ -1,4 +1,4 @@
-"""Layouts: what is refused, why, and whether the layouts that a refusal names do run."""
+"""Layouts: what is refused and why, and whether the layouts that a refusal suggests can run."""
 
 from __future__ import annotations
 

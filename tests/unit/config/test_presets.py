@@ -1,4 +1,4 @@
-"""Every preset method with every preset size: valid, of the published shape, and not wasteful of warnings."""
+"""Every preset method with every preset size is valid, has the published shape, and causes no needless warning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spoilt YAML files and flags: a configuration that holds, or one line that names the place."""
+"""Corrupted YAML files and flags give a valid configuration, or one line that names the place."""
 
 from __future__ import annotations
 

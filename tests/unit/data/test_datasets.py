@@ -1,4 +1,4 @@
-"""Samples and their order: a pure function of seed and consumed samples, dealt out without loss; document masks."""
+"""The order of samples is a pure function of seed and consumed samples, and none is lost; document masks."""
 
 from __future__ import annotations
 
@@ -309,14 +309,16 @@ def test_wrong_settings(change: dict, count, message: str, numbers: list[str], t
 
 
 def test_another_tokenizers_data(numbers: list[str], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds token 100 at byte 200, outside the vocabulary of 100"):
+    with pytest.raises(ValueError, match=r"has token 100 at byte 200, outside the vocabulary of 100"):
         train(settings(numbers[0], cache=tmp_path), 1, build_tokenizer("NullTokenizer", "99"))
 
 
 def test_damaged_corpus(corpus: str, tmp_path: Path) -> None:
     shutil.copy(f"{corpus}.idx", tmp_path / "c.idx")
     (tmp_path / "c.bin").write_bytes(Path(f"{corpus}.bin").read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"c\.bin ends at byte \d+, but by .*c\.idx its last sequence ends at byte"):
+    with pytest.raises(
+        ValueError, match=r"c\.bin ends at byte \d+, but according to .*c\.idx its last sequence ends at byte"
+    ):
         train(settings(str(tmp_path / "c")), 1)
 
 

@@ -1,4 +1,4 @@
-"""Whatever gives a text other ids is another tokenizer; corpora keep to theirs."""
+"""Tokenizers that give a text other ids have other fingerprints; corpora are bound to their tokenizer."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_corpus_is_read_with_its_tokenizer_only(corpus, texts, tokenizer, othe
     assert not caplog.messages
     Path(f"{foreign}.tokenizer.json").unlink()  # as from an older version, or from Megatron-LM
     read([corpus, foreign], tmp_path, tokenizer)
-    assert "foreign_text_document does not say which tokenizer it was made with" in caplog.messages[-1]
+    assert "foreign_text_document is unknown" in caplog.messages[-1]
     merge([corpus, foreign], str(tmp_path / "merged"))
     assert read_fingerprint(str(tmp_path / "merged")) is None, "nobody knows"
     Path(f"{foreign}.tokenizer.json").write_text("{")

@@ -1,4 +1,4 @@
-"""Finished corpora: every kind of damage is found and located; merging keeps all; the tools report and exit."""
+"""Finished corpora: every kind of damage is found and located, merging loses nothing, the tools report and exit."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def count(prefix: str) -> int:
 
 
 DAMAGE = {
-    "bin cut": (lambda p: shorten(p + ".bin", 6), r"copy\.bin ends at byte \d+, but by .*copy\.idx"),
+    "bin cut": (lambda p: shorten(p + ".bin", 6), r"copy\.bin ends at byte \d+, but according to .*copy\.idx"),
     "bin grown": (lambda p: patch(p + ".bin", Path(p + ".bin").stat().st_size, b"xx"), r"copy\.bin ends at byte"),
     "bin missing": (lambda p: Path(p + ".bin").unlink(), r"copy\.bin does not exist"),
     "idx missing": (lambda p: Path(p + ".idx").unlink(), r"copy\.idx does not exist"),
@@ -92,7 +92,7 @@ def test_merge_keeps_order_and_documents(texts, tokenizer, corpus: str, tmp_path
 def test_merge_refuses(corpus: str, copy: str, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "ids.jsonl", ["1"])
     wide = preprocess([source], str(tmp_path / "w"), build_tokenizer("NullTokenizer", "99999"), progress=False)
-    with pytest.raises(ValueError, match=r"holds int32 and .* holds uint16"):
+    with pytest.raises(ValueError, match=r"has dtype int32 and .* uint16"):
         merge([corpus, wide.prefixes[0]], str(tmp_path / "m"))
     with pytest.raises(ValueError, match="also an input"):
         merge([corpus, copy], copy)

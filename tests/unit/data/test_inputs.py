@@ -1,4 +1,4 @@
-"""What --input can name, and where a text may stand in a record."""
+"""What --input can name, and where the text of a record can be."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_directory_is_its_files_in_order_and_tells_what_it_leaves_out(folder: 
     assert texts(folder) == ["a.jsonl", "b.JSONL", "deep/c.json"]
     (message,) = caplog.messages
     left_out = [".git/d.jsonl", "README.md", "_tmp.jsonl", "o_text_document.tokenizer.json", "x.csv"]
-    assert message == f"{folder}: 3 files taken, 5 left out: {', '.join(left_out)}"
+    assert message == f"{folder}: 3 files used, 5 skipped: {', '.join(left_out)}"
 
 
 def test_a_directory_of_plain_text(tmp_path: Path, caplog) -> None:

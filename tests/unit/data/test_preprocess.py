@@ -1,4 +1,4 @@
-"""Preprocessing: every source gives the same corpus, whatever the number of workers, or a clear error and nothing."""
+"""Preprocessing: every source gives the same corpus for any number of workers, or a clear error and no output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards of an input: cut by the input alone, and merged the corpus of one machine, bit for bit."""
+"""Shards depend on the input alone, and merged they equal the corpus of one machine, bit for bit."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_shards_of_another_input_are_not_joined(texts, tokenizer, tmp_path: Path
     with pytest.raises(ValueError, match=r"2/2 of \S+ are missing"):
         shards_of(prefix, 2)  # what is left of an earlier run does not stand in for one that failed
     preprocess([str(source)], f"{tmp_path}/o", tokenizer, **again)
-    with pytest.raises(ValueError, match=r"shards=2: 2/2 of \S+ are of another input, .*: make all of them again"):
+    with pytest.raises(ValueError, match=r"shards=2: 2/2 of \S+ are from another input, .*: make all again"):
         shards_of(prefix, 2)
 
 
@@ -75,9 +75,9 @@ def test_shards_without_a_document_are_passed_over(tokenizer, tmp_path: Path) ->
     assert documents == [1, 0, 0, 0, 1]
     prefix = f"{tmp_path}/o_text_document"
     assert merge(shards_of(prefix, 5), prefix).documents == 2
-    with pytest.raises(ValueError, match="holds no sequence"):
+    with pytest.raises(ValueError, match="contains no sequence"):
         read_index(shard_prefix(prefix, (2, 5)))
-    with pytest.raises(ValueError, match="holds no document"):
+    with pytest.raises(ValueError, match="contains no document"):
         merge([shard_prefix(prefix, (2, 5))], f"{tmp_path}/none")
 
 
@@ -97,7 +97,7 @@ def test_every_part_of_every_input_is_in_one_shard(count: int, texts, tmp_path: 
 
 
 def test_standard_input_cannot_be_cut(tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="shard=1/2: standard input cannot be cut: give files"):
+    with pytest.raises(ValueError, match="shard=1/2: standard input cannot be divided: give files"):
         preprocess(["-"], str(tmp_path / "o"), tokenizer, shard=(1, 2))
 
 
@@ -112,5 +112,5 @@ def test_modes_of_a_multimodal_corpus_are_not_lost(tmp_path: Path) -> None:
     builder = IndexedDatasetBuilder(f"{tmp_path}/m.bin", dtype=np.uint16, multimodal=True)
     builder.add_document([1, 2], [2], modes=[1])
     builder.finalize(f"{tmp_path}/m.idx")
-    with pytest.raises(ValueError, match="m is multimodal, and its modes would be lost"):
+    with pytest.raises(ValueError, match="m is multimodal and would lose its modes"):
         merge([f"{tmp_path}/m"], f"{tmp_path}/o")

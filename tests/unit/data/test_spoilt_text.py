@@ -1,4 +1,4 @@
-"""Spoilt JSON lines, compressed ones too: every sound record is read, every other is named, none is lost."""
+"""Corrupted JSON lines, also compressed: every valid record is read, every other one is named, none is lost."""
 
 from __future__ import annotations
 

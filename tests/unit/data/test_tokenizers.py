@@ -91,8 +91,8 @@ def test_missing_end_of_document_names_the_remedy(jsonl: str, tmp_path: Path) ->
         ("SentencePieceTokenizer", "other.txt", "is not a sentencepiece model"),
         ("HuggingFaceTokenizer", "other.txt", "is not a tokenizer.json"),
         ("HuggingFaceTokenizer", ".", "is not a Hugging Face tokenizer directory"),
-        ("GPT2BPETokenizer", ".", "wants a directory with vocab.json"),
-        ("NullTokenizer", "many", "wants the number of ids"),
+        ("GPT2BPETokenizer", ".", "needs a directory with vocab.json"),
+        ("NullTokenizer", "many", "needs the number of ids"),
     ],
 )
 def test_wrong_model(tokenizer_type: str, model: str, message: str, tmp_path: Path, monkeypatch) -> None:
@@ -107,7 +107,7 @@ def test_wrong_model(tokenizer_type: str, model: str, message: str, tmp_path: Pa
     [
         ("wordpiece", None, "use one of bpe"),
         ("bpe", 0.9, "character-coverage=0.9 is not between 0.98 and 1"),
-        ("hf-bpe", 0.99, "character-coverage=0.99 does nothing with model-type=hf-bpe"),
+        ("hf-bpe", 0.99, "character-coverage=0.99 has no effect with model-type=hf-bpe"),
     ],
 )
 def test_training_errors(model_type: str, coverage: float | None, message: str, jsonl: str, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_no_line_is_too_long_or_lost() -> None:
     assert max(map(len, found)) == LONGEST_LINE
     assert [piece[0] for piece in found[2:-2]] == [" ", " ", " ", "x", "x"]
     assert [found[0], *found[-2:]] == ["short", "two", "lines"]
-    assert said == ["1 lines of more than 16,384 characters were cut, at blanks where they have any"]
+    assert said == ["1 lines of more than 16,384 characters were split, at blanks if they have any"]
 
 
 def test_what_sentencepiece_would_pass_over_is_learned_from(tmp_path: Path, caplog) -> None:
@@ -182,7 +182,7 @@ def test_what_sentencepiece_would_pass_over_is_learned_from(tmp_path: Path, capl
         "skipped 1 empty texts",
         "skipped 1 broken records:",
         f"  {broken}:2: 'text' holds int, not text",
-        "50 lines of more than 16,384 characters were cut, at blanks where they have any",
+        "50 lines of more than 16,384 characters were split, at blanks if they have any",
     ]
 
 

@@ -1,4 +1,4 @@
-"""A rank of `test_roll_call.py`: exchanges until something happens to it or to another one.
+"""A rank of `test_roll_call.py`: runs collectives until something happens to it or to another rank.
 
 Usage: lost_rank_worker.py FATE VICTIM DIRECTORY, with torch.distributed's variables in the environment.
 """

@@ -1,4 +1,4 @@
-"""Megatron-core's tensor and sequence parallelism on the CPU computes what two plain matrix products do."""
+"""Megatron-core's tensor and sequence parallelism on the CPU equals two plain matrix products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever happens to a rank, the others end and name it. Real processes over gloo."""
+"""Whatever happens to a rank, the others exit and name it. Real processes over gloo."""
 
 from __future__ import annotations
 

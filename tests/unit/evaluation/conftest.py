@@ -1,4 +1,4 @@
-"""The small models of the export's tests serve here, too."""
+"""Reuses the small models of the export's tests."""
 
 from __future__ import annotations
 

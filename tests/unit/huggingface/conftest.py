@@ -1,4 +1,4 @@
-"""The small models of the model tests serve here, too."""
+"""Reuses the small models of the model tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The code that an export carries: that of the package, but for the beginnings of its imports."""
+"""The code in an export is that of the package, except for the prefix of its imports."""
 
 from __future__ import annotations
 

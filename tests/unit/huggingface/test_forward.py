@@ -1,4 +1,4 @@
-"""What callers give the exported model beside tokens, and what they get beside logits."""
+"""Arguments of the exported model other than tokens, and outputs other than logits."""
 
 from __future__ import annotations
 

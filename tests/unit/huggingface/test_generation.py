@@ -1,4 +1,4 @@
-"""Decoding with the cache is the full forward pass, for each sequence of any batch."""
+"""Decoding with the cache equals the full forward pass, for each sequence of any batch."""
 
 from __future__ import annotations
 

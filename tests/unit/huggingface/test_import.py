@@ -1,4 +1,4 @@
-"""Checkpoints made of exports and of LLaMA models, and what up-training begins with."""
+"""Checkpoints imported from exports and from LLaMA models, and the start of up-training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers of runs in transformers, and text that comes token by token."""
+"""Tokenizers of runs in transformers, and text decoded token by token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mor_megatron.config.schema import DataConfig
 from mor_megatron.data.tokenizer_training import train_tokenizer
 from mor_megatron.data.tokenizers import build_tokenizer
 from mor_megatron.huggingface.tokenizer import SAMPLE, encoder_of_training, export_tokenizer, random_texts
-from mor_megatron.inference.loading import Pieces, encode
+from mor_megatron.inference.loading import StreamDecoder, encode
 
 TEXT = "def f(x):\n\treturn  x  # naïve 漢字 🙂\n"
 KINDS = {"bpe": "SentencePieceTokenizer", "hf-bpe": "HuggingFaceTokenizer"}
@@ -88,8 +88,8 @@ def test_a_tokenizer_of_transformers_keeps_what_training_used(data: DataConfig, 
 def test_pieces_make_up_the_text(data: DataConfig):
     tokenizer = export_tokenizer(data, 128)
     ids = encode(TEXT, tokenizer, 600)
-    pieces = Pieces(tokenizer)
-    shown = [pieces.next(token) for token in ids]
+    decoder = StreamDecoder(tokenizer)
+    shown = [decoder.next(token) for token in ids]
     assert "".join(shown) == TEXT
     assert len(shown) > shown.count("") > 0  # characters of several tokens
 
@@ -98,7 +98,7 @@ def test_numbers_are_text_without_a_tokenizer():
     assert export_tokenizer(DataConfig(tokenizer_type="NullTokenizer", tokenizer_model="9"), 8) is None
     assert encode("3 1 4", None, 10) == [3, 1, 4]
     for text in ("3 x", "3 10", ""):
-        with pytest.raises(ValueError, match=r"is no id|is empty"):
+        with pytest.raises(ValueError, match=r"is not an id|is empty"):
             encode(text, None, 10)
 
 

@@ -1,4 +1,4 @@
-"""Offload, quantisation and adapters take hold of modules: every weight is used through its own."""
+"""Offloading, quantization and adapters act on modules: every weight is used through its module."""
 
 from __future__ import annotations
 

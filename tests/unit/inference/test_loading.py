@@ -1,4 +1,4 @@
-"""Models that are not what they seem are refused in one line; precision is lost nowhere but in the weights."""
+"""Models of the wrong kind are refused in one line; precision is lost only in the weights."""
 
 from __future__ import annotations
 

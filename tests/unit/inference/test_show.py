@@ -1,4 +1,4 @@
-"""What people see of depths."""
+"""The display of token depths."""
 
 from __future__ import annotations
 

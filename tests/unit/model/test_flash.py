@@ -1,6 +1,6 @@
-"""Attention through flash-attn's interface: the same numbers as PyTorch's, without padding, where no mask is needed.
+"""Attention through flash-attn's interface equals PyTorch's, without padding, where no mask is needed.
 
-flash-attn runs on GPUs only. What is tested is our use of it: layouts, sequence boundaries, which calls it gets. Its
+flash-attn runs on GPUs only. The tests cover our use of it: layouts, sequence boundaries, which calls it receives. Its
 two functions are replaced by plain ones with the same signatures and the same alignment of the causal mask.
 """
 

@@ -1,4 +1,4 @@
-"""The hand-written backwards against autograd of the plain formulas."""
+"""The hand-written backward passes equal autograd of the plain formulas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The choice among optional GPU libraries: by flag, by precision, by machine. What they compute is gpu_check.py's."""
+"""The choice of optional GPU libraries, by flag, precision and machine. tools/gpu_check.py tests what they compute."""
 
 from __future__ import annotations
 

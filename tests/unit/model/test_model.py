@@ -1,4 +1,4 @@
-"""What the model promises: storages once, causality, documents, fixed depth, losses independent of the cut."""
+"""Properties of the model: storages once, causality, documents, fixed depth, losses independent of micro-batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Activation recomputation: the same bits, less memory, the same routing."""
+"""Activation recomputation: bit-identical results, less memory, the same routing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tied weights stay one storage, and one entry of the optimizer, after DeepSpeed has wrapped the model."""
+"""Tied weights remain one storage and one optimizer entry after DeepSpeed has wrapped the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a chunk keeps for a later one gets its gradient back, as if both had been one graph."""
+"""Tensors that a chunk keeps for a later chunk receive their gradient as if both were one graph."""
 
 from __future__ import annotations
 

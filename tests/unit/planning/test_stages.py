@@ -1,4 +1,4 @@
-"""The pipeline's division of layers: every virtual layer once, ends at the ends, the slowest rank as fast as can be."""
+"""The split of layers over pipeline ranks: every virtual layer once, ends at the ends, least work for the slowest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The line at the start of a run says what was chosen; what a flag forces in vain is refused."""
+"""The first line of a run states what was chosen; a flag that forces something unavailable is refused."""
 
 from __future__ import annotations
 

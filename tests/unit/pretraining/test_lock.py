@@ -1,4 +1,4 @@
-"""Who may write into a directory: one living process, and whoever comes after a dead one."""
+"""Who may write to a directory: one living process, or the successor of a dead one."""
 
 from __future__ import annotations
 

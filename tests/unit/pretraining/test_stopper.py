@@ -1,4 +1,4 @@
-"""Handlers of signals after a run: as they were, unless it was stopped."""
+"""Signal handlers are restored after a run, unless it was stopped."""
 
 from __future__ import annotations
 

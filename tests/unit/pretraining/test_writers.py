@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard: what a resumed run shows, and what a full disk does."""
+"""metrics.jsonl and TensorBoard after a resume and on a full disk."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Selection, gathering and combining rows against plain indexing."""
+"""Selecting, gathering and combining rows equals plain indexing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A family of runs: the paper's schedules, what its files say, and what it refuses."""
+"""A family of runs: the paper's schedules, the content of its files, and invalid settings."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ REFUSALS = [
     ({"budgets": [2e18, 2.0002e18]}, "budgets"),
     ({"seeds": [1, 1]}, "seeds=1 1 must be different"),
     ({"sizes": method("tiny"), "settings": ["--vocab-size", "64", "--global-batch-size", "None"]}, "global-batch-size"),
-    ({"methods": method("vanilla", "vanilla")}, "two have one name"),
+    ({"methods": method("vanilla", "vanilla")}, "two files have the same name"),
     ({"recipe": Recipe(decay_fraction=1.0)}, "decay-fraction=1.0 is out of range"),
     ({"settings": ["--no-such-thing", "1"]}, "unknown setting"),
     ({"settings": ["--hidden-size", "7"]}, "hidden-size=7 is not a multiple"),

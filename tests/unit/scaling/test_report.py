@@ -1,4 +1,4 @@
-"""Fits and tables, on results that are known."""
+"""Fits and tables for known results."""
 
 from __future__ import annotations
 

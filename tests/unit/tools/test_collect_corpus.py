@@ -1,4 +1,4 @@
-"""The corpus collector without a network: documents, the source on every machine, falling back, keeping."""
+"""The corpus collector without a network: documents, the source on every machine, skipped sources, kept corpora."""
 
 from __future__ import annotations
 

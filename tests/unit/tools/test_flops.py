@@ -1,4 +1,4 @@
-"""tools/flops.py: what it prints, and what it refuses."""
+"""tools/flops.py: its output and its refusals."""
 
 from __future__ import annotations
 

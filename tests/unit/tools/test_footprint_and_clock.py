@@ -1,4 +1,4 @@
-"""What the parallel benchmark computes from a trace, and how it counts bytes; its runs are in tests/end_to_end."""
+"""Traces and byte counts of the parallel benchmark; its runs are tested in tests/end_to_end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the generation benchmark sets up: routing at the fractions of training, and the keys and values that follow."""
+"""The set-up of the generation benchmark: routing at the fractions of training, and the resulting keys and values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The precision benchmark on few micro-batches: what it claims about the branches holds, and the plot is drawn."""
+"""The precision benchmark on few micro-batches: its claims about the modes hold, and the plot is drawn."""
 
 import pytest
 from gradient_precision import BRANCHES, NAIVE, SUM, UNTIED, measure, plot, table

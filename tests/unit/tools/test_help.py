@@ -1,4 +1,4 @@
-"""--help of every program: itself and nothing else, and of the tools without waiting for more than torch."""
+"""--help of every program prints only the help; that of the tools imports no more than torch."""
 
 from __future__ import annotations
 

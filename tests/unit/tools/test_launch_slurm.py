@@ -107,10 +107,10 @@ def test_a_run_on_cpus_in_a_container_that_is_named_in_a_file(launch, tmp_path):
 REFUSALS = {
     "layout": (f"--nodes 3 -- {MODEL} --save x", "global-batch-size=8 is not a multiple of micro-batch-size=4 x 24"),
     "tensor parallel": (f"-- {MODEL} --save x --tensor-model-parallel-size 8", "does not divide num-attention-heads=4"),
-    "no save": (f"-- {MODEL}", "save=None leaves nothing to go on from"),
+    "no save": (f"-- {MODEL}", "save=None leaves nothing to continue from"),
     "unknown flag": (f"-- {MODEL} --svae x", "unknown setting svae"),
     "no ranks": (f"--gpus-per-node 0 -- {MODEL} --save x", "give --tasks-per-node"),
-    "no nodes": (f"--nodes 0 -- {MODEL} --save x", "0 is not a whole number of 1 or more"),
+    "no nodes": (f"--nodes 0 -- {MODEL} --save x", "0 is not an integer of 1 or more"),
     "nothing to run": ("--nodes 1", "give them after --"),
     "quotes": (f'--gpus-per-node 2 --sbatch comment="a" -- {MODEL} --save x', "use a value without quotes"),
     "blank": (f"--gpus-per-node 2 --container-image my\\ image -- {MODEL} --save x", "use a path without one"),
@@ -129,7 +129,7 @@ REFUSALS = {
         "--vocab-size 64 --save x",
         "tok does not exist: give a local file or directory",
     ),
-    "array": (f"--sbatch array=0-3 -- {MODEL} --save x", "array=0-3 has jobs run at once in one save=x"),
+    "array": (f"--sbatch array=0-3 -- {MODEL} --save x", "array=0-3 runs several jobs at once in one save=x"),
     "mounts alone": (f"--container-mounts /a:/a -- {MODEL} --save x", "only with --container-image"),
 }
 
@@ -149,7 +149,9 @@ def test_only_in_the_root_and_only_where_slurm_is(launch, tmp_path, monkeypatch,
     assert ran.err.splitlines()[-1].startswith("error: sbatch is not on the PATH")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"the job runs in {ROOT}, and paths are relative to it: start this there"):
+    with pytest.raises(
+        ValueError, match=f"the job runs in {ROOT}, and paths are relative to it: run this program there"
+    ):
         launch_slurm.launch(*launch_slurm.parse(["--", *MODEL.split(), "--save", "x"]))
 
 

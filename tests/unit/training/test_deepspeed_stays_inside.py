@@ -1,4 +1,4 @@
-"""What is private to DeepSpeed is known in one package."""
+"""Only one package uses DeepSpeed's private names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learning rates against their closed forms. `rate(k)` is that of the iteration after k finished ones."""
+"""Learning rates equal their closed forms. `rate(k)` is the rate of the iteration after k completed ones."""
 
 import math
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Records, the log line that Megatron-LM's users parse, and metrics.jsonl."""
+"""Records, the log line in Megatron-LM's format, and metrics.jsonl."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Parameter groups and their rates."""
+"""Parameter groups and their learning rates."""
 
 import pytest
 import torch

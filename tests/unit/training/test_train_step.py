@@ -1,4 +1,4 @@
-"""One step: against plain autograd, over drivers and cuts, in fp32 sums, and when something is not finite."""
+"""One step: compared with plain autograd, over modes and micro-batch sizes, with fp32 sums and non-finite values."""
 
 import math
 from dataclasses import replace
