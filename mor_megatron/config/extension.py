@@ -13,18 +13,23 @@ from traceback import extract_tb
 from mor_megatron.config import schema
 from mor_megatron.config.settings import flag_name, one_line
 
+_loaded: set[str] = set()
+"""Names of the modules that are extensions."""
+
 
 def load_extension(path: str) -> None:
     """Import the file, once, as a module named by its stem, and add its settings to `schema.RecursionConfig`.
+
+    One of the same name that is loaded already is taken instead: a checkpoint names the place where the file stood when
+    it was written.
 
     Raises:
         ValueError: it cannot be read, it raises, its name is another module's, or a setting of it exists already.
     """
     file = Path(path).resolve()
-    known = sys.modules.get(file.stem)
-    if known is not None and getattr(known, "__file__", None) == str(file):
+    if file.stem in sys.modules and file.stem in _loaded:
         return
-    if known is not None or not file.stem.isidentifier():
+    if file.stem in sys.modules or not file.stem.isidentifier():
         raise ValueError(f"extension={path} cannot be the module {file.stem}: give the file another name")
     spec = spec_from_file_location(file.stem, file)
     if spec is None:
@@ -42,8 +47,16 @@ def load_extension(path: str) -> None:
             f"extension={place} cannot be loaded ({type(error).__name__}: {reason}): give a Python file that imports "
             "without errors"
         ) from error
-    taken = {entry.name for section, entry, _ in schema.Config().settings() if section != "recursion"}
-    for name in taken.intersection(extended.__dataclass_fields__):
+    for name in _redefined(extended):
         del sys.modules[file.stem]
         raise ValueError(f"extension={path} defines the setting {flag_name(name)}, which exists: give it another name")
     schema.RecursionConfig = extended
+    _loaded.add(file.stem)
+
+
+def _redefined(extended: type[schema.SharingConfig]) -> list[str]:
+    """Settings of the extended section that another section has, or that it had before with another meaning."""
+    before, now = schema.RecursionConfig.__dataclass_fields__, extended.__dataclass_fields__
+    others = {entry.name for section, entry, _ in schema.Config().settings() if section != "recursion"}
+    changed = {name for name in before if now[name] is not before[name]} - {"sharing_strategy", "routing"}
+    return sorted(others & set(now) | changed)

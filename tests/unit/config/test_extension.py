@@ -74,6 +74,12 @@ def test_flags_and_yaml_reach_the_settings_of_the_method(parity: str, tmp_path: 
     assert read_config(["--config", str(path)]) == config
 
 
+def test_a_file_that_has_moved_since_a_checkpoint_named_it_is_not_looked_for(parity: str, tmp_path: Path) -> None:
+    read_config([*ROUTED, "--extension", parity])
+    (tmp_path / "config.yaml").write_text("routing: parity\nextension: elsewhere/parity_routing.py\n")
+    assert read_config(["--config", str(tmp_path / "config.yaml")]).recursion.routing == "parity"
+
+
 def test_without_the_file_the_settings_are_unknown() -> None:
     with pytest.raises(ValueError, match="unknown setting parity-period"):
         read_config(["--parity-period", "3"])
@@ -113,6 +119,10 @@ BROKEN = {
     "error": ("x = 1\ny = z\n", "own.py:2 cannot be loaded .NameError: name 'z' is not defined.: give a Python file"),
     "two lines": ("raise OSError('a\\nb')", r"cannot be loaded .OSError: a\\nb."),
     "taken setting": (PARITY.replace("parity_period", "lr"), "defines the setting lr, which exists"),
+    "another method's setting": (
+        PARITY.replace("parity_period", "router_balance_coeff"),
+        "defines the setting router-balance-coeff, which exists: give it another name",
+    ),
 }
 
 
