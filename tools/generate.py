@@ -94,7 +94,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed for sampling")
     parser.add_argument("--depth", type=int, help="recursions that every token takes; default: the router decides")
     parser.add_argument(
-        "--router-threshold", type=float, help="expert-options: score from which a token continues; default 0.5"
+        "--router-threshold", type=float, help="expert-choice: score from which a token continues; default 0.5"
     )
     parser.add_argument("--show-depth", action="store_true", help="colour each token by its depth")
     parser.add_argument("--html", type=Path, help="write the coloured text as an HTML page")

@@ -77,7 +77,9 @@ def main() -> int:
     group.add_argument("--num-layers", type=int, help="unrolled depth; default: the model's")
     group.add_argument("--sharing-strategy", choices=tuple(STRATEGIES))
     group.add_argument("--depth-rounding", choices=("error", "down", "up"))
-    group.add_argument("--initialization", choices=INITIALIZATIONS, help="default stepwise")
+    group.add_argument(
+        "--initialization", choices=INITIALIZATIONS, help="source of each shared layer; default: stepwise"
+    )
     group.add_argument("--seed", type=int, help="seed for --initialization random; default 0")
     args = parser.parse_args()
     return exit_status(lambda: print(f"{args.model} -> {run(args)}"))

@@ -155,7 +155,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--nodes", type=_positive, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=8, help="0: a run on CPUs (default: 8)")
     parser.add_argument("--tasks-per-node", type=_positive, help="ranks per node (default: one per GPU)")
-    parser.add_argument("--cpus-per-task", type=_positive, default=8, help="default: 8")
+    parser.add_argument("--cpus-per-task", type=_positive, default=8, help="CPUs per rank (default: 8)")
     parser.add_argument("--time", default="24:00:00", help="time limit in sbatch's format (default: 24:00:00)")
     parser.add_argument("--account")
     parser.add_argument("--partition")
