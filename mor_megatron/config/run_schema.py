@@ -5,6 +5,7 @@ What the model itself is stands in `schema.py`, which also says how all of it is
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -97,6 +98,23 @@ class DataConfig:
     def uses_split(self) -> bool:
         """Whether all splits are parts of the same corpora, by `split`; else each has its own."""
         return self.per_split_data_args_path is None and not any(getattr(self, name) for name in PATHS_PER_SPLIT)
+
+    def proportions(self) -> tuple[float, float, float]:
+        """`split` as numbers: training, validation, test.
+
+        Raises:
+            ValueError: it is not up to three numbers of 0 or more.
+        """
+        try:
+            shares = [float(part) for part in self.split.split(",")]
+        except ValueError:
+            shares = []
+        if not 1 <= len(shares) <= 3 or not all(0 <= share < math.inf for share in shares) or sum(shares) <= 0:
+            raise ValueError(
+                f"split={self.split!r} is not a division into training, validation and test: "
+                "use up to three numbers of 0 or more, such as 969,30,1"
+            )
+        return (*shares, *[0.0] * (3 - len(shares)))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields, replace
 
 from mor_megatron.config.deepspeed_settings import check_engine
@@ -140,16 +139,7 @@ def _data(config: Config) -> Config:
         raise ValueError(
             f"seq-length={length} exceeds max-position-embeddings={longest}: shorten the one or raise the other"
         )
-    parts = config.data.split.split(",")
-    try:
-        shares = [float(part) for part in parts]
-    except ValueError:
-        shares = []
-    if not 1 <= len(shares) <= 3 or not all(math.isfinite(s) and s >= 0 for s in shares) or sum(shares) <= 0:
-        raise ValueError(
-            f"split={config.data.split!r} is not a division into training, validation and test: "
-            "use up to three numbers of 0 or more, such as 969,30,1"
-        )
+    config.data.proportions()
     named = [name for name in ("data_path", "data_args_path", "per_split_data_args_path") if getattr(config.data, name)]
     named += [name for name in PATHS_PER_SPLIT if getattr(config.data, name)][:1]
     if len(named) > 1:

@@ -49,7 +49,7 @@ def read_blends(data: DataConfig) -> tuple[Blend | None, Blend | None, Blend | N
         if data.data_args_path is not None:
             words, flag = _read(data.data_args_path, "data-args-path").split(), f"data-args-path={data.data_args_path}:"
         paths, weights = parse_blend(words, flag)
-        shares = parse_split(data.split)
+        shares = data.proportions()
         edges = [sum(shares[:i]) / sum(shares) for i in range(4)]
         return tuple(Blend(paths, weights, begin, end) for begin, end in pairwise(edges))
     if data.per_split_data_args_path is not None:
@@ -87,18 +87,6 @@ def parse_blend(words: Sequence[str], flag: str = "data-path") -> tuple[tuple[st
     if not all(0 < weight < float("inf") for weight in weights):
         raise ValueError(f"{shown}: every weight must be positive; leave out a corpus instead.")
     return tuple(words[1::2]), weights
-
-
-def parse_split(split: str) -> tuple[float, float, float]:
-    """`969,30,1` as proportions of training, validation and test.
-
-    Raises:
-        ValueError: the text is not up to three numbers of 0 or more.
-    """
-    values = [_number(part) for part in split.split(",")]
-    if len(values) > 3 or any(v is None or not 0 <= v < float("inf") for v in values) or not sum(values) > 0:
-        raise ValueError(f"split={split} must be up to three proportions such as 969,30,1.")
-    return tuple(values + [0.0] * (3 - len(values)))
 
 
 _KEYS = ("train", "valid", "test")

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from mor_megatron.config.run_schema import PATHS_PER_SPLIT
 from mor_megatron.config.schema import Config, DataConfig
 from mor_megatron.data.batch import Batch
-from mor_megatron.data.corpora import SPLITS, Blend, parse_split, read_blends
+from mor_megatron.data.corpora import SPLITS, Blend, read_blends
 from mor_megatron.data.fingerprint import check_corpora
 from mor_megatron.data.gpt_dataset import EpochDataset, EpochDatasetConfig
 from mor_megatron.data.indexed import Index, read_index, read_tokens
@@ -228,7 +228,7 @@ def _sources(data: DataConfig, weighted: list[tuple[list[str], list[float] | Non
         return {"blend_per_split": weighted}
     # All splits are parts of one blend.
     blend = next(blend for blend in weighted if blend is not None)
-    return {"blend": blend, "split": ",".join(map(str, parse_split(data.split)))}
+    return {"blend": blend, "split": ",".join(map(str, data.proportions()))}
 
 
 def _weights(blend: Blend, indexes: dict[str, Index]) -> list[float] | None:

@@ -289,9 +289,9 @@ def test_real_corpus_with_document_masking(corpus: str, tokenizer, tmp_path: Pat
     [
         ({"data_path": ()}, (1, 0, 0), "data-path is empty"),
         ({"data_path": ("absent",)}, (1, 0, 0), "absent.idx does not exist"),
-        ({"split": "1;2"}, (1, 0, 0), "split=1;2 must be"),
-        ({"split": "0,0,0"}, (1, 0, 0), "split=0,0,0 must be"),
-        ({"split": "1,2,3,4"}, (1, 0, 0), "must be up to three"),
+        ({"split": "1;2"}, (1, 0, 0), "split='1;2' is not a division"),
+        ({"split": "0,0,0"}, (1, 0, 0), "split='0,0,0' is not a division"),
+        ({"split": "1,2,3,4"}, (1, 0, 0), "use up to three numbers"),
         ({"split": "99,1,0"}, (1, 1, 1), "no tokens for test in .*100 documents: use --split 98,1,1, .*--eval-iters 0"),
         ({"split": "999,1,0"}, (1, 1, 0), "no tokens for validation in .*100 documents: use --split 99,1,0, more data"),
         ({"data_args_path": "absent"}, (1, 0, 0), r"data-args-path=absent cannot be read \(No such file"),
