@@ -88,7 +88,7 @@ def test_jobs_wait_for_their_part_of_the_trunk(tmp_path):
     path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
     command = ["sh", tmp_path / "submit.sh", "--nodes", "2", "--gpus-per-node", "8", "--time", "1:00:00"]
     environment = os.environ | {"PATH": path}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "scripts").read_text().splitlines()
     given = [

@@ -14,7 +14,7 @@ CONFIGS = ROOT / "examples" / "configs"
 
 def flops(*arguments: str | Path) -> subprocess.CompletedProcess:
     command = [sys.executable, ROOT / "tools" / "flops.py", *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_published_iterations():
