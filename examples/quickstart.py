@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mor_megatron.config.cli import read_config
-from mor_megatron.data.tokenizers import build_tokenizer
+from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocabulary
 from mor_megatron.planning.accounting import count_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -165,7 +165,7 @@ def read_result(name: str, directory: Path) -> Result:
         teraflops.append(total)
     latest = directory / f"iter_{steps[-1]['iteration']:07d}"
     config = read_config(["--config", str(latest / "config.yaml")])
-    tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+    config = resolve_vocabulary(config, configured_tokenizer(config.data))
     validation = {
         record["iteration"]: (record["validation_loss_topk"], record["validation_loss_threshold"])
         for record in records
@@ -173,7 +173,7 @@ def read_result(name: str, directory: Path) -> Result:
     }
     return Result(
         name,
-        count_parameters(config, tokenizer.vocab_size).unique,
+        count_parameters(config).unique,
         [record["iteration"] for record in steps],
         [record["lm_loss"] for record in steps],
         teraflops,
