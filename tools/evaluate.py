@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     if args.router_threshold is not None:
         if not model.config.routing_method.looks_ahead:
             raise ValueError(
-                f"router-threshold={args.router_threshold} needs routing=expert_choice, this model has "
+                f"router-threshold={args.router_threshold} needs a model that selects by threshold, and this one has "
                 f"routing={model.config.routing}: leave it out"
             )
         model.config.router_threshold = args.router_threshold

@@ -36,6 +36,7 @@ class Parity(RoutingMethod):
     name = "parity"
     about = "parity routing: a token's id says whether it goes deep"
     Settings = ParitySettings
+    weighs = True
 
     @classmethod
     def resolve(cls, settings, num_recursions):

@@ -113,6 +113,9 @@ def _stages(config: Config) -> Problem | None:
             f"{'layer' if block == 1 else 'layers'} (num-layers={plan.num_layers}, num-recursions={count}, {strategy})",
             f"--num-layers {depth} or more",
         )
+    if stages > 1 and not plan.fits_pipeline:
+        reason = f"sharing-strategy={plan.strategy} comes back to an earlier layer within a pass over the ranks of "
+        return f"{reason}pipeline-model-parallel-size={stages}", "another --sharing-strategy"
     if stages == 1 or layers is None:
         return None
     shown = f"pipeline-layers={' '.join(map(str, layers))}"

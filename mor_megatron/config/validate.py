@@ -15,7 +15,7 @@ from mor_megatron.config.schema import Config
 from mor_megatron.config.unread import say, warn_of_unread
 from mor_megatron.recursion.methods import method_of
 from mor_megatron.recursion.plan import effective_depth
-from mor_megatron.recursion.setting import rule_of
+from mor_megatron.recursion.setting import check
 
 FLASH_LARGEST_HEAD = 256
 """Widest head that flash-attn computes."""
@@ -44,7 +44,8 @@ def validate_model(config: Config) -> Config:
     Raises:
         ValueError: as `validate`.
     """
-    _check_ranges(config, _OF_THE_MODEL)
+    check(config.model)
+    check(config.recursion)
     return _recursion(_model(config))
 
 
@@ -56,7 +57,8 @@ def validate_run(config: Config, world_size: int) -> Config:
     Raises:
         ValueError: as `validate`.
     """
-    _check_ranges(config, {section.name for section in fields(config)} - _OF_THE_MODEL)
+    for section in fields(config):
+        check(getattr(config, section.name))
     config = _training(resolve_length(_data(config)), world_size)
     check_engine(config)
     _check_faults(config)
@@ -64,17 +66,6 @@ def validate_run(config: Config, world_size: int) -> Config:
     _check_profile(config, world_size)
     warn_of_unread(config)
     return _without_effect_off(config)
-
-
-_OF_THE_MODEL = {"model", "recursion"}
-"""Sections of `Config`."""
-
-
-def _check_ranges(config: Config, sections: set[str]) -> None:
-    for section, entry, value in config.settings():
-        rule = rule_of(entry)
-        if section in sections and isinstance(value, int | float) and not rule.allows(value):
-            raise ValueError(f"{entry.name.replace('_', '-')}={value} is out of range: use {rule.range}")
 
 
 def _model(config: Config) -> Config:

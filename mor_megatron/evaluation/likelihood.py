@@ -98,8 +98,8 @@ def likelihood(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device, config = model.device, model.config
     calibration = None
-    if any(mode.name == TOPK for mode in modes):
-        calibration = Calibration(config.capacity, config.router_threshold, device)
+    if any(mode.name == TOPK for mode in modes) and model.model.router.threshold_routers:
+        calibration = Calibration(config.plan.capacities, config.router_threshold, device)
     sums = _Sums(modes, config.num_recursions, calibration, device)
     mine = range(rank, len(pieces), world)
     for start in range(0, len(mine), batch_size):
@@ -119,7 +119,7 @@ def _add(model: MoRForCausalLM, batch: Padded, modes: Sequence[Mode], sums: _Sum
         sums.counts[2] += nbytes[counted].sum().item()
     depths: dict[str, Tensor] = {}
     for i, mode in enumerate(modes):
-        if mode.name == TOPK:
+        if mode.name == TOPK and sums.calibration is not None:
             with router_logits(model) as logits:
                 losses, depths[mode.name] = _run(model, batch, labels, mode)
             sums.calibration.add(logits, depths[mode.name])

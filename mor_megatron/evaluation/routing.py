@@ -20,17 +20,16 @@ BINS = 10
 
 @contextmanager
 def router_logits(model: MoRForCausalLM) -> Iterator[list[Tensor]]:
-    """Record the logits that decide which candidates continue.
+    """Record the logits that the causal threshold reads.
 
     Yields:
         A list that grows by one entry at each recursion of each pass: the logits of the candidates, [candidates] fp32,
         in the order of the batch's real tokens.
     """
-    method = model.model.router
     seen: list[Tensor] = []
     hooks = [
         router.register_forward_hook(lambda module, inputs, logits: seen.append(logits.squeeze(1)))
-        for router in method.aux_routers or method.routers
+        for router in model.model.router.threshold_routers
     ]
     try:
         yield seen

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mor_megatron.config.schema import RecursionConfig
-from mor_megatron.huggingface.weights import BALANCE_BIAS, Names, layer_names, outer_names, router_names
+from mor_megatron.huggingface.weights import Names, layer_names, outer_names, router_names
 from mor_megatron.recursion.plan import RecursionPlan, VirtualLayer
 
 SECTIONS = ("recursive", "kv_sharing", "mor")
@@ -139,7 +139,7 @@ def parameter_names(plan: RecursionPlan, recursion: RecursionConfig, tied: bool,
         names |= _router("router.router", f"model.layers.{lead}.mor_router", recursion)
         bias = [name for name in stored if name.endswith("router_bias")]
         if bias:
-            names[BALANCE_BIAS] = (bias[0],)
+            names["router.balance_bias"] = (bias[0],)
     return names
 
 

@@ -14,7 +14,7 @@ import transformers
 from mor_megatron.recursion.methods import method_of
 from mor_megatron.recursion.plan import KV_MODES, RecursionPlan, build_plan
 from mor_megatron.recursion.routing import RoutingMethod
-from mor_megatron.recursion.setting import rule_of
+from mor_megatron.recursion.setting import check, rule_of
 
 from .extensions_mor import NAMES  # noqa: F401 (what it imports registers itself)
 from .versions_mor import CACHE  # noqa: F401 (it asks for a version of transformers that has the names used here)
@@ -127,6 +127,7 @@ class MoRConfig(transformers.PreTrainedConfig):
         for entry in own:
             name = exported_name(entry.name)
             setattr(self, name, kwargs.pop(name, entry.default))
+        check(self.routing_settings)
         settings = method.resolve(self.routing_settings, self.num_recursions)
         for entry in own:
             value = getattr(settings, entry.name)

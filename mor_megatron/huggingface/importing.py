@@ -30,8 +30,9 @@ from mor_megatron.huggingface.configuration_mor import MoRConfig
 from mor_megatron.huggingface.convert_config import ends_in_padding, run_config, training_config
 from mor_megatron.huggingface.published import FAMILY, model_config, read_settings, read_tensors
 from mor_megatron.huggingface.uptraining import initial_weights, source_layers
-from mor_megatron.huggingface.weights import BALANCE_BIAS, export_names, layer_names, outer_names, to_ours
+from mor_megatron.huggingface.weights import export_names, layer_names, outer_names, to_ours
 from mor_megatron.model.mor_model import EMBEDDING, HEAD
+from mor_megatron.planning.accounting import routers
 from mor_megatron.training.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -154,7 +155,8 @@ def write_checkpoint(
     if root.exists() and any(root.iterdir()):
         raise ValueError(f"output={root} is not empty: name a new directory")
     partial = root / f"{checkpoint_name(0)}{PARTIAL}"
-    kinds = {name: BUFFER if name == BALANCE_BIAS else WEIGHT for name in weights}
+    buffers = {f"router.{name}" for name, _ in routers(config).named_buffers()}
+    kinds = {name: BUFFER if name in buffers else WEIGHT for name in weights}
     entries = [(str(ShardEntry(kinds[name], name, 0, 0)), tensor.float().flatten()) for name, tensor in weights.items()]
     manifest = Manifest(
         progress=asdict(Progress()),

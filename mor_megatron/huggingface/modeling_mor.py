@@ -66,6 +66,10 @@ class MoRPreTrainedModel(NotServed, PreTrainedModel):
         if isinstance(module, RoutingMethod):
             for buffer in module.buffers(recurse=False):
                 init.zeros_(buffer)
+        if not isinstance(module, nn.Linear | nn.Embedding):  # what only a routing method's own modules have
+            for parameter in module.parameters(recurse=False):
+                if parameter.ndim > 1:
+                    init.normal_(parameter, std=self.config.initializer_range)
 
 
 class MoRModel(MoRPreTrainedModel):

@@ -31,17 +31,17 @@ def source_layers(
         initialization: one of INITIALIZATIONS; without sharing they are all the same.
         seed: of `random`.
     Raises:
-        ValueError: unknown initialisation, or a middle_* plan and fewer than three layers.
+        ValueError: unknown initialisation, or fewer layers than the plan has unique ones, and one to share.
     """
     if initialization not in INITIALIZATIONS:
         raise ValueError(f"initialization={initialization} is unknown: use one of {', '.join(INITIALIZATIONS)}")
-    ends = len(plan.first)
-    if num_layers < 2 * ends + 1:
+    before, after = len(plan.first), len(plan.last)
+    if num_layers <= before + after:
         raise ValueError(f"a model of {num_layers} layers is too shallow for sharing-strategy={plan.strategy}")
     shared = plan.shared
-    inner = _spaced(ends, num_layers - 1 - ends, len(shared))
-    sources = {layer.physical: (0,) for layer in plan.first}
-    sources |= {layer.physical: (num_layers - 1,) for layer in plan.last}
+    inner = _spaced(before, num_layers - 1 - after, len(shared))
+    sources = {layer.physical: (i,) for i, layer in enumerate(plan.first)}
+    sources |= {layer.physical: (num_layers - after + i,) for i, layer in enumerate(plan.last)}
     physical = sorted({layer.physical for layer in shared})
     if initialization == "average":
         for layer, source in zip(shared, inner, strict=True):

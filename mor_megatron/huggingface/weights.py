@@ -14,10 +14,9 @@ from torch import Tensor
 from mor_megatron.config.schema import Config, ModelConfig
 from mor_megatron.model.mor_model import EMBEDDING, HEAD
 from mor_megatron.model.stored_names import stored_name
+from mor_megatron.planning.accounting import routers
 
 FINAL_NORM = "final_layernorm.weight"
-BALANCE_BIAS = "router.balance_bias"
-"""A buffer of the training model; it decides, so that it belongs to the weights here."""
 
 Names = dict[str, tuple[str, ...]]
 """Our name -> their names of the tensors that make it up."""
@@ -71,10 +70,7 @@ def export_names(config: Config) -> Names:
     names = outer_names(tied=not config.model.untie_embeddings_and_output_weights)
     for physical in range(config.plan.num_physical_layers):
         names |= layer_names(physical, f"model.layers.{physical}", config.model.add_qkv_bias)
-    method = config.routing_method
-    with torch.device("meta"):
-        method.build(config.model.hidden_size, torch.float32)
-    own = [f"router.{name}" for name in method.state_dict()]
+    own = [f"router.{name}" for name in routers(config).state_dict()]
     return names | {stored_name(name, own): (f"model.{name}",) for name in own}
 
 

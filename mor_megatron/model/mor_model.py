@@ -56,7 +56,8 @@ class MoRModel(MegatronModule):
     Args:
         config: a validated run configuration, its vocabulary resolved.
     Raises:
-        ValueError: depth, Nr and sharing do not fit (see `Config.plan`).
+        ValueError: depth, Nr and sharing do not fit (see `Config.plan`), or the routing method has a parameter outside
+            its submodules.
     """
 
     def __init__(self, config: Config):
@@ -96,6 +97,12 @@ class MoRModel(MegatronModule):
         self.router: RoutingMethod = method_of(config.recursion.routing)(config.recursion, self.plan, self.rows)
         if self.is_first_stage:
             self.router.build(layer_config.hidden_size, layer_config.params_dtype)
+            bare = [name for name, _ in self.router.named_parameters(recurse=False)]
+            if bare:  # ZeRO-3 gathers weights for the backward pass of modules that return tensors
+                raise ValueError(
+                    f"routing={config.recursion.routing} has the parameters {', '.join(bare)} outside a submodule: put "
+                    "them into one that maps rows to values, as Router does"
+                )
             for weight in self.router.parameters():
                 weight.sequence_parallel = layer_config.sequence_parallel
         if self.is_last_stage:

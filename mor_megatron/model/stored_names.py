@@ -18,7 +18,7 @@ def stored_name(name: str, names: Collection[str]) -> str:
         names: of all parameters.
     """
     module, _, layer = name.removesuffix(".weight").rpartition(".")
-    if not name.startswith("router.") or layer not in ("inner", "out"):
+    if not (name.startswith("router.") and name.endswith(".weight") and layer in ("inner", "out")):
         return name
     return f"{module}.weights.{int(layer == 'out' and f'{module}.inner.weight' in names)}"
 

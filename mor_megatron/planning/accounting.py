@@ -19,6 +19,7 @@ import torch
 from mor_megatron.config.schema import Config, RecursionConfig
 from mor_megatron.recursion.context import TOKENS_PER_RECURSION
 from mor_megatron.recursion.plan import RecursionPlan, VirtualLayer
+from mor_megatron.recursion.routing import RoutingMethod
 
 FORWARDS_PER_STEP = 3
 """A backward pass multiplies twice what a forward pass does."""
@@ -80,12 +81,17 @@ def _vocabulary(config: Config) -> int:
     return config.model.vocab_size
 
 
-def router_parameters(config: Config) -> int:
-    """Weights of all routers, auxiliary ones included."""
+def routers(config: Config) -> RoutingMethod:
+    """The routing method with its parameters and buffers, which have shapes and names, but no storage."""
     method = config.routing_method
     with torch.device("meta"):
         method.build(config.model.hidden_size, torch.float32)
-    return sum(weight.numel() for weight in method.parameters())
+    return method
+
+
+def router_parameters(config: Config) -> int:
+    """Weights of all routers, auxiliary ones included."""
+    return sum(weight.numel() for weight in routers(config).parameters())
 
 
 def count_parameters(config: Config) -> ParameterCount:

@@ -44,7 +44,7 @@ class RoutingContext:
     tokens: Tensor | None = None
     """Ids of all tokens, shaped like the residual stream without its width; None where the model was given none."""
     losses: Literal["attach", "sum", "none"] = "attach"
-    """In training mode, router losses join the graph where they arise, are summed in `loss`, or are not computed."""
+    """Router losses join the graph where they arise, are summed in `loss`, or are ignored."""
     router_loss_scale: float = 1.0
     """Factor on attached router losses: 1 / number of micro-batches makes them a mean over the global batch."""
     loss_scale: float = 1.0
@@ -82,14 +82,18 @@ class RoutingContext:
         return self.fixed_depth
 
     def add_loss(self, rows: Tensor, loss: Tensor, coefficient: float, per_microbatch: bool = False) -> Tensor:
-        """Take a router loss into account; returns `rows`, to which it is attached.
+        """Count a router loss, in the way that `losses` says.
 
         Args:
-            rows: hidden state that the pass goes on with.
-            loss: scalar.
-            coefficient: of the loss.
-            per_microbatch: sum it over micro-batches instead of averaging.
+            rows: hidden state that the pass goes on with, any shape.
+            loss: scalar, before its coefficient.
+            coefficient: factor of the loss.
+            per_microbatch: attached losses are summed over micro-batches instead of averaged.
+        Returns:
+            `rows`; a loss that is attached enters the graph through them.
         """
+        if self.losses == "none":
+            return rows
         if self.losses == "sum":
             if coefficient > 0.0:
                 self.loss = coefficient * loss if self.loss is None else self.loss + coefficient * loss

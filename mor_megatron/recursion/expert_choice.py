@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mor_megatron.recursion.context import Z_LOSS, RoutingContext
 from mor_megatron.recursion.losses import selection_loss, z_loss
 from mor_megatron.recursion.plan import default_capacities
-from mor_megatron.recursion.routers import Router, RouterSettings, resolve_router, score
+from mor_megatron.recursion.routers import GatingSettings, Router, resolve_router, score
 from mor_megatron.recursion.routing import ACTIVE, Active, Incoming, Index, RoutingMethod, Stream, kept
 from mor_megatron.recursion.setting import Change, setting
 
@@ -33,7 +33,7 @@ SELECTION_ACCURACY = "selection_accuracy"
 
 
 @dataclass(frozen=True)
-class ExpertChoiceSettings(RouterSettings):
+class ExpertChoiceSettings(GatingSettings):
     """Settings of expert-choice routing."""
 
     capacity: tuple[float, ...] | None = None
@@ -96,6 +96,11 @@ class ExpertChoice(RoutingMethod):
         """Losses and accuracy of the selection, and the tokens of each recursion."""
         z = (Z_LOSS,) if self.settings.router_z_loss_coeff > 0.0 else ()
         return (AUX_LOSS, SELECTION_ACCURACY, *z, *super().metric_names())
+
+    @property
+    def threshold_routers(self) -> Sequence[nn.Module]:
+        """The auxiliary routers if there are any, otherwise the routers."""
+        return self.aux_routers or self.routers
 
     def flops_per_token(self, parameters: int, fractions: Sequence[float]) -> float:
         """The router of a recursion reads the tokens that the one before kept."""

@@ -15,7 +15,6 @@ class NoRouting(RoutingMethod):
     name = "none"
     about = "no routing: every token passes every recursion"
     routes = False
-
     weighs = False
 
     def metric_names(self) -> tuple[str, ...]:

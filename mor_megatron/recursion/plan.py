@@ -6,13 +6,17 @@ again. `pretrain_mor.py --dry-run` prints a run's plan.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 SharingStrategy = Callable[[int, int], list[tuple[int, int | None]]]
-"""(depth, Nr) -> for each virtual layer its physical layer, numbered in the order of first use, and its recursion; None
-for a unique layer before or after the shared ones. Empty where the depth does not fit."""
+"""(depth, Nr) -> for each virtual layer, in the order of execution, its physical layer and its recursion, 0 to Nr-1.
+
+Physical layers are numbered from 0 in the order of first use. A unique layer has recursion None, and comes before or
+after all shared ones. The list is empty if the depth does not fit. `build_plan` refuses what breaks a rule."""
 
 STRATEGIES: dict[str, SharingStrategy] = {}
 """Every sharing strategy, by the name that users write."""
@@ -126,6 +130,13 @@ class RecursionPlan:
         order = [layer.recursion for layer in self.shared]
         return order == sorted(order) and all(layers == passes[0] for layers in passes)
 
+    @cached_property
+    def fits_pipeline(self) -> bool:
+        """Whether ranks that hold consecutive physical layers can run a pass one after the other: no layer of it runs
+        after one of a higher number. A pass is a recursion if the plan is cyclic, otherwise the whole shared part."""
+        passes = self._passes if self.is_cyclic else (self.shared,)
+        return all(a.physical <= b.physical for layers in passes for a, b in pairwise(layers))
+
     def pass_layers(self, recursion: int) -> tuple[VirtualLayer, ...]:
         """Virtual layers of one recursion, in the order of execution."""
         return self._passes[recursion]
@@ -218,7 +229,8 @@ def build_plan(
         kv_mode: with `sharing` and `sharing_update`, later uses of a layer read the first use's keys and values.
         capacities: fraction of tokens per recursion; default all 1.
     Raises:
-        ValueError: depth and Nr do not fit, or there is not one capacity per recursion.
+        ValueError: depth and Nr do not fit, there is not one capacity per recursion, or the sharing strategy breaks a
+            rule of `SharingStrategy`.
     """
     effective_depth(num_layers, num_recursions, strategy)
     capacities = capacities or (1.0,) * num_recursions
@@ -231,4 +243,27 @@ def build_plan(
     for index, (physical, recursion) in enumerate(STRATEGIES[strategy](num_layers, num_recursions)):
         source = first_use.setdefault(physical, index)
         layers.append(VirtualLayer(index, physical, recursion, index if kv_mode == "caching" else source))
-    return RecursionPlan(strategy, num_recursions, kv_mode, tuple(capacities), tuple(layers))
+    plan = RecursionPlan(strategy, num_recursions, kv_mode, tuple(capacities), tuple(layers))
+    broken = _broken_rule(plan, num_layers)
+    if broken:
+        raise ValueError(f"sharing-strategy={strategy} {broken} (num-layers={num_layers}, Nr={num_recursions})")
+    return plan
+
+
+def _broken_rule(plan: RecursionPlan, num_layers: int) -> str | None:
+    """What a strategy got wrong, and the remedy. A plan that breaks a rule would run, and compute something else."""
+    if plan.num_layers != num_layers:
+        return f"lays out {plan.num_layers} layers: return as many as the depth, or none"
+    if list(dict.fromkeys(layer.physical for layer in plan.layers)) != list(range(plan.num_physical_layers)):
+        return "skips a number: number physical layers from 0 in the order of first use"
+    if {layer.recursion for layer in plan.shared} != set(range(plan.num_recursions)):
+        return f"leaves a recursion out: give shared layers the recursions 0 to {plan.num_recursions - 1}"
+    unique = (*plan.first, *plan.last)
+    if len(unique) + len(plan.shared) != num_layers:
+        return "has a unique layer among shared ones: put unique layers before or after them"
+    uses = Counter(layer.physical for layer in plan.layers)
+    if any(uses[layer.physical] > 1 for layer in unique):
+        return "uses a unique layer twice: give it a recursion"
+    if plan.kv_mode != "caching" and any((x.recursion == 0) != (x.kv_source == x.index) for x in plan.shared):
+        return f"has shared layers that recursion 0 does not run exactly once: use kv-mode=caching, not {plan.kv_mode}"
+    return None

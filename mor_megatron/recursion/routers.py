@@ -17,7 +17,7 @@ DEFAULT_ALPHA = {"sigmoid": 0.1, "tanh": 0.1, "softmax": 1.0, "none": 1.0}
 
 @dataclass(frozen=True)
 class RouterSettings:
-    """What every routing method with a router has."""
+    """Settings of a `Router` and of its scores."""
 
     router_type: Literal["linear", "mlp"] = "linear"
     """linear: H->out; mlp: H->2H, GELU, 2H->out. Neither has biases."""
@@ -29,6 +29,12 @@ class RouterSettings:
     """Scale of the gate; default 0.1, or 1.0 for softmax."""
     router_temperature: float = setting(1.0, above=0)
     """The router reads hidden / temperature."""
+
+
+@dataclass(frozen=True)
+class GatingSettings(RouterSettings):
+    """Settings of a router that need not weigh the rows, and has losses of its own."""
+
     router_gating: Literal["weighted", "additive"] = "weighted"
     """weighted: h + g*y; additive: h + y (the router then learns from its own losses only)."""
     router_z_loss_coeff: float = setting(0.0, least=0, change=Change.REPORTED)

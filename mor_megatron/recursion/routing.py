@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mor_megatron.recursion.context import MEAN_DEPTH, TOKENS_PER_RECURSION, RoutingContext
 from mor_megatron.recursion.plan import RecursionPlan, VirtualLayer
-from mor_megatron.recursion.routers import RouterSettings
+from mor_megatron.recursion.routers import GatingSettings
 
 TIE = 1e-5
 """Router logits count as equal within TIE * (1 + their mean size in the sequence). A run of one token at the start of a
@@ -186,8 +186,13 @@ class RoutingMethod(nn.Module):
 
     @property
     def weighs(self) -> bool:
-        """Whether rows come back with a gate: by default, what a router's settings say."""
-        return issubclass(self.Settings, RouterSettings) and self.settings.router_gating == "weighted"
+        """Whether `open` sets a gate; default: what --router-gating says where the method has that setting."""
+        return issubclass(self.Settings, GatingSettings) and self.settings.router_gating == "weighted"
+
+    @property
+    def threshold_routers(self) -> Sequence[nn.Module]:
+        """For each recursion, the module whose logits the causal threshold reads, [candidates, 1]; default: none."""
+        return ()
 
     def planned_fractions(self) -> tuple[float, ...]:
         """Fraction of tokens expected at each recursion: what FLOPs are counted by before anything was measured."""
@@ -205,10 +210,16 @@ class RoutingMethod(nn.Module):
     # What it does.
 
     def build(self, hidden_size: int, dtype: torch.dtype) -> None:
-        """Create the routers. Parameters are for the model to fill; buffers start at 0.
+        """Create the routers, and buffers that start at 0. Called on the first rank of a pipeline only.
 
-        A parameter acts on rows (`Router` does): under sequence parallelism a rank has those of its own tokens only,
-        and what is computed from them has to go through `layout.collect`.
+        The model fills parameters of two or more dimensions, like all of its weights; those of fewer keep the values
+        they are given here, which must be the same on every rank. A parameter belongs to a submodule that `open` calls,
+        and that maps rows to values (`Router` does): ZeRO-3 gathers it there. Under sequence parallelism a rank has the
+        rows of its own tokens only, and what is computed from them has to go through `layout.collect`.
+
+        Args:
+            hidden_size: H.
+            dtype: type of parameters.
         """
 
     def forward(self, r: int, stream: Stream, context: RoutingContext) -> Stream:
@@ -218,12 +229,36 @@ class RoutingMethod(nn.Module):
         """
         if r >= context.depth(self.plan.num_recursions):
             return replace(stream, active=self.layout.none(stream.active), rows=stream.hidden[:0], gate=None)
-        stream = self.open(r, stream, context)
-        self.report_tokens(r, stream, context)
-        return stream
+        opened = self.open(r, stream, context)
+        self._check(r, stream, opened, context)
+        self.report_tokens(r, opened, context)
+        return opened
+
+    def _check(self, r: int, stream: Stream, opened: Stream, context: RoutingContext) -> None:
+        """Refuse what would compute something else in a pipeline, with shared keys or with a cache."""
+        if (opened.gate is not None) != self.weighs:
+            raise ValueError(
+                f"routing={self.name} opens recursion {r} with gate={'a tensor' if opened.gate is not None else None}, "
+                f"but its weighs={self.weighs}: let `weighs` say whether `open` sets a gate"
+            )
+        count, candidates = opened.active.count, stream.active.count
+        if count > candidates or (count < candidates and (r == 0 or context.fixed_depth is not None)):
+            raise ValueError(
+                f"routing={self.name} opens recursion {r} with {count} of {candidates} candidates: recursion 0 and a "
+                "fixed depth take every token, and a token that left does not come back"
+            )
 
     def open(self, r: int, stream: Stream, context: RoutingContext) -> Stream:
-        """Decide on recursion r; sets `active`, `rows` and `gate`. With a fixed depth, all tokens are active."""
+        """Decide on recursion r.
+
+        Args:
+            r: recursion, below the fixed depth if there is one.
+            stream: `active` are the candidates (at r=0, all tokens), `hidden` is the residual stream.
+        Returns:
+            The stream with `active`, `rows` and, if the method weighs, `gate` set. All tokens are active at recursion 0
+            and with a fixed depth. Otherwise the active tokens are a subset of the candidates: who has left does not
+            come back.
+        """
         raise NotImplementedError
 
     def report_tokens(self, r: int, stream: Stream, context: RoutingContext) -> None:
@@ -233,7 +268,11 @@ class RoutingMethod(nn.Module):
         context.report_fraction(MEAN_DEPTH, fraction, stream.rows.device)
 
     def close(self, r: int, stream: Stream) -> Stream:
-        """Bring back the rows that leave after recursion r; default: all of them."""
+        """Bring back the rows that leave after recursion r; default: all of them.
+
+        Not called after the last recursion that runs: there all rows come back (`Stream.merged`), in a pipeline on a
+        rank without the routers.
+        """
         return stream.merged(self.layout)
 
     def after_step(self, metrics: dict[str, Tensor | float], iteration: int) -> None:
@@ -246,23 +285,31 @@ class RoutingMethod(nn.Module):
     # What travels with the rows in a pipeline. Decisions are taken by its first rank.
 
     def incoming(self, r: int, tokens: Any, choice: Tensor | None, context: RoutingContext) -> Incoming:
-        """What is known of recursion r; by default, nothing.
+        """What is known of recursion r; default: nothing, but that none is open beyond a fixed depth.
 
         Args:
             tokens: all tokens of the micro-batch.
             choice: as in `Stream`, as far as it is known on this rank.
         """
+        if r >= context.depth(self.plan.num_recursions):
+            return Incoming((0, 1), decides=False)
         return Incoming((tokens.count, 1), decides=True)
 
     def decision(self, stream: Stream) -> Tensor:
-        """What the other ranks have to be told about an open recursion, [S, B]; default: which tokens are active, 1 in
-        ragged rows, 2 in regular ones."""
+        """What the message of an open recursion tells other ranks, [S, B]: small whole numbers. Default: which tokens
+        are active, 1 in ragged rows, 2 in regular ones."""
         return self.layout.mask(stream.active).int() * (1 if stream.active.ragged else 2)
 
     def receive(
         self, r: int, tokens: Any, choice: Tensor | None, decision: Tensor | None, context: RoutingContext
     ) -> tuple[Active, Tensor | None]:
-        """The active tokens of recursion r and the choice, from what arrived: the inverse of `decision`."""
+        """The active tokens of recursion r, and the choice, on a rank that receives them: the inverse of `decision`.
+
+        Args:
+            decision: [S, B]; None if `incoming` says that there is none. Default: no token is active then.
+        """
+        if decision is None:
+            return self.layout.none(tokens), choice
         mask, regular = decision > 0.5, bool((decision > 1.5).any())
         if regular and bool(mask.all()):
             return tokens, choice

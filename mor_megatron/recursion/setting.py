@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import Field, dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from enum import Enum
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class Change(Enum):
@@ -74,3 +74,21 @@ def rule_of(entry: Field) -> Rule:
 
 
 _NO_RULE = Rule()
+
+
+def check(settings: Any) -> None:
+    """Check every field of a dataclass by itself.
+
+    Raises:
+        ValueError: a number is out of range, or a value is none of the choices of its `Literal`.
+    """
+    hints = get_type_hints(type(settings))
+    for entry in fields(settings):
+        value, rule, hint = getattr(settings, entry.name), rule_of(entry), hints[entry.name]
+        kinds = (hint, *get_args(hint))  # X, or the parts of X | None
+        choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+        shown = f"{entry.name.replace('_', '-')}={value}"
+        if choices and value is not None and value not in choices:
+            raise ValueError(f"{shown} is unknown: use one of {', '.join(map(str, choices))}")
+        if isinstance(value, int | float) and not rule.allows(value):
+            raise ValueError(f"{shown} is out of range: use {rule.range}")

@@ -19,7 +19,7 @@ from torch import Tensor
 from mor_megatron.recursion.context import MEAN_DEPTH, TOKENS_PER_RECURSION, Z_LOSS, RoutingContext
 from mor_megatron.recursion.losses import balance_loss, z_loss
 from mor_megatron.recursion.plan import default_capacities
-from mor_megatron.recursion.routers import Router, RouterSettings, resolve_router, score
+from mor_megatron.recursion.routers import GatingSettings, Router, resolve_router, score
 from mor_megatron.recursion.routing import Incoming, RoutingMethod, Stream
 from mor_megatron.recursion.setting import Change, setting
 
@@ -32,7 +32,7 @@ _WITH_LOSS = ("--router-balance loss", lambda settings: settings.router_balance 
 
 
 @dataclass(frozen=True)
-class TokenChoiceSettings(RouterSettings):
+class TokenChoiceSettings(GatingSettings):
     """Settings of token-choice routing."""
 
     router_balance: Literal["loss", "loss_free", "none"] = setting("loss", change=Change.REPORTED)

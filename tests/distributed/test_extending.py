@@ -1,5 +1,5 @@
 """The claims of docs/extending.md: one file outside the package adds a sharing strategy and a routing method, and
-nothing else is edited. The file is examples/extension/parity.py."""
+nothing else is edited. The file is examples/extension/parity.py; salience.py uses what that one does not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from layout_runs import describe, differences, train
+from layout_runs import describe, differences, my_batches, train
 from table import BLOCK, GLOBAL_BATCH, LAYOUTS, MICRO_BATCH, ONE, SEQ_LENGTH, STEPS, VOCABULARY, Layout
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
@@ -20,6 +20,7 @@ from mor_megatron.config.cli import parse_config, read_config
 from mor_megatron.config.schema import Config
 from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
+from mor_megatron.distributed.initialize import initialize_distributed
 from mor_megatron.huggingface.export import read_checkpoint, to_model, write
 from mor_megatron.model import build_model
 from mor_megatron.planning.accounting import (
@@ -31,11 +32,14 @@ from mor_megatron.planning.accounting import (
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.methods import METHODS
 from mor_megatron.recursion.plan import STRATEGIES
+from mor_megatron.training.evaluate import evaluate
 
 FILE = Path(__file__).parents[2] / "examples" / "extension" / "parity.py"
-MODEL = f"""--extension {FILE} --routing parity --sharing-strategy late_cycle --num-recursions 2
-    --num-layers {1 + 2 * BLOCK} --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4
-    --max-position-embeddings {SEQ_LENGTH}
+PARITY = f"""--extension {FILE} --routing parity --sharing-strategy late_cycle --num-recursions 2
+    --num-layers {1 + 2 * BLOCK}"""
+SALIENCE = f"""--extension {Path(__file__).with_name("salience.py")} --routing salience --num-recursions 3
+    --sharing-strategy two_first_cycle --num-layers {3 + 3 * BLOCK}"""
+SIZE = f"""--hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --max-position-embeddings {SEQ_LENGTH}
     --init-method-std 0.1 --vocab-size {VOCABULARY} --make-vocab-size-divisible-by 6 --seq-length {SEQ_LENGTH}
     --micro-batch-size {MICRO_BATCH} --train-iters {STEPS} --optimizer sgd --lr 0.2 --clip-grad 0.5
     --lr-wsd-decay-iters 0"""
@@ -50,21 +54,29 @@ def registered():
         registry.clear()
         registry.update(before)
     schema.RecursionConfig = section
-    sys.modules.pop(FILE.stem, None)
+    for name in (FILE.stem, "salience"):
+        sys.modules.pop(name, None)
 
 
-def config_of(layout: Layout = ONE, *flags: str) -> Config:
+def config_of(layout: Layout = ONE, *flags: str, model: str = PARITY) -> Config:
     divided = [
         *("--global-batch-size", str(GLOBAL_BATCH), "--zero-stage", str(layout.zero)),
         *("--tensor-model-parallel-size", str(layout.tp), "--pipeline-model-parallel-size", str(layout.pp)),
         *(["--sequence-parallel"] if layout.sequence_parallel else []),
     ]
-    return validate(read_config([*MODEL.split(), *divided, *flags]), layout.world_size)
+    return validate(read_config([*model.split(), *SIZE.split(), *divided, *flags]), layout.world_size)
 
 
-def train_in(layout: Layout):
+def train_in(layout: Layout, model: str = PARITY):
     """In a worker: the file is loaded there as well."""
-    return train(config_of(layout))
+    return train(config_of(layout, model=model))
+
+
+def losses_in(layout: Layout, model: str) -> dict[str, float | None]:
+    """Of every selection and every fixed depth."""
+    config = config_of(layout, "--eval-iters", "1", "--eval-fixed-depths", model=model)
+    initialize_distributed(config)
+    return evaluate(build_model(config, VOCABULARY), my_batches(config, step=1), config, iteration=0)
 
 
 @pytest.mark.parametrize("name", ["tp2-sp", "pp2", "dp2-zero3"])
@@ -81,10 +93,29 @@ def test_it_trains_alike_in_every_layout(workers, lone_worker, name: str):
     assert moved.abs().max() > 0, "the gate is trained"
 
 
+@pytest.mark.parametrize("name", ["tp2-sp", "pp2", "dp2-zero3"])
+def test_a_module_of_its_own_and_looking_ahead_train_alike_in_every_layout(workers, lone_worker, name: str):
+    (layout,) = [layout for layout in LAYOUTS if layout.name == name]
+    (expected,) = lone_worker.run(1, ONE.groups, train_in, ONE, SALIENCE)
+    found = differences(workers.run(layout.world_size, layout.groups, train_in, layout, SALIENCE)[0], expected)
+    assert not found, describe(found)
+    assert expected.reports[-1].routing["tokens_per_recursion_2"] == 0.5
+    assert expected.buffers["router.steps"] == STEPS
+
+
+@pytest.mark.parametrize("model", [PARITY, SALIENCE])
+def test_losses_of_fixed_depths_are_alike_in_a_ring(workers, lone_worker, model: str):
+    (ring,) = [layout for layout in LAYOUTS if layout.name == "pp2"]
+    (expected,) = lone_worker.run(1, ONE.groups, losses_in, ONE, model)
+    found = workers.run(2, ring.groups, losses_in, ring, model)[0]
+    assert found == pytest.approx(expected, rel=2e-6)  # fp32: the same sums in another order, once
+    assert len(set(expected.values())) >= 3, "depths and selections differ"
+
+
 def test_its_settings_are_settings(capsys):
     for flag in ("--help", "--print-config"):
         with pytest.raises(SystemExit):
-            parse_config([*MODEL.split(), "--parity-period", "3", flag])
+            parse_config([*PARITY.split(), *SIZE.split(), "--parity-period", "3", flag])
         shown = capsys.readouterr().out
         assert "parity-period" in shown
     assert "parity-period: 3" in shown

@@ -38,7 +38,7 @@ from mor_megatron.huggingface.verify import training_model
 from mor_megatron.model.stored_names import stored_name
 from mor_megatron.planning.accounting import count_parameters
 from mor_megatron.recursion.context import RoutingContext
-from mor_megatron.recursion.plan import build_plan
+from mor_megatron.recursion.plan import STRATEGIES, build_plan
 
 sys.path.append(str(Path(__file__).parents[3] / "tools"))
 import export_hf
@@ -132,6 +132,13 @@ def test_source_layers(strategy: str, initialization: str):
     plan = build_plan(14, 3, strategy)
     found = source_layers(plan, 14, initialization)
     assert [found[layer] for layer in range(6)] == SOURCES[strategy, initialization]
+
+
+def test_source_layers_with_unequal_ends(monkeypatch):
+    shared = [(2 + slot, r) for r in range(2) for slot in range(2)]
+    monkeypatch.setitem(STRATEGIES, "late", lambda depth, num_recursions: [(0, None), (1, None), *shared])
+    found = source_layers(build_plan(6, 2, "late"), 6, "average")
+    assert found == {0: (0,), 1: (1,), 2: (2, 4), 3: (3, 5)}, "every layer is used where it was"
 
 
 def test_source_layers_drawn_at_random():

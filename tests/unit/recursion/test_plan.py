@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mor_megatron.recursion.plan import build_plan, default_capacities, effective_depth
+from mor_megatron.recursion.plan import STRATEGIES, build_plan, default_capacities, effective_depth
 
 
 def physical(plan):
@@ -77,3 +77,34 @@ def test_table():
     out = build_plan(8, 3, kv_mode="sharing").table()
     assert "8 virtual layers on 4 unique ones (block of 2)" in out
     assert "virtual 2" in out.splitlines()[-2]
+
+
+@pytest.mark.parametrize(
+    ("layers", "kv_mode", "told"),
+    [
+        ([(0, 0), (0, 1)], "caching", "lays out 2 layers: return as many as the depth"),
+        ([(1, 0), (0, 0), (1, 1), (0, 1)], "caching", "number physical layers from 0 in the order of first use"),
+        ([(0, None), (1, None), (2, 0), (2, 0)], "caching", "give shared layers the recursions 0 to 1"),
+        ([(0, 0), (1, None), (0, 1), (2, None)], "caching", "put unique layers before or after them"),
+        ([(0, None), (0, 0), (0, 1), (1, None)], "caching", "uses a unique layer twice: give it a recursion"),
+        ([(0, 0), (0, 0), (0, 1), (0, 1)], "sharing", "use kv-mode=caching, not sharing"),
+        ([(0, 0), (1, 0), (0, 1), (2, 1)], "sharing_update", "use kv-mode=caching, not sharing_update"),
+    ],
+)
+def test_a_strategy_that_breaks_a_rule_is_refused(monkeypatch, layers, kv_mode, told):
+    monkeypatch.setitem(STRATEGIES, "mine", lambda depth, num_recursions: layers)
+    with pytest.raises(ValueError, match=f"sharing-strategy=mine .*{told}"):
+        build_plan(4, 2, "mine", kv_mode)
+
+
+def test_ranks_hold_consecutive_layers(monkeypatch):
+    for strategy, depth in (("cycle", 6), ("sequence", 6), ("middle_cycle", 8), ("middle_sequence", 8)):
+        assert build_plan(depth, 2, strategy).fits_pipeline
+        assert build_plan(depth, 1, strategy).fits_pipeline
+    there_and_back = [(0, 0), (1, 0), (0, 0), (0, 1), (1, 1), (0, 1)]
+    mirrored = [(0, 0), (1, 0), (2, 0), (2, 1), (1, 1), (0, 1)]
+    for layers, is_cyclic in ((there_and_back, True), (mirrored, False)):
+        monkeypatch.setitem(STRATEGIES, "mine", lambda depth, num_recursions, layers=layers: layers)
+        plan = build_plan(6, 2, "mine")
+        assert plan.is_cyclic == is_cyclic
+        assert not plan.fits_pipeline, "a ring would run other layers in between"

@@ -1,0 +1,71 @@
+"""Rules of a routing method: one that breaks them is refused, because elsewhere it would compute something else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mor_megatron.recursion.context import RoutingContext
+from mor_megatron.recursion.dispatch import ActiveTokens, LocalRows
+from mor_megatron.recursion.plan import build_plan
+from mor_megatron.recursion.routing import NoSettings, RoutingMethod, Stream, run_recursions
+
+TOKENS = ActiveTokens(6, 2)
+
+
+class Chosen(RoutingMethod):
+    """Recursion r takes the tokens of a given mask [S, B]."""
+
+    name = "chosen"
+
+    def __init__(self, *masks, gate=None):
+        super().__init__(NoSettings(), build_plan(len(masks), len(masks), "cycle"), LocalRows())
+        self.masks, self.set_gate = masks, gate
+
+    def open(self, r, stream, context):
+        active, _ = self.layout.keep(stream.tokens, self.masks[r])
+        return replace(stream, active=active, rows=self.layout.gather(stream.hidden, active), gate=self.set_gate)
+
+
+def run(method, **options):
+    stream = Stream(TOKENS, TOKENS, torch.ones(6, 2, 4))
+    return run_recursions(method, stream, lambda layers, stream: stream.rows, RoutingContext(**options))
+
+
+def mask(*positions):
+    return torch.isin(torch.arange(6), torch.tensor(positions)).unsqueeze(1).expand(6, 2)
+
+
+ALL = mask(*range(6))
+
+
+def test_tokens_leave_in_turn():
+    last = run(Chosen(ALL, mask(1, 2), mask(2)))
+    assert torch.equal(last.active.mask(), mask(2))
+
+
+@pytest.mark.parametrize(
+    ("masks", "options", "told"),
+    [
+        ([mask(1), ALL], {}, "recursion 0 with 2 of 12 candidates"),
+        ([ALL, mask(1), mask(2, 3)], {}, "recursion 2 with 4 of 2 candidates"),
+        ([ALL, mask(1)], {"fixed_depth": 2}, "recursion 1 with 2 of 12 candidates: .* a fixed depth take every token"),
+    ],
+)
+def test_the_first_recursion_takes_all_and_no_token_comes_back(masks, options, told):
+    with pytest.raises(ValueError, match=f"routing=chosen opens {told}"):
+        run(Chosen(*masks), **options)
+
+
+def test_a_gate_is_announced():
+    with pytest.raises(ValueError, match="with gate=a tensor, but its weighs=False"):
+        run(Chosen(ALL, ALL, gate=torch.ones(12, 1, 1)))
+
+
+def test_losses_that_nobody_wants_stay_out_of_the_graph():
+    weight, rows = torch.ones((), requires_grad=True), torch.zeros(3, requires_grad=True)
+    for losses, expected in (("none", None), ("attach", 0.5)):
+        RoutingContext(losses=losses).add_loss(rows, weight, 0.5).sum().backward()
+        assert weight.grad == expected
