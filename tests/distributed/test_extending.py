@@ -192,3 +192,55 @@ def test_it_resumes_is_exported_and_generates(saved: Path, tmp_path: Path, modul
     weights, config = read_export(output)
     assert config.recursion.parity_period == 2
     assert all(torch.equal(weights[name], value) for name, value in checkpoint.weights.items()), "it is imported again"
+
+
+@torch.no_grad()
+def test_a_module_of_its_own_is_exported_evaluated_and_imported(process_group, tmp_path: Path):
+    from mor_megatron.evaluation.likelihood import likelihood
+    from mor_megatron.evaluation.modes import modes_of
+    from mor_megatron.evaluation.sequences import Piece
+    from mor_megatron.huggingface.convert_config import export_config
+    from mor_megatron.huggingface.importing import write_checkpoint
+    from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
+
+    config = config_of(ONE, "--make-vocab-size-divisible-by", str(VOCABULARY), model=SALIENCE)
+    model = build_model(config, VOCABULARY).eval()
+    model.router.steps.fill_(7.0)
+    weights = {name: value for name, value in model.state_dict().items() if value is not None}
+    exported = to_model(weights, config, VOCABULARY)
+    ids = torch.arange(3 * 16).view(3, 16) % VOCABULARY
+    for selection in ("capacity", "threshold"):
+        ours = model(Batch(ids), RoutingContext(selection=selection))
+        torch.testing.assert_close(exported(ids, selection=selection).logits, ours, atol=1e-5, rtol=0)
+    options = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
+    cached, plain = (exported.generate(ids, use_cache=cached, **options) for cached in (True, False))
+    assert torch.equal(cached, plain)
+    found = likelihood(exported, [Piece(ids[0], ids[0].roll(-1))], modes_of(exported.config), batch_size=1)
+    assert [result.mode.name for result in found.results] == ["topk", "threshold", "depth 1", "depth 2", "depth 3"]
+    assert found.calibration is None, "it names no module whose logits a threshold reads"
+    write_checkpoint(weights, config, tmp_path / "imported")
+    again = read_checkpoint(tmp_path / "imported").weights
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
+    assert again["router.steps"] == 7.0
+    fresh = MoRForCausalLM(export_config(config, VOCABULARY)).model.router.scorer
+    assert 0.03 < fresh.inner.std() < 0.3, "drawn with initializer_range=0.1"
+    assert torch.equal(fresh.out, torch.ones(32))
+
+
+def test_parameters_outside_a_submodule_are_refused(process_group, monkeypatch):
+    def build(self, hidden_size, dtype):
+        self.bare = torch.nn.Parameter(torch.empty(1, hidden_size))
+
+    config = config_of(ONE, model=SALIENCE)
+    monkeypatch.setattr(METHODS["salience"], "build", build)
+    with pytest.raises(ValueError, match="routing=salience has the parameters bare outside a submodule"):
+        build_model(config, VOCABULARY)
+
+
+def test_a_plan_that_comes_back_to_an_earlier_rank_is_refused(monkeypatch):
+    layers = [(0, 0), (1, 0), (0, 0), (0, 1), (1, 1), (0, 1)]
+    monkeypatch.setitem(STRATEGIES, "there_and_back", lambda depth, num_recursions: layers)
+    model = f"--extension {FILE} --routing parity --sharing-strategy there_and_back --num-recursions 2 --num-layers 6"
+    assert config_of(model=model).plan.is_cyclic
+    with pytest.raises(ValueError, match="there_and_back comes back to an earlier layer within a pass over the ranks"):
+        config_of(replace(ONE, pp=2), model=model)

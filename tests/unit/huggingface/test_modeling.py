@@ -128,6 +128,8 @@ def test_capacity_is_refused_where_only_a_part_of_the_sequence_is_seen():
         ({"num_recursions": 3, "num_hidden_layers": 9}, "does not fit"),
         ({"kv_mode": "none"}, "kv_mode=none"),
         ({"routing": "expert_choice"}, "needs num_recursions above 1"),
+        ({"routing": "expert_choice", "num_recursions": 3, "router_temperature": 0}, "router_temperature=0 is out of"),
+        ({"routing": "token_choice", "num_recursions": 3, "router_gating": "added"}, "router_gating=added is unknown"),
     ],
 )
 def test_configuration_is_checked(settings: dict, message: str):
