@@ -1,7 +1,7 @@
 """The code of a model, written beside its weights: a directory that needs nothing but torch and transformers.
 
 transformers copies files that import each other as `from .name import ..`, and no packages. So the files of
-`mor_megatron.recursion` lie beside the others, and the beginnings of imports are all that is changed in them. This file
+`mor_megatron.recursion` lie beside the others, and only the prefix of their imports is changed. This file
 travels with an exported model.
 """
 
@@ -22,7 +22,7 @@ def write_code(directory: str | Path, *needed: Any) -> None:
 
     Args:
         directory: of the weights; it is there.
-        needed: a routing method and a sharing strategy; where they are not among those built in, their file goes along.
+        needed: a routing method and a sharing strategy; the file of one that is not built in is written as well.
     Raises:
         ValueError: such a file imports something that does not travel, or has the name of another.
         OSError: a file cannot be written.

@@ -54,9 +54,9 @@ class MoRConfig(transformers.PreTrainedConfig):
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling_factor: float | None = None
-    """Of Llama 3's scaled rotary embedding; None: not scaled."""
+    """Factor of Llama 3's scaled rotary embedding; None: no scaling."""
     qkv_bias: bool = False
-    """Whether query, key and value projections have a bias, as Qwen2's."""
+    """Whether query, key and value projections have a bias, as in Qwen2."""
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     use_cache: bool = True
@@ -108,7 +108,7 @@ class MoRConfig(transformers.PreTrainedConfig):
 
     @property
     def routing_method(self) -> type[RoutingMethod]:
-        """What `routing` names."""
+        """The class of the routing method."""
         return method_of(self.routing)
 
     @property
@@ -138,7 +138,7 @@ class MoRConfig(transformers.PreTrainedConfig):
 
 
 def _in_our_words(message: str) -> str:
-    """A message about a run's setting, of this configuration: num-layers=8 is num_hidden_layers=8 here."""
+    """Rewrite a message about a run's settings with the names used here: num-layers=8 becomes num_hidden_layers=8."""
     message = message.replace("num-layers=", "num_hidden_layers=").replace(", or --depth-rounding down or up", "")
     return re.sub(r"\b[a-z]+(-[a-z]+)+(?==)", lambda name: exported_name(name[0].replace("-", "_")), message)
 

@@ -1,8 +1,8 @@
 """Mixture-of-Recursions models (arXiv 2507.10524) for transformers: the backbone and its heads.
 
 A layer that runs at several recursions is one module, stored once; `config.plan` says when it runs. Tokens are packed
-rows throughout (`rows_mor.py`, `columns_mor.py`); how deep each of them goes is decided by a routing method, the same
-code as in training (`routing.py`); keys and values between calls are kept in `cache_mor.py`. These files travel with an
+rows throughout (`rows_mor.py`, `columns_mor.py`). A routing method decides how deep each of them goes, with the code
+of training (`routing.py`); keys and values between calls are kept in `cache_mor.py`. These files travel with an
 exported model, which loads with `trust_remote_code=True`.
 """
 
@@ -40,7 +40,7 @@ NEVER = -1e4
 
 
 class MoRPreTrainedModel(NotServed, PreTrainedModel):
-    """What transformers wants to know about the family."""
+    """What all MoR models share: their configuration, initialization, and what transformers may do with them."""
 
     config_class = MoRConfig
     base_model_prefix = "model"

@@ -1,4 +1,4 @@
-"""What may be asked of a call of a MoR model. This file travels with an exported model."""
+"""Checks of the arguments of a call. This file travels with an exported model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .configuration_mor import MoRConfig
 
 
 def check_options(config: MoRConfig, depth: int | None, threshold: float, selection: str) -> None:
-    """What one call asks of the routing.
+    """Check the routing options of one call.
 
     Raises:
         ValueError: a value is out of range, or means nothing to this kind of model.
@@ -26,7 +26,7 @@ def check_options(config: MoRConfig, depth: int | None, threshold: float, select
 
 
 def refuse_unknown(kwargs: dict) -> None:
-    """Nothing that is asked for is ignored.
+    """Refuse unknown arguments, rather than ignore them.
 
     Raises:
         ValueError: an argument that is not known has a value.

@@ -18,7 +18,7 @@ from mor_megatron.recursion.routing import TIE, kept
 
 @dataclass(frozen=True)
 class Rows:
-    """Which tokens some rows are of, in causal order within each sequence."""
+    """The tokens that a set of rows holds, in causal order within each sequence."""
 
     sequence: Tensor
     """[T] int64, non-decreasing."""
@@ -128,7 +128,7 @@ class PackedRows:
     """The `Layout` of these rows: how a routing method moves them. Collected values are [T, W], an index is [T']."""
 
     def gather(self, hidden: Tensor, active: Rows) -> Tensor:
-        """Of all rows [T, H], the active ones."""
+        """The active rows among all rows of the call [T, H]."""
         return active.take(hidden)
 
     def combine(self, hidden: Tensor, rows: Tensor, gate: Tensor | None, active: Rows) -> Tensor:
@@ -138,7 +138,7 @@ class PackedRows:
         return active.put(hidden, own)
 
     def take(self, rows: Tensor, active: Rows, index: Tensor | None) -> Tensor:
-        """Of the active rows, those at `index`."""
+        """The rows at `index` among the active rows."""
         return self.at(rows, index)
 
     def collect(self, values: Tensor, active: Rows) -> Tensor:
@@ -150,7 +150,7 @@ class PackedRows:
         return values if index is None else values[index]
 
     def of(self, values: Tensor, active: Rows) -> Tensor:
-        """Of a value for each row of the call, those of the active rows."""
+        """Values of the active rows, from one for each row of the call."""
         return active.take(values)
 
     def keep(self, active: Rows, mask: Tensor, regular: bool = False) -> tuple[Rows, Tensor | None]:

@@ -1,4 +1,4 @@
-"""Names under which seeds and checkpoints know weights, where these are not the names in the model.
+"""Names of weights in checkpoints and in seeds, where they differ from those in the model.
 
 A router's matrices are `weights.0` and `weights.1` there, whatever its layers are called.
 """

@@ -8,11 +8,11 @@
 | gate     | as working, / H       | with the stream                                                      |
 
 Before the last chunk the first rank keeps stream and gate: it opens each recursion, and closes it when the rows have
-come round. A decision is small whole numbers, exact in bf16. Under sequence parallelism, working rows and stream are
-shares.
+come round. A decision consists of small whole numbers, exact in bf16. Under sequence parallelism, a rank sends its
+shard of the working rows and of the stream.
 
-Every rank knows beforehand how many rows will come; the routing method says so (`RoutingMethod.incoming`). Where it
-cannot, the working rows are filled up to the most there can be.
+Every rank knows the size of a message in advance, from `RoutingMethod.incoming`. Where the number of active tokens is
+not known, working rows are padded to the largest number possible.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class MessageFormat:
     """What the routing method decided once for all recursions, [S, B], as soon as it is known here."""
 
     def __post_init__(self):
-        self.shares = (
+        self.num_shards = (
             parallel_state.get_tensor_model_parallel_world_size() if self.model.config.sequence_parallel else 1
         )
         self.method = self.model.router
@@ -69,7 +69,7 @@ class MessageFormat:
         return message if message.shape[0] > 0 else F.pad(message, (0, 0, 0, 1))
 
     def unpack(self, message: Tensor, chunk: int) -> Stream:
-        """The open recursion out of a message that did not come back to the first rank."""
+        """The open recursion in a message, on any rank but the first."""
         sizes = self._parts(chunk, to_first=False)
         parts = dict(zip(sizes, message[: sum(sizes.values())].split(list(sizes.values())), strict=True))
         decision = None
@@ -84,23 +84,23 @@ class MessageFormat:
         return Stream(self.tokens, active, hidden, self.unpack_rows(message, active), gate, self.choice)
 
     def unpack_rows(self, message: Tensor, active: ActiveTokens) -> Tensor:
-        """Its working rows, [k, B, H] or [T, 1, H] or this rank's share of them."""
+        """The working rows of a message, [k, B, H] or [T, 1, H], or this rank's shard of them."""
         rows, columns = active.shape
-        rows = -(-rows // self.shares)
+        rows = -(-rows // self.num_shards)
         return message[: rows * columns].view(rows, columns, message.shape[-1])
 
     def _parts(self, chunk: int, to_first: bool) -> dict[str, int]:
-        """Rows of each part, in their order."""
+        """Number of rows of each part, in the order of the message."""
         width = self.model.config.hidden_size
         incoming = self.method.incoming(chunk, self.tokens, self.choice, self.context)
         rows, columns = incoming.shape
-        sizes = {"working": -(-rows // self.shares) * columns}
+        sizes = {"working": -(-rows // self.num_shards) * columns}
         if to_first:
             return sizes
         if incoming.decides:
             sizes["decision"] = -(-self.tokens.count // width)
         if chunk == self.num_chunks - 1 and self.method.routes:
-            sizes["stream"] = self.tokens.seq_length // self.shares * self.tokens.batch_size
+            sizes["stream"] = self.tokens.seq_length // self.num_shards * self.tokens.batch_size
             if self.method.weighs and rows > 0:
                 sizes["gate"] = -(-rows * columns // width)
         return sizes

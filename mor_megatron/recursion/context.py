@@ -1,4 +1,4 @@
-"""What one forward pass is told about routing, and what it reports back.
+"""Routing options of one forward pass, and what it reports.
 
 A `RoutingContext` lives for one micro-batch.
 """
@@ -36,7 +36,7 @@ class RoutingContext:
     iteration: int = 1
     """Number of the iteration being run, counted from 1; drives warm-ups in training."""
     selection: Selection = "capacity"
-    """Of a method that selects within a sequence: by capacity (looks ahead), or by a causal threshold."""
+    """How a method that compares tokens selects: by capacity (looks ahead), or by a causal threshold."""
     threshold: float = 0.5
     """Selection by threshold: a token goes on if the sigmoid of its logit is at least this."""
     fixed_depth: int | None = None
@@ -56,7 +56,7 @@ class RoutingContext:
     trace: dict[str, Tensor] | None = None
     """Set to {} to receive router logits, selections and depths (tests, analysis)."""
     on_decision: Callable[[str, Tensor], None] | None = None
-    """Called with the name of each routing decision (a mask or depths, [S, B]) before anything is done by it."""
+    """Called with the name of each routing decision (a mask or depths, [S, B]) before it takes effect."""
 
     def __post_init__(self):
         if self.fixed_depth is not None and self.fixed_depth < 1:
@@ -103,14 +103,14 @@ class RoutingContext:
         )
 
     def report(self, name: str, value: Tensor) -> None:
-        """Record one metric of this micro-batch; what is reported more than once (each recursion its part) adds up."""
+        """Record a metric of this micro-batch; values of one name, such as one a recursion, are summed."""
         if self.metrics is None:
             return
         value = value.detach().float()
         self.metrics[name] = self.metrics[name] + value if name in self.metrics else value
 
     def report_fraction(self, name: str, fraction: float, device: torch.device) -> None:
-        """Record a metric that the host knows."""
+        """Record a metric whose value is known on the host."""
         if self.metrics is not None:
             self.report(name, torch.tensor(fraction, device=device))
 
@@ -120,7 +120,7 @@ class RoutingContext:
             self.trace[name] = value.detach()
 
     def decide(self, name: str, decision: Callable[[], Tensor]) -> None:
-        """Record a routing decision and let others look at it; it is computed only where someone does."""
+        """Record a routing decision and pass it to `on_decision`; it is computed only if one of them is wanted."""
         if self.trace is None and self.on_decision is None:
             return
         value = decision()

@@ -211,8 +211,9 @@ def take_rows(x: Tensor, local: Tensor | None) -> Tensor:
 
 
 class LocalRows:
-    """The `Layout` of training, with all rows on this rank; `distributed.row_exchange` has the one of rows that are cut
-    by sequence. Collected values are [S, B, W], [k, B, W] or [T, 1, W]; an index is flat, [k, B] or [T, 1].
+    """The `Layout` of training with all rows on this rank; `distributed.row_exchange` has that of sequence parallelism.
+
+    Collected values are [S, B, W], [k, B, W] or [T, 1, W]; an index is flat, [k, B] or [T, 1].
 
     Args:
         device: where the rows are.
@@ -230,11 +231,11 @@ class LocalRows:
         return combine(hidden, rows, gate, active)
 
     def take(self, rows: Tensor, active: ActiveTokens, index: Tensor | None) -> Tensor:
-        """Of `rows`, which are those of `active`, the ones at `index`; see `take_rows`."""
+        """The rows at `index` among `rows`, which are those of `active`; see `take_rows`."""
         return take_rows(rows, index)
 
     def collect(self, values: Tensor, active: ActiveTokens) -> Tensor:
-        """Something small computed from the rows of `active`, of all tokens on every rank."""
+        """Values of all tokens of `active`: those given, since all rows are on this rank."""
         return values
 
     def at(self, values: Tensor, index: Tensor | None) -> Tensor:
@@ -276,7 +277,7 @@ class LocalRows:
 def select_topk(scores: Tensor, k: int) -> Tensor:
     """The k highest scores of each sequence, in causal order; among equal ones at the cut, the earlier tokens.
 
-    What counts as equal to the k-th highest says `TIE`.
+    `TIE` defines which scores count as equal to the k-th highest.
 
     Args:
         scores: router logits of the candidates, [k_prev, B], fp32 (bf16 logits tie at the cut; docs/mor.md, sec. 3.1).

@@ -5,9 +5,9 @@
         block   the shared layers, on those rows
         close   bring the rows back
 
-The steps are apart because in a pipeline they happen on different ranks, at different times. Which rows a set of
-active tokens is, and how they are moved, is the business of a `Layout`: training has regular rows, and ragged ones for
-what is not known in advance (`recursion.dispatch`); an exported model has packed rows (`rows_mor.py`).
+The steps are separate because a pipeline runs them on different ranks, at different times. A `Layout` moves rows:
+training has regular rows, and ragged rows for sets whose size is not known in advance (`recursion.dispatch`); an
+exported model has packed rows (`rows_mor.py`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from mor_megatron.recursion.plan import RecursionPlan, VirtualLayer
 from mor_megatron.recursion.routers import GatingSettings
 
 TIE = 1e-5
-"""Router logits count as equal within TIE * (1 + their mean size in the sequence). A run of one token at the start of a
-sequence has equal hidden states but for rounding, and rounding depends on device and layout. It moves fp32 logits by
-less than a tenth of this; a gate of sigmoid with alpha 0.1 changes by 2.5e-7 within it."""
+"""Router logits count as equal within TIE * (1 + their mean size in the sequence). Where a sequence begins with one
+token repeated, hidden states are equal except for rounding, which depends on device and layout. Rounding moves fp32
+logits by less than a tenth of this; within it, a sigmoid gate with alpha 0.1 changes by 2.5e-7."""
 
 Index = Any
-"""Places of a subset among the rows of a set of active tokens, as its `Layout` writes them."""
+"""Positions of a subset among the rows of a set of active tokens, in the form that the `Layout` uses."""
 
 
 def kept(capacity: float, length: int) -> int:
@@ -45,7 +45,7 @@ class Active(Protocol):
     """A set of tokens, in causal order within each sequence."""
 
     ragged: bool
-    """Its sequences have unequal numbers of tokens, as far as is known."""
+    """Its sequences may have different numbers of tokens."""
 
     @property
     def count(self) -> int:
@@ -53,7 +53,7 @@ class Active(Protocol):
 
 
 class Layout(Protocol):
-    """Which rows belong to a set of active tokens, and how they move."""
+    """Moves rows between the residual stream and sets of active tokens."""
 
     def gather(self, hidden: Tensor, active: Active) -> Tensor:
         """Rows of the active tokens, [.., H], out of the residual stream."""
@@ -62,10 +62,10 @@ class Layout(Protocol):
         """The residual stream with gate * rows, or rows, added at the active tokens; a gate is [.., 1]."""
 
     def take(self, rows: Tensor, active: Active, index: Index | None) -> Tensor:
-        """Of the rows of the active tokens, those at `index`; all for None."""
+        """The rows at `index` among those of the active tokens; all for None."""
 
     def collect(self, values: Tensor, active: Active) -> Tensor:
-        """Something small [.., W] that was computed from the rows of `active`, for all its tokens on every rank."""
+        """Values [.., W] of the rows that this rank has of `active` -> values of all its tokens, on every rank."""
 
     def at(self, values: Tensor, index: Index | None) -> Tensor:
         """Collected values [.., W] at `index`; all for None."""
@@ -74,7 +74,7 @@ class Layout(Protocol):
         """One value for each token of the micro-batch -> those of the active tokens."""
 
     def keep(self, active: Active, mask: Tensor, regular: bool = False) -> tuple[Active, Index | None]:
-        """The subset where `mask` is true, and its places; `regular`: every sequence keeps equally many tokens."""
+        """The subset where `mask` is true, and its index; `regular`: every sequence keeps the same number of tokens."""
 
     def best(self, active: Active, scores: Tensor, capacity: float) -> tuple[Active, Index | None]:
         """The highest scores of each sequence: a fraction `capacity` of its length, and one at least. Among scores that
@@ -92,7 +92,7 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Stream:
-    """State of a micro-batch among the recursions; what of it is set depends on the step."""
+    """State of a micro-batch between the steps of its recursions. Which fields are set depends on the step."""
 
     tokens: Active
     """All tokens of the micro-batch."""
@@ -103,7 +103,7 @@ class Stream:
     rows: Tensor | None = None
     """Working rows of the active tokens, [.., H]."""
     gate: Tensor | None = None
-    """Weight with which the rows come back, [.., 1]; None: they are added as they are."""
+    """Weights of the rows when they come back, [.., 1]; None: they are added unweighted."""
     choice: Tensor | None = None
     """What the method decided once, for all recursions: a small whole number for each token."""
 
@@ -129,19 +129,19 @@ class Incoming:
 
 @dataclass(frozen=True)
 class NoSettings:
-    """Of a routing method without settings."""
+    """Settings of a routing method that has none."""
 
 
 class RoutingMethod(nn.Module):
     """How deep each token goes. A method is a subclass in a file of its own, registered in `recursion.methods`.
 
-    What it has to define is `name`, `about`, `build` and `open`; the rest has defaults that are right, if not the
-    fastest, for every method whose decisions are taken in `open`.
+    A subclass must define `name`, `about`, `build` and `open`. All other defaults are correct, though not the fastest,
+    for every method that decides in `open`.
 
     Args:
         settings: has the fields of `Settings`, resolved.
         plan: gives Nr and the capacities.
-        layout: moves rows; None where nothing is run.
+        layout: moves rows; None if nothing is run.
     """
 
     name: ClassVar[str]
@@ -159,14 +159,14 @@ class RoutingMethod(nn.Module):
         super().__init__()
         self.settings, self.plan, self.layout = settings, plan, layout
 
-    # What it is, without weights.
+    # Description, without weights.
 
     @classmethod
     def resolve(cls, settings: Any, num_recursions: int) -> Any:
         """`settings` with defaults filled in.
 
         Raises:
-            ValueError: a value is out of place; names the setting, its value, and a remedy.
+            ValueError: a value does not fit; the message names the setting, its value and a remedy.
         """
         return settings
 
@@ -177,7 +177,7 @@ class RoutingMethod(nn.Module):
 
     @classmethod
     def warnings(cls, settings: Any) -> list[str]:
-        """What settings that are allowed leave untrained, in words."""
+        """Messages about what valid settings leave untrained."""
         return []
 
     def metric_names(self) -> tuple[str, ...]:
@@ -207,7 +207,7 @@ class RoutingMethod(nn.Module):
         """
         return 2.0 * parameters
 
-    # What it does.
+    # Computation.
 
     def build(self, hidden_size: int, dtype: torch.dtype) -> None:
         """Create the routers, and buffers that start at 0. Called on the first rank of a pipeline only.
@@ -223,9 +223,9 @@ class RoutingMethod(nn.Module):
         """
 
     def forward(self, r: int, stream: Stream, context: RoutingContext) -> Stream:
-        """Open recursion r; without active tokens where the depth is fixed to fewer.
+        """Open recursion r: `open`, checked and reported. No token is active beyond a fixed depth.
 
-        A call of the module, so that tools that offload its buffers bring them.
+        Callers call the module instead of `open`, so that hooks that offload its buffers run.
         """
         if r >= context.depth(self.plan.num_recursions):
             return replace(stream, active=self.layout.none(stream.active), rows=stream.hidden[:0], gate=None)
@@ -262,7 +262,7 @@ class RoutingMethod(nn.Module):
         raise NotImplementedError
 
     def report_tokens(self, r: int, stream: Stream, context: RoutingContext) -> None:
-        """The fraction of tokens that is active, to `context`."""
+        """Report the fraction of active tokens to `context`."""
         fraction = stream.active.count / stream.tokens.count
         context.report_fraction(TOKENS_PER_RECURSION.format(r), fraction, stream.rows.device)
         context.report_fraction(MEAN_DEPTH, fraction, stream.rows.device)

@@ -21,7 +21,7 @@ class Change(Enum):
 
 @dataclass(frozen=True)
 class Rule:
-    """What stands beside a field."""
+    """Which values a setting may have, when it is read, and what a change of it means."""
 
     least: float | None = None
     """Smallest value allowed."""
@@ -32,11 +32,13 @@ class Rule:
     below: float | None = None
     """Values must stay below it."""
     read_with: tuple[str, Callable[[Any], bool]] | None = None
-    """When the setting is read: in words, and as a condition on what holds it (of a routing method: its settings)."""
+    """When the setting is read: in words, and as a condition on the configuration (in its recursion section: on the
+    section)."""
     change: Change | None = None
-    """None: what its section says."""
+    """None: that of its section."""
     in_export: bool = True
-    """Of a routing method: whether it describes the model, and so is stored in an export, or only a run."""
+    """Of a routing method's setting: True if it describes the model and is stored in an export, False if only a run
+    reads it."""
 
     def allows(self, value: float) -> bool:
         """Whether a number is in range."""

@@ -76,7 +76,7 @@ def losses_in(layout: Layout, model: str) -> dict[str, float | None]:
     """Of every selection and every fixed depth."""
     config = config_of(layout, "--eval-iters", "1", "--eval-fixed-depths", model=model)
     initialize_distributed(config)
-    return evaluate(build_model(config, VOCABULARY), my_batches(config, step=1), config, iteration=0)
+    return evaluate(build_model(config), my_batches(config, step=1), config, iteration=0)
 
 
 @pytest.mark.parametrize("name", ["tp2-sp", "pp2", "dp2-zero3"])
@@ -204,10 +204,10 @@ def test_a_module_of_its_own_is_exported_evaluated_and_imported(process_group, t
     from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 
     config = config_of(ONE, "--make-vocab-size-divisible-by", str(VOCABULARY), model=SALIENCE)
-    model = build_model(config, VOCABULARY).eval()
+    model = build_model(config).eval()
     model.router.steps.fill_(7.0)
     weights = {name: value for name, value in model.state_dict().items() if value is not None}
-    exported = to_model(weights, config, VOCABULARY)
+    exported = to_model(weights, config)
     ids = torch.arange(3 * 16).view(3, 16) % VOCABULARY
     for selection in ("capacity", "threshold"):
         ours = model(Batch(ids), RoutingContext(selection=selection))
@@ -222,7 +222,7 @@ def test_a_module_of_its_own_is_exported_evaluated_and_imported(process_group, t
     again = read_checkpoint(tmp_path / "imported").weights
     assert all(torch.equal(again[name], value) for name, value in weights.items())
     assert again["router.steps"] == 7.0
-    fresh = MoRForCausalLM(export_config(config, VOCABULARY)).model.router.scorer
+    fresh = MoRForCausalLM(export_config(config)).model.router.scorer
     assert 0.03 < fresh.inner.std() < 0.3, "drawn with initializer_range=0.1"
     assert torch.equal(fresh.out, torch.ones(32))
 
@@ -234,7 +234,7 @@ def test_parameters_outside_a_submodule_are_refused(process_group, monkeypatch):
     config = config_of(ONE, model=SALIENCE)
     monkeypatch.setattr(METHODS["salience"], "build", build)
     with pytest.raises(ValueError, match="routing=salience has the parameters bare outside a submodule"):
-        build_model(config, VOCABULARY)
+        build_model(config)
 
 
 def test_a_plan_that_comes_back_to_an_earlier_rank_is_refused(monkeypatch):
