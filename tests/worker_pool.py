@@ -6,7 +6,6 @@ If a worker raises, dies or hangs, the test fails with the tracebacks of all ran
 from __future__ import annotations
 
 import faulthandler
-import functools
 import gc
 import multiprocessing
 import os
@@ -168,7 +167,6 @@ def form_world(rank: int, world_size: int, store: str) -> None:
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.partition_parameters import Init
     from megatron.core import parallel_state
-    from torch.distributed import distributed_c10d
 
     # ZeRO-3 numbers parameters and modules over a process's life and compares the numbers over ranks, whose lives
     # differ here. The count of modules is a default argument.
@@ -182,7 +180,6 @@ def form_world(rank: int, world_size: int, store: str) -> None:
         else:
             deepspeed.comm.destroy_process_group()  # forgets the groups that DeepSpeed derived, too
             deepspeed.comm.comm.cdb = None  # its view of the old world, which the next engine would take for its own
-    distributed_c10d.ProcessGroupGloo = one_device_gloo()
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(store, world_size),
@@ -190,22 +187,6 @@ def form_world(rank: int, world_size: int, store: str) -> None:
         world_size=world_size,
         timeout=timedelta(seconds=TIMEOUT),
     )
-
-
-@functools.cache
-def one_device_gloo() -> type:
-    """gloo with one device for all groups of a layout: the thread of each device wakes a hundred times a second."""
-    from torch.distributed import ProcessGroupGloo
-
-    device = ProcessGroupGloo.create_default_device()
-
-    class OneDeviceGloo(ProcessGroupGloo):
-        def __init__(self, store, rank, size, timeout):
-            options = self._Options()
-            options._devices, options._timeout = [device], timeout
-            super().__init__(store, rank, size, options)
-
-    return OneDeviceGloo
 
 
 def release_engines() -> None:
