@@ -126,6 +126,10 @@ class MoRConfig(transformers.PreTrainedConfig):
         own = [entry for entry in fields(method.Settings) if rule_of(entry).in_export]
         for entry in own:
             name = exported_name(entry.name)
+            if hasattr(MoRConfig, name):
+                raise ValueError(
+                    f"routing={self.routing} defines the setting {name}, which exists: give it another name"
+                )
             setattr(self, name, kwargs.pop(name, entry.default))
         check(self.routing_settings)
         settings = method.resolve(self.routing_settings, self.num_recursions)

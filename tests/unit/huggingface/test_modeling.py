@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import make_dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,8 @@ from mor_megatron.data.batch import Batch
 from mor_megatron.huggingface.configuration_mor import MoRConfig
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 from mor_megatron.recursion.context import RoutingContext
+from mor_megatron.recursion.methods import METHODS
+from mor_megatron.recursion.routing import RoutingMethod
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -135,6 +139,13 @@ def test_capacity_is_refused_where_only_a_part_of_the_sequence_is_seen():
 def test_configuration_is_checked(settings: dict, message: str):
     with pytest.raises(ValueError, match=message):
         MoRConfig(**settings)
+
+
+def test_a_setting_of_a_routing_method_hides_no_other(monkeypatch):
+    settings = make_dataclass("Settings", [("depth", int, 1)], frozen=True)
+    monkeypatch.setitem(METHODS, "mine", type("Mine", (RoutingMethod,), {"name": "mine", "Settings": settings}))
+    with pytest.raises(ValueError, match="routing=mine defines the setting depth, which exists"):
+        MoRConfig(routing="mine", num_recursions=3)
 
 
 def test_every_shared_weight_is_one_parameter():
