@@ -33,7 +33,7 @@ class RouterSettings:
 
 @dataclass(frozen=True)
 class GatingSettings(RouterSettings):
-    """Settings of a router that need not weigh the rows, and has losses of its own."""
+    """Settings of a method whose gate is optional and whose router has a loss of its own."""
 
     router_gating: Literal["weighted", "additive"] = "weighted"
     """weighted: h + g*y; additive: h + y (the router then learns from its own losses only)."""

@@ -119,7 +119,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Incoming:
-    """What a pipeline rank knows of a recursion before its message comes."""
+    """What a pipeline rank knows of a recursion before its message arrives."""
 
     shape: tuple[int, int]
     """Leading dimensions of the working rows; the largest they can be."""
@@ -256,8 +256,8 @@ class RoutingMethod(nn.Module):
             stream: `active` are the candidates (at r=0, all tokens), `hidden` is the residual stream.
         Returns:
             The stream with `active`, `rows` and, if the method weighs, `gate` set. All tokens are active at recursion 0
-            and with a fixed depth. Otherwise the active tokens are a subset of the candidates: who has left does not
-            come back.
+            and with a fixed depth. Otherwise the active tokens are a subset of the candidates: a token that has
+            left does not come back.
         """
         raise NotImplementedError
 
@@ -285,7 +285,7 @@ class RoutingMethod(nn.Module):
     # What travels with the rows in a pipeline. Decisions are taken by its first rank.
 
     def incoming(self, r: int, tokens: Any, choice: Tensor | None, context: RoutingContext) -> Incoming:
-        """What is known of recursion r; default: nothing, but that none is open beyond a fixed depth.
+        """What is known of recursion r before its message arrives; default: only whether a fixed depth ends before it.
 
         Args:
             tokens: all tokens of the micro-batch.

@@ -64,7 +64,7 @@ def test_a_gate_is_announced():
         run(Chosen(ALL, ALL, gate=torch.ones(12, 1, 1)))
 
 
-def test_losses_that_nobody_wants_stay_out_of_the_graph():
+def test_ignored_losses_stay_out_of_the_graph():
     weight, rows = torch.ones((), requires_grad=True), torch.zeros(3, requires_grad=True)
     for losses, expected in (("none", None), ("attach", 0.5)):
         RoutingContext(losses=losses).add_loss(rows, weight, 0.5).sum().backward()
