@@ -210,6 +210,7 @@ class MoRModel(MegatronModule):
         kv_mode, training = self.plan.kv_mode, self.run_config.training
         own_keys = metadata.pattern(active, keys_of_all=False)
         all_keys = metadata.pattern(active, keys_of_all=True)
+        shared = dict(metadata.store)  # as it is now: a region may be computed again after the store was cleared
 
         def call_of(layer: VirtualLayer, store: Mapping[int, KeyValue]) -> LayerCall:
             if layer.kv_source != layer.index:
@@ -222,7 +223,7 @@ class MoRModel(MegatronModule):
             """The rows, and the keys and values that these layers store: a region changes nothing outside itself."""
             stored: dict[int, KeyValue] = {}
             for layer in layers:
-                arguments = self.layers[layer.physical], rows, call_of(layer, ChainMap(stored, metadata.store))
+                arguments = self.layers[layer.physical], rows, call_of(layer, ChainMap(stored, shared))
                 rows, own = _run_layer(*arguments) if each is None else each(_run_layer, *arguments)
                 if own is not None:
                     stored[layer.index] = own
