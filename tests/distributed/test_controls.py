@@ -41,7 +41,7 @@ def test_the_comparison_sees(workers, single, layout, fault):
     config = build_config(model, layout, seed=expected.seed)
     found = differences(workers.run(layout.world_size, layout.groups, train, config, fault)[0], expected)
     assert found, f"{fault.__name__} went unnoticed"
-    # The forward pass of the first step is right, so the norm of its gradient must be the first to differ; or what comes
-    # of it, where the weight has a small part in the norm (a router).
+    # The forward pass of the first step is right, so the norm of its gradient must be the first to differ; or the next
+    # loss, where the weight has a small part in the norm, as a router has.
     assert found[0][0] in ("step 1: grad_norm", "step 2: lm_loss")
     assert max(error for _, error in found) > 100 * FP32_LAYOUT_TOL
