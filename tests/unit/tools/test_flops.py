@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -10,17 +10,26 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "examples" / "configs"
+SPEC = importlib.util.spec_from_file_location("flops_tool", ROOT / "tools" / "flops.py")
+TOOL = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(TOOL)
 
 
-def flops(*arguments: str | Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "tools" / "flops.py", *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
+@pytest.fixture
+def flops(monkeypatch, capsys):
+    """Run the tool: exit status, standard output and error."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["flops.py", *map(str, arguments)])
+        return TOOL.main(), *capsys.readouterr()
+
+    return run
 
 
-def test_published_iterations():
-    done = flops("--budget", "16.5e18")
-    assert done.returncode == 0, done.stderr
-    rows = {line.split()[0]: line.split()[-2:] for line in done.stdout.splitlines()[1:]}
+def test_published_iterations(flops):
+    status, out, err = flops("--budget", "16.5e18")
+    assert status == 0, err
+    rows = {line.split()[0]: line.split()[-2:] for line in out.splitlines()[1:]}
     assert rows == {
         "vanilla": ["9438", "9438"],
         "recursive_nr4": ["8883", "8883"],
@@ -31,12 +40,14 @@ def test_published_iterations():
     }
 
 
-def test_one_model_beside_the_unrolled_one():
+def test_one_model_beside_the_unrolled_one(flops):
     files = (CONFIGS / "mor_expert_nr3.yaml", CONFIGS / "360m.yaml")
-    done = flops("--config", *files, "--recompute-granularity", "full", "--budget", "16.5e18", "--fractions", 1, 0.5, 0)
-    assert done.returncode == 0, done.stderr
-    assert "routing expert_choice, tokens at each recursion 1 0.5 0, sequences of 2048" in done.stdout
-    rows = {line[:46].strip(): line[46:].split() for line in done.stdout.splitlines()[3:]}
+    status, out, err = flops(
+        "--config", *files, "--recompute-granularity", "full", "--budget", "16.5e18", "--fractions", 1, 0.5, 0
+    )
+    assert status == 0, err
+    assert "routing expert_choice, tokens at each recursion 1 0.5 0, sequences of 2048" in out
+    rows = {line[:46].strip(): line[46:].split() for line in out.splitlines()[3:]}
     assert rows["unique parameters"][:2] == ["165,177,600", "361,821,120"]
     assert rows["iterations for 1.65e+19 of the paper's FLOPs"][:2] == ["14,160", "9,438"]
     assert rows["bytes of keys and values a token, 16 bits"] == ["21,760", "40,960", "0.531"]
@@ -58,8 +69,8 @@ def test_one_model_beside_the_unrolled_one():
         (("--config", CONFIGS / "360m.yaml", "--fractions", "1", "0.5"), "must be as many as num-recursions=1"),
     ],
 )
-def test_one_line_of_what_is_wrong(arguments, message):
-    done = flops(*arguments)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+def test_one_line_of_what_is_wrong(flops, arguments, message):
+    status, _, err = flops(*arguments)
+    assert status == 2
+    (line,) = err.splitlines()
     assert message in line
