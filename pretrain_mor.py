@@ -13,6 +13,7 @@ import sys
 
 from mor_megatron.config.cli import parse_config
 from mor_megatron.distributed.launch import adopt_srun, launched_world_size, note_launcher
+from mor_megatron.distributed.libraries import set_broken_aside
 from mor_megatron.files import Unfailing
 from mor_megatron.planning.report import dry_run
 
@@ -22,6 +23,7 @@ def main() -> int:
     adopt_srun()
     note_launcher()
     config = parse_config(None, launched_world_size, dry_run)
+    set_broken_aside()
     # Imported after the flags are parsed: --help and a wrong flag should not wait for Megatron-core and DeepSpeed.
     import torch.distributed as dist
 

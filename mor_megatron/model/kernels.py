@@ -10,6 +10,7 @@ import torch
 
 from mor_megatron.config.schema import Config
 from mor_megatron.config.validate import FLASH_LARGEST_HEAD
+from mor_megatron.distributed.libraries import NAMES, why_not
 
 
 def uses_flash_attention(config: Config) -> bool:
@@ -49,11 +50,7 @@ def _no_flash(config: Config) -> str | None:
         return "this machine has no CUDA"
     if torch.cuda.get_device_capability() < (8, 0):
         return f"{torch.cuda.get_device_name()} is older than Ampere (sm80)"
-    try:
-        import flash_attn  # noqa: F401
-    except ImportError as error:
-        return f"flash-attn cannot be imported ({error})"
-    return None
+    return _no_library("flash_attn")
 
 
 def _no_transformer_engine(config: Config) -> str | None:
@@ -62,8 +59,9 @@ def _no_transformer_engine(config: Config) -> str | None:
         return "this run computes in fp32, which its products round to TF32"
     if not torch.cuda.is_available():
         return "this machine has no CUDA"
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except ImportError as error:
-        return f"Transformer Engine cannot be imported ({error})"
-    return None
+    return _no_library("transformer_engine")
+
+
+def _no_library(package: str) -> str | None:
+    reason = why_not(package)
+    return None if reason is None else f"{NAMES[package]} cannot be imported ({reason})"
