@@ -49,6 +49,7 @@ MODELS = {
         "kv_mode": "sharing",
     },
 }
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLOCKS: dict[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time.perf_counter}
 
 
@@ -133,14 +134,15 @@ def build(name: str, args: argparse.Namespace, prompt: torch.Tensor) -> Contende
         "attn_implementation": "sdpa",
     }
     if name == HF:
-        return Contender(name, LlamaForCausalLM(LlamaConfig(eos_token_id=None, **sizes)).eval())
-    model = MoRForCausalLM(MoRConfig(**sizes, **MODELS[name])).eval()
+        model = LlamaForCausalLM(LlamaConfig(eos_token_id=None, **sizes)).eval()
+        return Contender(name, model.to(prompt.device, DTYPES[args.dtype]))
+    model = MoRForCausalLM(MoRConfig(**sizes, **MODELS[name])).eval().to(prompt.device)
     with torch.no_grad():
         if model.config.routing == "expert_choice":
             shift_routers(model, prompt)
         elif model.config.routing == "token_choice":
             balance_depths(model, prompt)
-    return Contender(name, model)
+    return Contender(name, model.to(DTYPES[args.dtype]))
 
 
 def shift_routers(model: MoRForCausalLM, prompt: torch.Tensor) -> None:
@@ -192,6 +194,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
     """Rows of the table."""
     generator = torch.Generator().manual_seed(0)
     largest = torch.randint(0, args.vocab_size, (max(args.batch_sizes), args.prompt), generator=generator)
+    largest = largest.to(args.device)
     chosen = [HF, *MODELS] if args.models is None else args.models
     contenders = [build(name, args, largest[:8]) for name in chosen]
     clock = CLOCKS[args.clock]
@@ -265,6 +268,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=128, help="tokens")
     parser.add_argument("--rounds", nargs="+", type=int, default=[5, 3, 2], help="number of rounds for each batch size")
     parser.add_argument("--clock", choices=list(CLOCKS), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda needs --clock wall")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--hidden-size", type=int, default=384)
     parser.add_argument("--ffn-hidden-size", type=int, default=1024)
     parser.add_argument("--num-layers", type=int, default=8)
@@ -288,7 +293,7 @@ def main() -> None:
     machine = (
         f"{processor()}, {torch.get_num_threads()} thread, torch {torch.__version__}, transformers "
         f"{transformers.__version__}; hidden {args.hidden_size}, ffn {args.ffn_hidden_size}, {args.num_layers} layers, "
-        f"vocabulary {args.vocab_size}, fp32, prompt {args.prompt}, {args.new} new tokens; interleaved rounds "
+        f"vocabulary {args.vocab_size}, {args.dtype}, prompt {args.prompt}, {args.new} new tokens; interleaved rounds "
         f"{args.rounds} at batch {args.batch_sizes}, medians of {args.clock} time"
     )
     print(machine, flush=True)

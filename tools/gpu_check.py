@@ -1,284 +1,268 @@
-"""Check that GPUs compute the same results as the CPU, and measure throughput.
+"""Ten minutes on a machine with a GPU: are the numbers right, where does a step wait, and how fast is it?
 
-    python tools/gpu_check.py                       # all stages, on all GPUs of this machine
-    python tools/gpu_check.py --device cpu --quick  # the same stages on a small scale on the CPU, to test the script
+    python tools/gpu_check.py --budget 600                    # all stages that fit into 600 seconds
+    python tools/gpu_check.py --stages syncs large --json out.json
+    python tools/gpu_check.py --device cpu --budget 60        # the same stages on a small scale, to test the script
 
-- reference: the authors' numbers (`tests/reference`), fp32.
-- layouts: the small models of `tests/distributed`, a few fp32 steps in every layout that has enough GPUs, compared with
-  one process: losses, metrics, norms, every parameter.
-- kernels: gradients with flash-attn and Transformer Engine, compared with those without, bf16.
-- curves: losses of small models in bf16, compared with a run on the CPU.
-- throughput: tokens per second and utilisation at 135M to 1.7B, bf16, data parallel over all GPUs, random tokens.
+Everything runs in one process. A row is written to the JSON file as soon as it is known, so that a run that is cut off
+loses nothing, and a stage is skipped when the time that is left is below its estimate. A stage that leaves the device
+unusable, or hangs, is recorded as failed; the process then starts itself again with the stages that remain.
 
-Prints one table per stage, and writes all results as JSON, with card, driver, versions and date. The exit status is 1
-if a number disagrees or a process fails. Without a GPU, prints what it would run. Every job has its own processes.
+What the CPU computes is not computed here: it comes from `gpu_check_expected.json`, which `--write-expected` makes on a
+machine without a GPU. `tools/pack_gpu_check.sh` collects the wheels that a bare machine needs.
+
+The exit status is 1 if a number disagrees or a stage fails. Without a GPU, prints what it would run.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
-import re
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from mor_megatron.files import write_whole
-
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "distributed"))
-
-from table import LAYOUTS, MODELS, ONE  # noqa: E402
-
-JOBS = ROOT / "tools" / "gpu_check_jobs.py"
-OUT_OF_MEMORY = ".oom"
-"""Suffix of the file that marks a job that ran out of memory, beside its rows."""
-FIRST_LOSS_TOL = 2e-3
-"""Relative difference of the first loss of two bf16 runs: the same weights, products rounded to 8 bits."""
-LAST_LOSS_TOL = 0.02
-"""Relative difference of the mean loss of the last quarter, when the runs have diverged."""
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 Row = dict[str, object]
 
+GRACE = 3.0
+"""A stage that takes this many times its estimate, and `GRACE_SECONDS` more, hangs."""
+GRACE_SECONDS = 45.0
+
 
 @dataclass(frozen=True)
-class Plan:
-    """What to run, and on which devices."""
+class Run:
+    """What the stages are told."""
 
     device: str
     """cuda or cpu."""
-    ranks: int
-    """GPUs, or processes on the CPU."""
-    quick: bool
+    ends: float
+    """Value of `time.monotonic()` at which the budget is spent."""
 
     @property
-    def layouts(self) -> list[str]:
-        """The layouts that have enough devices."""
-        names = [layout.name for layout in LAYOUTS if layout.world_size <= self.ranks]
-        return [name for name in names if name in ("dp2", "pp2")] if self.quick else names
+    def small(self) -> bool:
+        """On the CPU, each stage has a tiny version that shows that it runs."""
+        return self.device == "cpu"
 
-    @property
-    def models(self) -> list[str]:
-        """Names of the models for the layouts."""
-        return ["expert-nr3"] if self.quick else list(MODELS)
-
-    @property
-    def sizes(self) -> list[tuple[str, str, int]]:
-        """Preset, variant, first micro-batch size."""
-        if self.quick:
-            return [("tiny", "mor_expert_nr3", 2)]
-        variants = ("vanilla", "recursive_nr3", "mor_expert_nr3")
-        return [(size, variant, 16) for size in ("135m", "360m", "730m", "1.7b") for variant in variants]
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return self.ends - time.monotonic()
 
 
-def run_job(plan: Plan, job: str, arguments: Row, ranks: int = 1, device: str | None = None) -> list[Row]:
-    """Run a job in new processes and return its rows.
+@dataclass(frozen=True)
+class Stage:
+    """One question that the check answers."""
 
-    Raises:
-        MemoryError: the job ran out of memory.
-        RuntimeError: the job failed; the message contains the end of its output.
-    """
-    with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory) / "rows.json"
-        command = [sys.executable, str(JOBS), job, str(output), json.dumps(arguments)]
-        if ranks > 1:
-            launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-            command[1:1] = ["-m", *launcher]
-        done = subprocess.run(command, env=environment(device or plan.device), capture_output=True, text=True)
-        if output.with_suffix(OUT_OF_MEMORY).exists():
-            raise MemoryError(f"{job} {arguments}")
-        if done.returncode:
-            raise RuntimeError(f"{job} {arguments} failed:\n{(done.stdout + done.stderr)[-3000:]}")
-        return json.loads(output.read_text())
+    about: str
+    function: str
+    """`module:name` of a generator of rows."""
+    seconds: float
+    """Estimate on one H100."""
+    seconds_small: float = 4.0
 
+    def rows(self, run: Run) -> Iterator[Row]:
+        """The rows, as they become known."""
+        module, name = self.function.split(":")
+        return getattr(__import__(module), name)(run)
 
-def environment(device: str) -> dict[str, str]:
-    """Environment of a process that computes on `device`, without the variables of this process's launcher."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    if device == "cpu":
-        kept |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return kept
+    def estimate(self, run: Run) -> float:
+        """Seconds on the run's device."""
+        return self.seconds_small if run.small else self.seconds
 
 
-def reference(plan: Plan) -> list[Row]:
-    """One row: how many of the tests of `tests/reference` passed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:warnings", "tests/reference/test_reference.py"]
-    if plan.quick:
-        command += ["-k", "mor_expert_nr3_mlp"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(plan.device), capture_output=True, text=True)
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", done.stdout)}
-    row: Row = {"passed": counts.get("passed", 0), "failed tests": counts.get("failed", 0) + counts.get("error", 0)}
-    row["failed"] = done.returncode != 0 or row["passed"] == 0
-    return [row | ({"output": done.stdout[-3000:] + done.stderr[-1000:]} if row["failed"] else {})]
-
-
-def layouts(plan: Plan) -> list[Row]:
-    """A row for each layout and model, compared with one process on the CPU."""
-    chosen = [ONE, *(layout for layout in LAYOUTS if layout.name in plan.layouts)]
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as results:
-        arguments: Row = {"models": plan.models, "results": results}
-        batches = sorted({layout.global_batch for layout in chosen})
-        run_job(plan, "single", arguments | {"global_batches": batches}, device="cpu")
-        for layout in chosen:
-            job = partial(run_job, plan, "layout", arguments | {"name": layout.name}, layout.world_size)
-            rows += _or_failure(job, layout.name)
-    return rows
-
-
-def kernels(plan: Plan) -> list[Row]:
-    """A row for each model and implementation."""
-    return run_job(plan, "kernels", {})
-
-
-def curves(plan: Plan) -> list[Row]:
-    """A row for each model, with both curves."""
-    arguments = {"iterations": 4 if plan.quick else 100}
-    on_cpu = run_job(plan, "curves", arguments, device="cpu")
-    on_device = run_job(plan, "curves", arguments)
-    return [
-        {"model": a["model"]} | compare_curves(a["losses"], b["losses"]) for a, b in zip(on_device, on_cpu, strict=True)
-    ]
-
-
-def compare_curves(ours: list[float], expected: list[float]) -> Row:
-    """Relative differences of the first loss and of the mean of the last quarter, and whether they are too large."""
-    quarter = max(1, len(expected) // 4)
-    ends = [statistics.fmean(losses[-quarter:]) for losses in (ours, expected)]
-    first, last = (abs(a / b - 1) for a, b in ((ours[0], expected[0]), ends))
-    return {
-        "first loss": ours[0],
-        "first difference": first,
-        "last loss": ends[0],
-        "last difference": last,
-        "failed": not (first <= FIRST_LOSS_TOL and last <= LAST_LOSS_TOL),
-        "losses": ours,
-        "losses on the CPU": expected,
-    }
-
-
-def throughput(plan: Plan) -> list[Row]:
-    """A row for each size and variant, at the largest micro-batch that fits."""
-    rows: list[Row] = []
-    for size, variant, micro_batch in plan.sizes:
-        rows += _or_failure(partial(_throughput, plan, size, variant, micro_batch), f"{size} {variant}")
-    return rows
-
-
-def _throughput(plan: Plan, size: str, variant: str, micro_batch: int) -> list[Row]:
-    while micro_batch:
-        arguments: Row = {"settings": settings_of(plan, size, variant, micro_batch), "size": size, "model": variant}
-        try:
-            return run_job(plan, "throughput", arguments | {"iterations": 2 if plan.quick else 10}, plan.ranks)
-        except MemoryError:
-            micro_batch //= 2
-    return [{"size": size, "model": variant, "skipped": "does not fit, even with one sequence at a time"}]
-
-
-def settings_of(plan: Plan, size: str, variant: str, micro_batch: int) -> list[str]:
-    """Command line of a timed run: presets, bf16, four micro-batches per rank and iteration."""
-    presets = [str(ROOT / "examples" / "configs" / f"{name}.yaml") for name in (size, variant)]
-    settings = ["--config", *presets, "--bf16", "--micro-batch-size", str(micro_batch)]
-    settings += ["--global-batch-size", str(4 * micro_batch * plan.ranks)]
-    return settings + (["--vocab-size", "512"] if size == "tiny" else [])
-
-
-def _or_failure(run: Callable[[], list[Row]], what: str) -> list[Row]:
-    """Run a job; if it fails, record the failure and let the stage continue."""
-    try:
-        return run()
-    except RuntimeError as error:
-        return [{"job": what, "failed": True, "output": str(error)}]
-
-
-STAGES: dict[str, Callable[[Plan], list[Row]]] = {
-    stage.__name__: stage for stage in (reference, layouts, kernels, curves, throughput)
+STAGES: dict[str, Stage] = {
+    "ceilings": Stage("copy bandwidth, matrix products, choices of kernels", "gpu_check_speed:ceilings", 10),
+    "gradients": Stage("gradients against those of the CPU, fp32 and bf16", "gpu_check_numbers:gradients", 40, 10),
+    "reference": Stage("three cases of tests/reference", "gpu_check_numbers:reference", 20),
+    "syncs": Stage("where a training step waits for the device", "gpu_check_speed:syncs", 20),
+    "large": Stage("training steps at 1.7B", "gpu_check_speed:large", 100),
+    "medium": Stage("training steps at 360M, with shared keys and token-choice", "gpu_check_speed:medium", 60),
+    "fused": Stage("element-wise kernels against plain PyTorch", "gpu_check_speed:fused", 40),
+    "attention": Stage("attention backends by shape", "gpu_check_speed:attention", 60),
+    "curves": Stage("100 losses in bf16 against those of the CPU", "gpu_check_numbers:curves", 30),
+    "tiny": Stage("training steps at 135M", "gpu_check_speed:tiny", 40),
+    "decoding": Stage("time per generated token", "gpu_check_speed:decoding", 48),
+    "layouts": Stage("several GPUs against one", "gpu_check_numbers:layouts", 60, 10),
 }
-_NOT_SHOWN = ("failed", "losses", "losses on the CPU", "output", "using", "peak_tflops")
+"""In this order: what must be known first comes first."""
 
 
-def print_table(stage: str, rows: list[Row]) -> None:
-    """The results as Markdown, followed by the output of failed jobs."""
-    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in _NOT_SHOWN]
-    print(f"\n## {stage}\n\n| {' | '.join(columns)} | |\n|{'---|' * (len(columns) + 1)}")
-    for row in rows:
-        cells = [_shown(row.get(name)) for name in columns]
-        print(f"| {' | '.join(cells)} | {'FAILED' if row.get('failed') else ''} |")
-    for row in rows:
+class Results:
+    """Rows by stage, in a file that is complete after each row."""
+
+    def __init__(self, path: Path, found: dict[str, object]):
+        self.path, self.found = path, found
+
+    def add(self, stage: str, row: Row) -> None:
+        """Append a row, print it, and write the file."""
+        self.found.setdefault(stage, []).append(row)
+        print(f"{stage}: " + ", ".join(f"{k} {shown(v)}" for k, v in row.items() if k not in NOT_SHOWN), flush=True)
         if "output" in row:
-            print(f"\n{row['output']}")
-    sys.stdout.flush()
+            print(row["output"], flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """Write the file whole, or leave the one that is there."""
+        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
+            json.dump(self.found, file, indent=1)
+        os.replace(file.name, self.path)
+
+    @property
+    def failed(self) -> list[str]:
+        """Stages with a row that failed."""
+        return [name for name in STAGES if any(row.get("failed") for row in self.found.get(name, []))]
 
 
-def _shown(value: object) -> str:
+NOT_SHOWN = ("failed", "output", "losses", "losses on the CPU", "top kernels")
+
+
+def shown(value: object) -> str:
+    """A value as a table has it."""
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def machine(plan: Plan) -> Row:
-    """Card, driver, versions and date of this measurement."""
-    packages = ("torch", "megatron-core", "deepspeed", "flash-attn", "transformer-engine")
-    found: Row = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "device": plan.device}
-    found |= {"ranks": plan.ranks, "python": sys.version.split()[0]}
-    for package in packages:
+def run_stage(name: str, run: Run, results: Results, restart: Callable[[], None]) -> None:
+    """All rows of a stage; what it raises becomes a row that failed."""
+    stage = STAGES[name]
+    if run.left() < stage.estimate(run):
+        results.add(name, {"skipped": f"{run.left():.0f} s left, {stage.estimate(run):.0f} s estimated"})
+        return
+
+    def give_up() -> None:
+        stacks = "".join(
+            "".join(traceback.format_stack(frame)[-6:]) + "\n"
+            for thread, frame in sys._current_frames().items()
+            if thread != threading.get_ident()
+        )
+        results.add(name, {"failed": True, "output": f"hangs after {time.monotonic() - start:.0f} s:\n{stacks}"})
+        restart()
+
+    start = time.monotonic()
+    watchdog = threading.Timer(GRACE * stage.estimate(run) + GRACE_SECONDS, give_up)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        for row in stage.rows(run):
+            results.add(name, row)
+    except Exception as error:  # whatever it is, the next stage has to run
+        results.add(name, {"failed": True, "output": traceback.format_exc()[-3000:]})
+        if "CUDA error" in str(error):  # no later call of this process would succeed
+            restart()
+    finally:
+        watchdog.cancel()
+    gc.collect()
+    results.found.setdefault("seconds", {})[name] = round(time.monotonic() - start, 1)
+
+
+def machine(device: str) -> dict[str, object]:
+    """Card, driver, versions and date of a measurement."""
+    import torch
+
+    found: dict[str, object] = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "device": device}
+    found["python"] = sys.version.split()[0]
+    for package in (
+        "torch",
+        "triton",
+        "megatron-core",
+        "deepspeed",
+        "transformers",
+        "flash-attn",
+        "transformer-engine",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
-    if plan.device == "cuda":
-        import torch
-
+    if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
         cards = subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()
-        nccl = ".".join(map(str, torch.cuda.nccl.version()))
-        found |= {"cards": cards or [torch.cuda.get_device_name()], "cuda": torch.version.cuda, "nccl": nccl}
+        found |= {"cards": cards or [torch.cuda.get_device_name()], "cuda": torch.version.cuda}
+        found |= {"cudnn": torch.backends.cudnn.version(), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    else:
+        from torch.backends import cpu
+
+        found["vector instructions"] = cpu.get_cpu_capability()
     return found
 
 
-def describe(plan: Plan) -> str:
-    """Describe what would run."""
-    sizes = ", ".join(f"{size} {variant}" for size, variant, _ in plan.sizes)
-    return (
-        "reference   every case of tests/reference\n"
-        f"layouts     {', '.join(plan.layouts) or 'one process only'}; models {', '.join(plan.models)}\n"
-        "kernels     flash-attn and Transformer Engine, if installed, compared with neither\n"
-        "curves      bf16 losses compared with those of a CPU run\n"
-        f"throughput  {sizes}"
-    )
+def print_tables(found: dict[str, object]) -> None:
+    """All results as Markdown."""
+    for name in STAGES:
+        rows = found.get(name, [])
+        columns = [c for c in dict.fromkeys(c for row in rows for c in row) if c not in NOT_SHOWN]
+        if rows:
+            print(f"\n### {name}: {STAGES[name].about}\n\n| {' | '.join(columns)} | |\n|{'---|' * (len(columns) + 1)}")
+        for row in rows:
+            cells = [shown(row.get(column)) for column in columns]
+            print(f"| {' | '.join(cells)} | {'FAILED' if row.get('failed') else ''} |")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: small, to test the script")
+    parser.add_argument("--budget", type=float, default=600.0, metavar="SECONDS", help="for all stages (%(default)s)")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help="only these")
+    parser.add_argument("--json", type=Path, default=Path("gpu_check.json"), help="output file (%(default)s)")
+    parser.add_argument("--write-expected", action="store_true", help="compute what the CPU computes, and write it")
+    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0: all results agree, or there is no GPU; 1: a result disagrees."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: over gloo, to test the script")
-    parser.add_argument("--quick", action="store_true", help="one or two small cases per stage")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help="only these")
-    parser.add_argument("--json", type=Path, default=Path("gpu_check.json"), help="output file (%(default)s)")
-    args = parser.parse_args(argv)
+    args = parse(argv)
+    run = Run(args.device, time.monotonic() + args.budget)
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if args.device == "cpu" or args.write_expected:
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    warnings.filterwarnings("ignore")
     import torch
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("no GPU here; on a machine with GPUs this would run (shown for 8):\n")
-        print(describe(Plan("cuda", 8, args.quick)))
+    if args.write_expected:
+        from gpu_check_numbers import write_expected
+
+        write_expected()
         return 0
-    plan = Plan(args.device, torch.cuda.device_count() if args.device == "cuda" else 2, args.quick)
-    results: Row = {"machine": machine(plan)}
-    print("\n".join(f"{name}: {value}" for name, value in results["machine"].items()), flush=True)
-    for stage in args.stages:
-        rows = _or_failure(partial(STAGES[stage], plan), stage)
-        results[stage] = rows
-        print_table(stage, rows)
-        write_whole(args.json, json.dumps(results, indent=1))
-    failed = [stage for stage in args.stages if any(row.get("failed") for row in results[stage])]
-    print(f"\n{'DISAGREES: ' + ', '.join(failed) if failed else 'all agree'}; {args.json}")
-    return 1 if failed else 0
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("no GPU here; on a machine with one this would run, in seconds on an H100:\n")
+        for name, stage in STAGES.items():
+            print(f"{name:10} {stage.seconds:4.0f}  {stage.about}")
+        return 0
+    if args.resume:
+        results = Results(args.json, json.loads(args.json.read_text()))
+    else:
+        results = Results(args.json, {"machine": machine(args.device)})
+        print("\n".join(f"{name}: {value}" for name, value in results.found["machine"].items()), flush=True)
+
+    for position, name in enumerate(args.stages):
+        rest = args.stages[position + 1 :]
+
+        def restart(rest: list[str] = rest) -> None:
+            words = ["--device", args.device, "--budget", str(run.left()), "--json", str(args.json), "--resume"]
+            words += ["--stages", *rest] if rest else []
+            if not rest:
+                os._exit(1)
+            os.execv(sys.executable, [sys.executable, __file__, *words])
+
+        run_stage(name, run, results, restart)
+    results.write()
+    print_tables(results.found)
+    print(f"\n{'DISAGREES: ' + ', '.join(results.failed) if results.failed else 'all agree'}; {args.json}")
+    return 1 if results.failed else 0
 
 
 if __name__ == "__main__":

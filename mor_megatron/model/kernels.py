@@ -1,7 +1,7 @@
 """Which optional GPU libraries a model is built from: what the flags ask for, and what this machine has.
 
 Reasoned from the sources of flash-attn 2.8.3, Transformer Engine 2.11 and Megatron-core 0.16.1, and not run: no
-machine with a GPU was at hand. `tools/gpu_check.py` runs it.
+machine with a GPU was at hand. `tools/gpu_check.py` checks it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,277 @@
+"""The stages of `gpu_check.py` that measure time: ceilings, waits, training steps, kernels, generation."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from mor_megatron.config.cli import read_config
+from mor_megatron.config.schema import Config
+from mor_megatron.config.validate import validate
+from mor_megatron.data.batch import Batch
+from mor_megatron.distributed.cpu import device
+from mor_megatron.distributed.initialize import initialize_distributed
+from mor_megatron.model.mor_model import MoRModel
+from mor_megatron.planning.accounting import executed_flops_per_token, measured_fractions
+from mor_megatron.pretraining.capabilities import capability_line
+from mor_megatron.pretraining.peak import device_peak
+from mor_megatron.training.engine import Engine, build_engine
+from mor_megatron.training.train_step import train_step
+
+if TYPE_CHECKING:
+    from gpu_check import Row, Run
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "examples" / "configs"
+MICRO_BATCHES = 4
+"""Of an iteration; the optimizer's share of a step is that of a run with a small global batch."""
+
+
+def seconds(function: Callable[[], object], rounds: int = 5) -> float:
+    """Median time of a call, after one that warms up."""
+    times = []
+    for _ in range(1 + rounds):
+        wait()
+        start = time.perf_counter()
+        function()
+        wait()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def wait() -> None:
+    """Until the device has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def ceilings(run: Run) -> Iterator[Row]:
+    """What this device can do: bytes copied (read and written), and bf16 products of random numbers."""
+    initialize_distributed(Config())
+    size = 2**24 if run.small else 2**30
+    source = torch.empty(size, dtype=torch.uint8, device=device())
+    target = torch.empty_like(source)
+    rate = 2 * size / seconds(lambda: target.copy_(source)) / 1e9
+    yield {"what": f"copy of {size >> 20} MiB", "GB/s": rate}
+    dtype = torch.float32 if run.small else torch.bfloat16
+    shapes = [(512, 512, 512)] if run.small else [(8192, 8192, 8192), (16384, 2048, 16384), (16384, 8192, 2048)]
+    for m, k, n in shapes:
+        a, b = torch.randn(m, k, device=device(), dtype=dtype), torch.randn(k, n, device=device(), dtype=dtype)
+        yield {"what": f"product {m} x {k} x {n}", "TFLOP/s": 2 * m * k * n / seconds(lambda a=a, b=b: a @ b) / 1e12}
+    line = capability_line(validate(read_config(["--config", str(CONFIGS / "1.7b.yaml"), "--micro-batch-size", "4"])))
+    yield {"what": line.removeprefix("using ")}
+
+
+def settings(run: Run, size: str, variant: str, micro_batch: int, *more: str) -> Config:
+    """The configuration of a timed run: presets of `examples/configs`, bf16."""
+    presets = ["--config", str(CONFIGS / f"{size}.yaml"), str(CONFIGS / f"{variant}.yaml")]
+    words = [*presets, "--micro-batch-size", str(micro_batch), *more]
+    words += ["--global-batch-size", str(micro_batch * (1 if run.small else MICRO_BATCHES))]
+    words += ["--no-bf16", "--vocab-size", "512", "--seq-length", "64"] if run.small else ["--bf16"]
+    return validate(read_config(words))
+
+
+def engine_of(config: Config) -> Engine:
+    """A model with random weights, drawn where it computes: on the CPU, 1.7B would take a quarter of a minute."""
+    initialize_distributed(config)
+    model = MoRModel(config).to(device())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=config.model.init_method_std)
+    engine = build_engine(model, config)
+    engine.module.train()
+    return engine
+
+
+def random_batches(config: Config) -> Iterator[Batch]:
+    """The same random tokens for ever."""
+    shape = (config.training.micro_batch_size, config.data.seq_length)
+    tokens = torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    return cycle([Batch(tokens, tokens.roll(-1, dims=1)).to(device())])
+
+
+def large(run: Run) -> Iterator[Row]:
+    """1.7B: vanilla, and expert-choice with two and three recursions."""
+    variants = ("vanilla", "mor_expert_nr2", "mor_expert_nr3")
+    return training(run, "1.7b", variants, micro_batch=8)
+
+
+def medium(run: Run) -> Iterator[Row]:
+    """360M: shared keys and ragged rows, against vanilla."""
+    variants = ("vanilla", "mor_expert_nr3", "mor_expert_nr3_kv_sharing", "mor_token_nr3")
+    return training(run, "360m", variants, micro_batch=16)
+
+
+def tiny(run: Run) -> Iterator[Row]:
+    """135M, where launches weigh most."""
+    return training(run, "135m", ("vanilla", "mor_expert_nr3"), micro_batch=16)
+
+
+def training(run: Run, size: str, variants: tuple[str, ...], micro_batch: int) -> Iterator[Row]:
+    """A row for each variant; ratios are to the first."""
+    if run.small:
+        size, variants, micro_batch = "tiny", variants[:2], 2
+    base: tuple[float, float] | None = None
+    for variant in variants:
+        row, flops = None, 0.0
+        while row is None:
+            try:
+                row, flops = timed_steps(run, size, variant, micro_batch)
+            except torch.OutOfMemoryError:
+                micro_batch //= 2  # and the ratios to the first are no longer those of equal shapes
+                base = None
+                if not micro_batch:
+                    yield {"size": size, "model": variant, "skipped": "does not fit, one sequence at a time"}
+                    return
+            release()
+        time_per_token = 1.0 / row["tokens/s"]
+        base = base or (time_per_token, flops)
+        time_ratio, flops_ratio = time_per_token / base[0], flops / base[1]
+        yield row | {"time ratio": time_ratio, "FLOPs ratio": flops_ratio, "time / FLOPs": time_ratio / flops_ratio}
+
+
+def timed_steps(run: Run, size: str, variant: str, micro_batch: int) -> tuple[Row, float]:
+    """Training steps on random tokens, and one under the profiler; FLOPs a token of the forward pass."""
+    config = settings(run, size, variant, micro_batch)
+    engine = engine_of(config)
+    batches = random_batches(config)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+    def step(lr: float = 1e-6) -> object:
+        return train_step(engine, batches, config, 1, lr=lr)
+
+    report = step()  # waits for the device
+    step()
+    times = []
+    for _ in range(2 if run.small else 6):
+        start = time.perf_counter()
+        report = step()
+        times.append(time.perf_counter() - start)
+    fractions = measured_fractions(report.routing, config.recursion.num_recursions)
+    flops = executed_flops_per_token(config, fractions)
+    tokens = config.training.global_batch_size * config.data.seq_length
+    peak, _ = device_peak(config)
+    median = statistics.median(times)
+    row: Row = {
+        "size": size,
+        "model": variant,
+        "micro-batch": micro_batch,
+        "ms/iteration": 1e3 * median,
+        "spread": (max(times) - min(times)) / median,
+        "tokens/s": tokens / median,
+        "MFU": 3.0 * flops * tokens / median / 1e12 / peak,
+        "GiB": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+        "loss": report.lm_loss,
+        "failed": not report.applied,
+    }
+    return row | where_the_time_goes(step), flops
+
+
+KINDS = {
+    "attention": ("fmha", "flash", "attention", "sdpa", "flex", "varlen"),
+    "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "aten::mm", "aten::addmm", "splitk"),
+    "optimizer": ("multi_tensor", "adam"),
+    "copies": ("memcpy", "memset", "copy", "index", "gather", "scatter", "cat", "elementwise_kernel_with_index"),
+}
+"""Kinds of kernels, by what their names contain; the first that fits counts, and the rest is element-wise."""
+
+
+def kind_of(kernel: str) -> str:
+    """Which kind a kernel is."""
+    name = kernel.lower()
+    return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "element-wise")
+
+
+def where_the_time_goes(step: Callable[[], object]) -> Row:
+    """Shares of one step by kind of kernel, and how long the device idles."""
+    cuda = torch.cuda.is_available()
+    wait()
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+        start = time.perf_counter()
+        step()
+        wait()
+        elapsed = 1e6 * (time.perf_counter() - start)
+    spent: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        spent[event.key] += event.self_device_time_total if cuda else event.self_cpu_time_total
+    kinds: Counter[str] = Counter()
+    for name, microseconds in spent.items():
+        kinds[kind_of(name)] += microseconds
+    busy = sum(spent.values())
+    row: Row = {kind: kinds[kind] / busy for kind in (*KINDS, "element-wise")}
+    row["idle"] = max(0.0, 1.0 - busy / elapsed)
+    row["top kernels"] = [(name[:120], round(us / 1e3, 3)) for name, us in spent.most_common(25)]
+    return row
+
+
+def syncs(run: Run) -> Iterator[Row]:
+    """For each kind of model, the places where the second iteration waits for the device."""
+    from gpu_check_numbers import MODELS, config_of, walk
+
+    for model in list(MODELS)[:1] if run.small else MODELS:
+        config = config_of(model, bf16=not run.small)
+        initialize_distributed(config)
+        engine = engine_of(config)
+        batch = walk(1).to(device())
+        train_step(engine, iter([batch]), config, 1, lr=1e-6)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if torch.cuda.is_available():
+                torch.cuda.set_sync_debug_mode("warn")
+            train_step(engine, iter([batch]), config, 2, lr=1e-6)
+            if torch.cuda.is_available():
+                torch.cuda.set_sync_debug_mode("default")
+        found = [w for w in caught if "synchroniz" in str(w.message)]
+        sites = Counter(f"{'/'.join(Path(w.filename).parts[-2:])}:{w.lineno}" for w in found)
+        yield {"model": model, "waits": len(found), "sites": "; ".join(f"{n} x {s}" for s, n in sites.most_common())}
+        del engine
+        release()
+
+
+def fused(run: Run) -> Iterator[Row]:
+    """Element-wise kernels of a layer against plain PyTorch."""
+    yield from ()
+
+
+def attention(run: Run) -> Iterator[Row]:
+    """Attention backends on the shapes that models have."""
+    yield from ()
+
+
+def decoding(run: Run) -> Iterator[Row]:
+    """Time per generated token of exported models, by `benchmarks/generate.py`."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import generate
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    words = "--batch-sizes 1 --rounds 1 --prompt 16 --new 4 --hidden-size 64 --ffn-hidden-size 128"
+    words += " --models vanilla expert"
+    if not run.small:
+        words = "--batch-sizes 1 32 --rounds 2 2 --prompt 256 --new 64 --hidden-size 960 --ffn-hidden-size 2560"
+        words += " --num-layers 32 --vocab-size 49152 --device cuda --dtype bf16 --clock wall"
+    for row in generate.measure(generate.parse(words.split())):
+        milliseconds = 1e3 * row["batch"] / row["decode_tokens_per_second"]
+        yield {"batch": row["batch"], "model": row["model"], "ms/token": milliseconds} | {
+            name: row.get(name) for name in ("decode_to_vanilla", "first_to_vanilla", "mean_depth")
+        }
+
+
+def release() -> None:
+    """Give the memory of what is no longer used back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
