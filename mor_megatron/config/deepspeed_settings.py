@@ -102,7 +102,12 @@ def check_engine(config: Config) -> None:
         deepspeed_settings(config)
 
 
-_FREE = ("steps_per_print", "zero_optimization.overlap_comm", "zero_optimization.offload_optimizer.pin_memory")
+_FREE = (
+    "steps_per_print",
+    "timers.throughput.enabled",
+    "zero_optimization.overlap_comm",
+    "zero_optimization.offload_optimizer.pin_memory",
+)
 """Keys that we set and a file may change; `overlap_comm` only while its flag says auto."""
 
 
@@ -119,6 +124,8 @@ def _own_settings(config: Config, cuda: bool) -> dict[str, Any]:
         # DeepSpeed would send the fp32 sums of a bf16 run as bf16.
         "communication_data_type": "fp32",
         "steps_per_print": None,
+        # It waits for the device at the beginning and at the end of every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
     }
     if training.optimizer_cpu_offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}

@@ -257,3 +257,12 @@ def test_fp16_without_arithmetic_for_it_is_refused(configure, monkeypatch):
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
     with pytest.raises(ValueError, match=r"fp16=True, but cpu has no fp16 arithmetic .*use --bf16"):
         make_engine(configure(zero_stage=1, fp16=True))
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_deepspeed_does_not_wait_for_the_device(configure, monkeypatch, zero):
+    """In no iteration; its throughput timer would begin to in the third."""
+    waits = []
+    monkeypatch.setattr(get_accelerator(), "synchronize", lambda *device: waits.append(device))
+    run(configure(micro_batch_size=2, zero_stage=zero), steps=4)
+    assert waits == []
