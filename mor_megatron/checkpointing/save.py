@@ -21,13 +21,13 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mor_megatron.checkpointing.compatibility import layout, model_shape
 from mor_megatron.checkpointing.directory import PARTIAL, checkpoint_name, delete, expired, publish
 from mor_megatron.checkpointing.engine_state import all_shardings, local_entries
+from mor_megatron.checkpointing.host_copy import HostCopy
 from mor_megatron.checkpointing.kept_tokenizer import KeptTokenizer
 from mor_megatron.checkpointing.manifest import CONFIG, MANIFEST, Manifest
 from mor_megatron.checkpointing.randomness import random_state
@@ -36,6 +36,7 @@ from mor_megatron.config.cli import to_yaml
 from mor_megatron.config.schema import Config
 from mor_megatron.data.corpora import corpus_sizes
 from mor_megatron.distributed.collectives import from_all_ranks, from_rank_0
+from mor_megatron.distributed.cpu import device
 from mor_megatron.training.engine import Engine
 from mor_megatron.training.progress import Progress
 
@@ -82,7 +83,7 @@ class Saver:
         self.stalled = 0.0
         """Seconds that training has waited for checkpoints; each rank's own."""
         self._in_flight: _Save | None = None
-        self._buffers: dict[str, Tensor] = {}
+        self._host_copy = HostCopy(device())
         self._hook = engine.optimizer.register_step_pre_hook(self._await_copy)
 
     def save(self, progress: Progress) -> None:
@@ -134,6 +135,7 @@ class Saver:
         save = self._in_flight = _Save(partial, self._manifest(progress))
         entries = local_entries(self.engine)
         if self.config.checkpoint.async_save:
+            self._host_copy.mark()
             save.thread = threading.Thread(target=self._copy_and_write, args=(save, entries), name="checkpoint")
             save.thread.start()
         else:
@@ -142,7 +144,7 @@ class Saver:
 
     def _copy_and_write(self, save: _Save, entries: list[tuple[str, Tensor]]) -> None:
         try:
-            entries = self._copy(entries)
+            entries = self._host_copy.copy(entries)
         finally:
             save.copied.set()
         self._write(save, entries)
@@ -225,20 +227,6 @@ class Saver:
             tokenizer=None if self.tokenizer is None else self.tokenizer.entry(),
             corpora=self.corpora,
         )
-
-    def _copy(self, entries: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-        """The entries in memory of our own on the CPU, which the next save uses again."""
-        on_device = any(entry.is_cuda for _, entry in entries)
-        copies = []
-        for key, entry in entries:
-            buffer = self._buffers.get(key)
-            if buffer is None or buffer.numel() != entry.numel():
-                buffer = self._buffers[key] = torch.empty(entry.numel(), pin_memory=entry.is_cuda)
-            buffer.copy_(entry, non_blocking=True)
-            copies.append((key, buffer))
-        if on_device:
-            torch.cuda.synchronize()
-        return copies
 
 
 def _make_empty(partial: Path) -> None:
