@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 
 from mor_megatron.config.cli import parse_config
 from mor_megatron.distributed.launch import adopt_srun, launched_world_size, note_launcher
@@ -27,33 +28,43 @@ def main() -> int:
     # Imported after the flags are parsed: --help and a wrong flag should not wait for Megatron-core and DeepSpeed.
     import torch.distributed as dist
 
-    from mor_megatron.checkpointing.save import SaveError
-    from mor_megatron.distributed.consistency import RoutingMismatchError
-    from mor_megatron.distributed.initialize import RendezvousError
-    from mor_megatron.distributed.roll_call import hold_roll_call
-    from mor_megatron.pretraining.loop import NonFiniteError
+    from mor_megatron.distributed.initialize import abandon
     from mor_megatron.pretraining.pretrain import pretrain
     from mor_megatron.pretraining.stopping import EXIT_STOPPED
 
     try:
         finished = pretrain(config)
-    except (
-        RoutingMismatchError,
-        RendezvousError,
-    ) as error:  # not on every rank, so each rank that knows the error prints it
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    except (ValueError, NonFiniteError, SaveError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, ValueError) else 1
-    except RuntimeError as error:
-        hold_roll_call(error)  # returns only if this rank's own work failed
-        raise
+        return 0 if finished else EXIT_STOPPED
+    except Exception as error:
+        status = report(error)
+        abandon(status)
+        return status
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0 if finished else EXIT_STOPPED
+
+
+def report(error: Exception) -> int:
+    """Say what ended the run, in one line if it is known what it means; the exit status.
+
+    Does not return after a failed exchange between ranks: then the roll is called.
+    """
+    from mor_megatron.checkpointing.save import SaveError
+    from mor_megatron.distributed.consistency import RoutingMismatchError
+    from mor_megatron.distributed.initialize import RendezvousError
+    from mor_megatron.distributed.roll_call import hold_roll_call
+    from mor_megatron.pretraining.loop import NonFiniteError
+
+    if isinstance(error, (ValueError, NonFiniteError, SaveError)):  # on every rank
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, ValueError) else 1
+    if isinstance(error, (RoutingMismatchError, RendezvousError)):  # not on every: each that knows the error prints it
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    hold_roll_call(error)
+    traceback.print_exception(error)
+    return 1
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def initialize_distributed(config: Config) -> None:
     """
     support_cpu()
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        _choose_gpu()
     timeout = timedelta(minutes=config.training.distributed_timeout_minutes)
     joins = not dist.is_initialized() and is_launched()
     with _time_limit(timeout) if joins else contextlib.nullcontext():
@@ -56,6 +56,13 @@ def initialize_distributed(config: Config) -> None:
         if not parallel_state.model_parallel_is_initialized():
             initialize_model_parallel(config)
     set_seed(config.training.seed)
+
+
+def _choose_gpu() -> None:
+    """Make one of the GPUs that this process sees the current one: of all of a node, or of one (`--gpus-per-task`)."""
+    index = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes it for the index of the device
 
 
 def _join_world(config: Config, timeout: timedelta) -> None:
@@ -134,6 +141,18 @@ def destroy_model_parallel() -> None:
     dist.barrier()  # no rank may still be inside a group
     for group in groups:
         dist.destroy_process_group(group)
+
+
+def abandon(status: int) -> None:
+    """End this process at once where the ranks exchange by NCCL; return where they do not. For a rank that failed.
+
+    NCCL's groups are taken down together. Others may still be inside an operation that this rank will not join, and it
+    would wait for them, unseen by the launcher.
+    """
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def set_seed(seed: int) -> None:
