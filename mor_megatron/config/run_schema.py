@@ -185,9 +185,10 @@ class TrainingConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Linear layers and norms: Megatron-core's own, or Transformer Engine's. auto: the latter where it is installed,
     with CUDA, bf16 or fp16, and zero-stage below 3."""
-    attention_backend: Literal["auto", "flash", "sdpa"] = "auto"
-    """flash-attn where attention is plainly causal, or PyTorch's fused attention everywhere. auto: flash where it is
-    installed and the GPU, the precision and the head width allow it."""
+    attention_backend: Literal["auto", "cudnn", "flash", "sdpa"] = "auto"
+    """Attention on a GPU. cudnn, flash: this kernel for regular rows, varlen_attn for ragged ones, and FlexAttention,
+    which is compiled, under masks. auto: cudnn from Hopper on, else flash. sdpa: scaled-dot-product attention for
+    all."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """What the backward pass computes again: full: all of a recompute-unit; selective: core attention."""
     recompute_unit: Literal["layer", "recursion"] = setting("layer", read_with=_WITH_FULL_RECOMPUTE)

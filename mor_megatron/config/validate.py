@@ -17,8 +17,9 @@ from mor_megatron.recursion.methods import method_of
 from mor_megatron.recursion.plan import effective_depth
 from mor_megatron.recursion.setting import check
 
-FLASH_LARGEST_HEAD = 256
-"""Widest head that flash-attn computes."""
+FUSED_ATTENTION = ("cudnn", "flash")
+FUSED_LARGEST_HEAD = 256
+"""Width of the widest head that either computes."""
 
 
 def validate(config: Config, world_size: int = 1) -> Config:
@@ -168,16 +169,18 @@ def _training(config: Config, world_size: int) -> Config:
 
 def _check_kernels(config: Config) -> None:
     """Refuse kernels that are asked for and cannot compute this run on any machine."""
-    training = config.training
+    training, backend = config.training, config.training.attention_backend
     if training.precision != "fp32":
-        if training.attention_backend == "flash" and config.model.kv_channels > FLASH_LARGEST_HEAD:
+        if backend in FUSED_ATTENTION and config.model.kv_channels > FUSED_LARGEST_HEAD:
             raise ValueError(
-                f"attention-backend=flash has heads of up to {FLASH_LARGEST_HEAD}, and kv-channels="
+                f"attention-backend={backend} has heads of up to {FUSED_LARGEST_HEAD}, and kv-channels="
                 f"{config.model.kv_channels}: use auto or sdpa, or more attention heads"
             )
         return
-    if training.attention_backend == "flash":
-        raise ValueError("attention-backend=flash computes in 16 bits, and this run in fp32: add --bf16, or use auto")
+    if backend in FUSED_ATTENTION:
+        raise ValueError(
+            f"attention-backend={backend} computes in 16 bits, and this run in fp32: add --bf16, or use auto"
+        )
     if training.transformer_impl == "transformer_engine":
         raise ValueError(
             "transformer-impl=transformer_engine multiplies fp32 as TF32, which keeps 10 bits: add --bf16, or use auto"

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_a
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
+from mor_megatron.model.frame import Frame
 from mor_megatron.model.functional import PrefixesFunction, RotateFunction, SplitRotateFunction
 from mor_megatron.model.recompute import recompute
 from mor_megatron.recursion.dispatch import ActiveTokens
@@ -101,12 +102,27 @@ class AttentionPattern:
         device = self.metadata.rotary.cos.device
         return self.metadata.rotation(self.active, device)
 
+    @property
+    def masked(self) -> bool:
+        """Whether plain causal attention among the rows would show them other keys."""
+        return self.keys_of_all or self.metadata.document_ids is not None
+
+    @cached_property
+    def compact(self) -> Frame:
+        """The rows one after the other in a frame, for attention on a GPU."""
+        return Frame(self.active, self.metadata.document_ids, self.keys_of_all)
+
+    @cached_property
+    def spread(self) -> Frame:
+        """The rows at their positions among all tokens."""
+        return Frame(self.active, self.metadata.document_ids, self.keys_of_all, spread=True)
+
     @cached_property
     def mask(self) -> Tensor | None:
         """Additive mask [B, 1, Q, K]; None where plain causal attention over the rows is the same."""
-        documents = self.metadata.document_ids
-        if not self.keys_of_all and documents is None:
+        if not self.masked:
             return None
+        documents = self.metadata.document_ids
         query_position, query_document = self._coordinates(self.active, documents)
         key_position, key_document = query_position, query_document
         if self.keys_of_all:

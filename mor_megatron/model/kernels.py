@@ -1,25 +1,74 @@
-"""Which optional GPU libraries a model is built from: what the flags ask for, and what this machine has.
+"""Which kernels and optional GPU libraries a model is built from: what the flags ask for, and what this machine has.
 
-Reasoned from the sources of flash-attn 2.8.3, Transformer Engine 2.11 and Megatron-core 0.16.1, and not run: no
+Reasoned from the sources of PyTorch 2.11 and 2.13, Transformer Engine 2.11 and Megatron-core 0.16.1, and not run: no
 machine with a GPU was at hand. `tools/gpu_check.py` checks it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
+from torch.nn.attention import SDPBackend
 
 from mor_megatron.config.schema import Config
-from mor_megatron.config.validate import FLASH_LARGEST_HEAD
 from mor_megatron.distributed.libraries import NAMES, why_not
+from mor_megatron.model.attention_by_shape import AttentionKernels, flex, varlen
+from mor_megatron.model.frame import Frame
+from mor_megatron.recursion.dispatch import ActiveTokens
+from mor_megatron.recursion.routing import kept
+
+REGULAR = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+"""Values of `--attention-backend` that name a kernel for regular rows."""
+OTHERS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+HOPPER = (9, 0)
 
 
-def uses_flash_attention(config: Config) -> bool:
-    """Whether plainly causal attention goes through flash-attn (`--attention-backend`).
+def attention_kernels(config: Config) -> AttentionKernels | None:
+    """What core attention runs on this machine's GPU (`--attention-backend`); None on a CPU, which has one way.
+
+    Every kernel is tried once, forward and backward: a library that fails is then not used, and the reason reported.
 
     Raises:
-        ValueError: it is asked for and cannot be had here.
+        ValueError: a kernel is asked for and cannot be had here.
     """
-    return _choose("attention-backend", config.training.attention_backend, "flash", "sdpa", _no_flash(config))
+    wanted, plan, length = config.training.attention_backend, config.plan, config.data.seq_length
+    if not torch.cuda.is_available():
+        if wanted in REGULAR:
+            raise ValueError(f"attention-backend={wanted}, but this machine has no CUDA: use auto or sdpa")
+        return None
+    shape = _head_shape(config)
+    taken = [name for name in REGULAR if _takes(name, *shape)]
+    if wanted in REGULAR and wanted not in taken:
+        raise ValueError(
+            f"attention-backend={wanted}, but it does not take {config.training.precision} with {shape[1]} heads of "
+            f"width {shape[3]} on {torch.cuda.get_device_name()}: use auto or sdpa"
+        )
+    if wanted == "flash" or torch.cuda.get_device_capability() < HOPPER:  # where cuDNN is the faster one
+        taken = [name for name in taken if name == wanted or name == "flash"]
+    no_varlen = no_flex = None
+    if wanted == "sdpa":
+        no_varlen = no_flex = "attention-backend=sdpa"
+    elif config.training.precision == "fp32":
+        no_varlen = no_flex = "fp32"
+    else:
+        no_varlen = _why_not_varlen(*shape)
+        if needs_masks(config):
+            rows = min(kept(capacity, length) for capacity in plan.capacities)
+            no_flex = _why_not_flex(*shape, config.training.micro_batch_size, length, rows)
+    return AttentionKernels(
+        fixed=(*(REGULAR[name] for name in taken), *OTHERS),
+        rows=frozenset({length, *(kept(capacity, length) for capacity in plan.capacities)}),
+        no_varlen=no_varlen,
+        no_flex=no_flex,
+    )
+
+
+def needs_masks(config: Config) -> bool:
+    """Whether rows attend to more than themselves, or to less."""
+    shares = config.plan.kv_mode != "caching" and config.routing_method.routes
+    return shares or config.data.reset_attention_mask
 
 
 def uses_transformer_engine(config: Config) -> bool:
@@ -31,26 +80,9 @@ def uses_transformer_engine(config: Config) -> bool:
     wanted, obstacle = config.training.transformer_impl, _no_transformer_engine(config)
     if wanted == "auto" and config.training.zero_stage == 3:
         return False  # its modules are untested with weights that DeepSpeed partitions between uses
-    return _choose("transformer-impl", wanted, "transformer_engine", "local", obstacle)
-
-
-def _choose(flag: str, value: str, library: str, fallback: str, obstacle: str | None) -> bool:
-    if value == library and obstacle is not None:
-        raise ValueError(f"{flag}={library}, but {obstacle}: use auto or {fallback}, or see requirements-gpu.txt")
-    return value != fallback and obstacle is None
-
-
-def _no_flash(config: Config) -> str | None:
-    """What stands against flash-attn, or None."""
-    if config.training.precision == "fp32":
-        return "this run computes in fp32"
-    if config.model.kv_channels > FLASH_LARGEST_HEAD:
-        return f"kv-channels={config.model.kv_channels} is above {FLASH_LARGEST_HEAD}"
-    if not torch.cuda.is_available():
-        return "this machine has no CUDA"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return f"{torch.cuda.get_device_name()} is older than Ampere (sm80)"
-    return _no_library("flash_attn")
+    if wanted == "transformer_engine" and obstacle is not None:
+        raise ValueError(f"transformer-impl={wanted}, but {obstacle}: use auto or local, or see requirements-gpu.txt")
+    return wanted != "local" and obstacle is None
 
 
 def _no_transformer_engine(config: Config) -> str | None:
@@ -59,9 +91,64 @@ def _no_transformer_engine(config: Config) -> str | None:
         return "this run computes in fp32, which its products round to TF32"
     if not torch.cuda.is_available():
         return "this machine has no CUDA"
-    return _no_library("transformer_engine")
+    reason = why_not("transformer_engine")
+    return None if reason is None else f"{NAMES['transformer_engine']} cannot be imported ({reason})"
 
 
-def _no_library(package: str) -> str | None:
-    reason = why_not(package)
-    return None if reason is None else f"{NAMES[package]} cannot be imported ({reason})"
+def _head_shape(config: Config) -> tuple[torch.dtype, int, int, int]:
+    """Type, query heads and key heads of a rank, and their width."""
+    model, ranks = config.model, config.parallel.tensor_model_parallel_size
+    width = model.kv_channels or model.hidden_size // model.num_attention_heads
+    return config.training.dtype, model.num_attention_heads // ranks, max(1, model.key_value_heads // ranks), width
+
+
+def _takes(name: str, dtype: torch.dtype, heads: int, groups: int, width: int) -> bool:
+    """Whether PyTorch would give plain causal attention to this kernel."""
+    query, key = (
+        torch.empty(1, n, 256, width, dtype=dtype, device="cuda", requires_grad=True) for n in (heads, groups)
+    )
+    parameters = torch.backends.cuda.SDPAParams(query, key, key, None, 0.0, True, heads != groups)
+    return getattr(torch.backends.cuda, f"can_use_{name}_attention")(parameters)
+
+
+@lru_cache
+def _why_not_varlen(dtype: torch.dtype, heads: int, groups: int, width: int) -> str | None:
+    def attend() -> None:
+        cu_seqlens = torch.tensor([0, 100, 100, 256], dtype=torch.int32, device="cuda")
+        parts = (
+            torch.randn(256, n, width, dtype=dtype, device="cuda", requires_grad=True) for n in (heads, groups, groups)
+        )
+        varlen(*parts, cu_seqlens, longest=512).sum().backward()
+
+    return _failure("varlen_attn", attend)
+
+
+@lru_cache
+def _why_not_flex(
+    dtype: torch.dtype, heads: int, groups: int, width: int, batch: int, length: int, rows: int
+) -> str | None:
+    """With the model's shapes, so that the first step finds its kernels compiled."""
+
+    def attend() -> None:
+        active = ActiveTokens(length, batch, torch.arange(rows * batch, device="cuda").view(rows, batch))
+        frame = Frame(active, None, keys_of_all=True)
+        parts = (
+            torch.randn(n, batch, h, width, dtype=dtype, device="cuda", requires_grad=True).permute(1, 2, 0, 3)
+            for n, h in ((frame.length, heads), (length, groups), (length, groups))
+        )
+        flex(*parts, frame.block_mask).sum().backward()
+
+    if torch._dynamo.config.disable:
+        return "TORCH_COMPILE_DISABLE is set"
+    return _failure("FlexAttention", attend)
+
+
+def _failure(name: str, attend: Callable[[], None]) -> str | None:
+    """The first line of what goes wrong, or None."""
+    try:
+        attend()
+        torch.cuda.synchronize()
+    except Exception as error:  # a compiler, a driver, a library: each has its own
+        reason = next(iter(str(error).splitlines()), "")
+        return f"{name} fails with {type(error).__name__}: {reason}"
+    return None

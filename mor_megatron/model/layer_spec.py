@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from mor_megatron.config.schema import Config
 from mor_megatron.model.attention import CoreAttention, KeyValue, LayerCall, MoRSelfAttention, PartialProduct
-from mor_megatron.model.flash import FlashAttention
+from mor_megatron.model.attention_by_shape import AttentionByShape
 from mor_megatron.model.functional import RMSNormFunction, SwiGLUFunction
-from mor_megatron.model.kernels import uses_flash_attention, uses_transformer_engine
+from mor_megatron.model.kernels import attention_kernels, uses_transformer_engine
 
 
 class RMSNorm(nn.Module):
@@ -124,8 +124,9 @@ def layer_spec(config: Config) -> ModuleSpec:
         column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
         norm = backend.layer_norm(rms_norm=True)
     core_attention = CoreAttention
-    if uses_flash_attention(config):
-        core_attention = FlashAttention
+    kernels = attention_kernels(config)
+    if kernels is not None:
+        core_attention = ModuleSpec(AttentionByShape, params={"kernels": kernels})
     fused = type(f"Partial{column.__name__}", (PartialProduct, column), {})
     return ModuleSpec(
         module=MoRTransformerLayer,

@@ -6,11 +6,12 @@ from importlib.metadata import version
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend
 
 from mor_megatron.config.deepspeed_settings import overlaps_reduction
 from mor_megatron.config.schema import Config
 from mor_megatron.distributed.cpu import device
-from mor_megatron.model.kernels import uses_flash_attention, uses_transformer_engine
+from mor_megatron.model.kernels import attention_kernels, needs_masks, uses_transformer_engine
 from mor_megatron.pipeline.schedule import overlaps_messages
 from mor_megatron.training.engine import choose_driver
 from mor_megatron.training.optimizer import uses_fused_adam
@@ -33,18 +34,34 @@ def capabilities(config: Config) -> dict[str, str]:
         "communication": dist.get_backend(),
         "precision": _precision(config),
         "layers": "Megatron-core",
-        "attention": "PyTorch",
+        **_attention(config),
         "optimizer": optimizer,
         "gradient reduction": "overlapped" if overlaps_reduction(config, cuda) else "after backward",
         "micro-batches driven by": {"schedule": "Megatron-core", "engine": "DeepSpeed"}[choose_driver(config)],
     }
     if uses_transformer_engine(config):
         found["layers"] = f"Transformer Engine {version('transformer-engine')}"
-    if uses_flash_attention(config):
-        found["attention"] = f"flash-attn {version('flash-attn')}"
     if config.parallel.pipeline_model_parallel_size > 1:
         found["pipeline messages"] = "overlapped" if overlaps_messages(config) else "waited for"
     return found
+
+
+def _attention(config: Config) -> dict[str, str]:
+    """One entry for each kind of shape; on a CPU there is one way for all."""
+    kernels = attention_kernels(config)
+    if kernels is None:
+        return {"attention": "PyTorch"}
+    names = {SDPBackend.CUDNN_ATTENTION: "cuDNN", SDPBackend.FLASH_ATTENTION: "flash"}
+    found = {"attention": names.get(kernels.fixed[0], "PyTorch")}
+    if config.routing_method.routes:
+        found["attention of ragged rows"] = _or_padded("varlen_attn", kernels.no_varlen)
+    if needs_masks(config):
+        found["attention under masks"] = _or_padded("FlexAttention", kernels.no_flex)
+    return found
+
+
+def _or_padded(library: str, obstacle: str | None) -> str:
+    return library if obstacle is None else f"scaled-dot-product in a frame ({obstacle})"
 
 
 def _precision(config: Config) -> str:

@@ -49,6 +49,7 @@ REFUSED = {
     ),
     "too shallow": ("--num-layers 3 --num-recursions 3", "num-layers=3", "use at least 5"),
     "flash in fp32": ("--attention-backend flash", "attention-backend=flash computes in 16 bits", "add --bf16"),
+    "cuDNN in fp32": ("--attention-backend cudnn", "attention-backend=cudnn computes in 16 bits", "add --bf16"),
     "flash with wide heads": (
         "--attention-backend flash --bf16 --kv-channels 512",
         "attention-backend=flash .*256, and kv-channels=512",

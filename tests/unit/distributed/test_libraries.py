@@ -11,7 +11,7 @@ import torch
 
 from mor_megatron.config.schema import Config, ModelConfig
 from mor_megatron.distributed import libraries
-from mor_megatron.model.kernels import uses_flash_attention, uses_transformer_engine
+from mor_megatron.model.kernels import uses_transformer_engine
 
 REASON = "libcudart.so.12: cannot open shared object file"
 
@@ -35,20 +35,25 @@ def install(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("error", ["OSError", "RuntimeError", "ImportError", "AttributeError"])
 @pytest.mark.parametrize("package", libraries.NAMES)
-def test_a_broken_library_is_not_used(monkeypatch, capsys, install, package, error):
+def test_a_broken_library_is_reported_once(capsys, install, package, error):
     install(package, f"raise {error}({REASON!r})")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    config = Config(model=ModelConfig(kv_channels=64))
-    config = replace(config, training=replace(config.training, bf16=True))
-    uses = uses_flash_attention if package == "flash_attn" else uses_transformer_engine
     for _ in range(2):
-        assert not uses(config)
+        libraries.set_broken_aside()
+        assert libraries.why_not(package) == REASON
     report = f"warning: {libraries.NAMES[package]} is installed but broken ({REASON}): it is not used\n"
     assert capsys.readouterr().err == report
-    forced = {"attention_backend": "flash", "transformer_impl": "transformer_engine"}
+
+
+def test_a_broken_library_is_not_used(monkeypatch, install):
+    install("transformer_engine", f"raise OSError({REASON!r})")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = Config(model=ModelConfig(kv_channels=64))
+    config = replace(config, training=replace(config.training, bf16=True))
+    assert not uses_transformer_engine(config)
     with pytest.raises(ValueError, match=REASON):
-        uses(replace(config, training=replace(config.training, **forced)))
+        uses_transformer_engine(
+            replace(config, training=replace(config.training, transformer_impl="transformer_engine"))
+        )
 
 
 def test_megatron_finds_it_absent(install):

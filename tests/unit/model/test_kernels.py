@@ -1,4 +1,4 @@
-"""The choice of optional GPU libraries, by flag, precision and machine. tools/gpu_check.py tests what they compute."""
+"""The choice of kernels and optional GPU libraries, by flag, precision and machine; tools/gpu_check.py runs them."""
 
 from __future__ import annotations
 
@@ -8,98 +8,161 @@ from types import ModuleType
 
 import pytest
 import torch
-from models import small_config
+from models import SEQ, small_config
+from torch.nn.attention import SDPBackend
 
 from mor_megatron.config.schema import Config
-from mor_megatron.model import build_model, layer_spec
-from mor_megatron.model.kernels import uses_flash_attention, uses_transformer_engine
+from mor_megatron.model import build_model, kernels, layer_spec
+from mor_megatron.model.attention_by_shape import AttentionByShape
+from mor_megatron.model.kernels import attention_kernels, uses_transformer_engine
+from mor_megatron.pretraining import capabilities
+
+CUDNN, FLASH, *OTHERS = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
+HOPPER, AMPERE, VOLTA = (9, 0), (8, 0), (7, 0)
 
 
-def _config(bf16: bool = True, **training) -> Config:
-    config = small_config("expert")
+def _config(name: str = "expert", bf16: bool = True, **training) -> Config:
+    config = small_config(name)
     return replace(config, training=replace(config.training, bf16=bf16, **training))
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """gpu(capability, *modules): a machine with such a card, on which these modules and no others can be imported."""
+    """gpu(capability, *installed, takes, broken): a machine with such a card.
 
-    def pretend(capability: tuple[int, int], *modules: str) -> None:
+    `takes` are the kernels for regular rows, `broken` what fails when it is tried, `installed` packages that import.
+    """
+
+    def pretend(capability, *installed: str, takes=("cudnn", "flash"), broken: str = "") -> None:
+        def fail(name: str):
+            return lambda *shape: f"{name} fails with RuntimeError: no compiler" if name in broken else None
+
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100" if capability < (8, 0) else "H100")
-        for name in ("flash_attn", "transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100" if capability < AMPERE else "H100")
+        monkeypatch.setattr(kernels, "_takes", lambda name, dtype, *heads: name in takes and dtype != torch.float32)
+        monkeypatch.setattr(kernels, "_why_not_varlen", fail("varlen_attn"))
+        monkeypatch.setattr(kernels, "_why_not_flex", fail("FlexAttention"))
+        for name in ("transformer_engine", "transformer_engine.pytorch"):
             # None in sys.modules makes an import fail as if the package were absent.
-            monkeypatch.setitem(sys.modules, name, ModuleType(name) if name in modules else None)
+            monkeypatch.setitem(sys.modules, name, ModuleType(name) if name in installed else None)
 
     return pretend
 
 
-BOTH = ("flash_attn", "transformer_engine", "transformer_engine.pytorch")
+TRANSFORMER_ENGINE = ("transformer_engine", "transformer_engine.pytorch")
 
 
 def test_without_cuda_nothing_is_used():
-    assert not uses_flash_attention(_config())
+    assert attention_kernels(_config()) is None
     assert not uses_transformer_engine(_config())
-
-
-def test_what_is_there_is_used_unless_forbidden(gpu):
-    gpu((9, 0), *BOTH)
-    assert uses_flash_attention(_config())
-    assert uses_transformer_engine(_config())
-    assert not uses_flash_attention(_config(attention_backend="sdpa"))
-    assert not uses_transformer_engine(_config(transformer_impl="local"))
-
-
-def test_each_stands_for_itself(gpu):
-    gpu((9, 0), "flash_attn")
-    assert uses_flash_attention(_config())
-    assert not uses_transformer_engine(_config())
-
-
-def test_fp32_stays_in_fp32(gpu):
-    gpu((9, 0), *BOTH)
-    assert not uses_flash_attention(_config(bf16=False))
-    assert not uses_transformer_engine(_config(bf16=False))
-    assert uses_flash_attention(_config(bf16=False, fp16=True))
-
-
-def test_partitioned_weights_keep_the_tried_linears(gpu):
-    gpu((9, 0), *BOTH)
-    assert not uses_transformer_engine(_config(zero_stage=3))
-    assert uses_transformer_engine(_config(zero_stage=3, transformer_impl="transformer_engine"))
 
 
 @pytest.mark.parametrize(
-    ("capability", "modules", "choice", "message"),
+    ("capability", "backend", "expected"),
+    [
+        (HOPPER, "auto", [CUDNN, FLASH]),
+        (HOPPER, "cudnn", [CUDNN, FLASH]),
+        (HOPPER, "flash", [FLASH]),
+        (HOPPER, "sdpa", [CUDNN, FLASH]),
+        (AMPERE, "auto", [FLASH]),
+        (AMPERE, "cudnn", [CUDNN, FLASH]),
+    ],
+)
+def test_regular_rows(gpu, capability, backend, expected):
+    gpu(capability)
+    chosen = attention_kernels(_config(attention_backend=backend))
+    assert chosen.fixed == (*expected, *OTHERS)
+    assert chosen.rows == {SEQ, int(SEQ * 2 / 3), int(SEQ / 3)}
+    assert (chosen.no_varlen is None) == (chosen.no_flex is None) == (backend != "sdpa")
+
+
+def test_a_kernel_that_fails_is_replaced_and_reported(gpu, monkeypatch, process_group):
+    monkeypatch.setattr(capabilities, "uses_fused_adam", lambda optimizer: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    gpu(HOPPER)
+    found = capabilities.capabilities(_config("expert_sharing"))
+    assert found["attention"] == "cuDNN"
+    assert found["attention of ragged rows"] == "varlen_attn"
+    assert found["attention under masks"] == "FlexAttention"
+    gpu(HOPPER, broken="FlexAttention")
+    found = capabilities.capabilities(_config("expert_sharing"))
+    assert found["attention of ragged rows"] == "varlen_attn"
+    assert "FlexAttention fails with RuntimeError: no compiler" in found["attention under masks"]
+    # What no row of the model needs is neither tried nor reported.
+    found = capabilities.capabilities(_config("vanilla"))
+    assert "attention of ragged rows" not in found
+    assert "attention under masks" not in found
+
+
+def test_the_reason_of_a_failure_is_one_line():
+    def attend() -> None:
+        raise RuntimeError("no compiler\nat line 3")
+
+    assert kernels._failure("FlexAttention", attend) == "FlexAttention fails with RuntimeError: no compiler"
+
+
+def test_fp32_stays_in_fp32(gpu):
+    gpu(HOPPER, *TRANSFORMER_ENGINE)
+    chosen = attention_kernels(_config(bf16=False))
+    assert chosen.fixed == tuple(OTHERS)
+    assert chosen.no_varlen == chosen.no_flex == "fp32"
+    assert not uses_transformer_engine(_config(bf16=False))
+    assert attention_kernels(_config(bf16=False, fp16=True)).no_varlen is None
+
+
+def test_transformer_engine_is_used_where_it_is(gpu):
+    gpu(HOPPER, *TRANSFORMER_ENGINE)
+    assert uses_transformer_engine(_config())
+    assert not uses_transformer_engine(_config(transformer_impl="local"))
+    assert not uses_transformer_engine(_config(zero_stage=3))  # partitioned weights keep the tried linears
+    assert uses_transformer_engine(_config(zero_stage=3, transformer_impl="transformer_engine"))
+    gpu(HOPPER)
+    assert not uses_transformer_engine(_config())
+
+
+@pytest.mark.parametrize(
+    ("function", "choice", "message"),
     [
         (
-            (7, 0),
-            BOTH,
+            attention_kernels,
             {"attention_backend": "flash"},
-            r"flash, but Tesla V100 is older than Ampere.*: use auto or sdpa",
+            r"=flash, but it does not take bf16 with 4 heads of width 8 on Tesla V100: use auto or sdpa",
         ),
-        ((9, 0), (), {"attention_backend": "flash"}, r"flash-attn cannot be imported \(.*requirements-gpu\.txt"),
+        (attention_kernels, {"attention_backend": "cudnn"}, r"attention-backend=cudnn, but it does not take bf16"),
         (
-            (9, 0),
-            (),
+            uses_transformer_engine,
             {"transformer_impl": "transformer_engine"},
             r"transformer-impl=transformer_engine, but Transformer Engine cannot be imported.*: use auto or local",
         ),
     ],
 )
-def test_what_is_forced_and_missing_is_refused(gpu, capability, modules, choice, message):
-    gpu(capability, *modules)
-    uses = uses_flash_attention if "attention_backend" in choice else uses_transformer_engine
+def test_what_is_forced_and_missing_is_refused(gpu, function, choice, message):
+    gpu(VOLTA, takes=())
     with pytest.raises(ValueError, match=message) as refused:
-        uses(_config(**choice))
+        function(_config(**choice))
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("choice", [{"attention_backend": "flash"}, {"transformer_impl": "transformer_engine"}])
+@pytest.mark.parametrize(
+    "choice",
+    [{"attention_backend": "flash"}, {"attention_backend": "cudnn"}, {"transformer_impl": "transformer_engine"}],
+)
 def test_the_model_refuses_on_a_machine_without_cuda(process_group, choice):
     with pytest.raises(ValueError, match="but this machine has no CUDA: use auto or"):
         build_model(_config(**choice))
+
+
+def test_the_layer_gets_the_kernels(gpu):
+    gpu(HOPPER)
+    core = layer_spec.layer_spec(_config()).submodules.self_attention.submodules.core_attention
+    assert core.module is AttentionByShape
+    assert core.params["kernels"] == attention_kernels(_config())
 
 
 def test_transformer_engine_takes_the_slots_of_linears_and_norms(monkeypatch):
