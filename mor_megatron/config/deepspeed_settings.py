@@ -15,6 +15,10 @@ from typing import Any
 
 from mor_megatron.config.schema import Config
 
+GRADIENT_BUCKET = 50_000_000
+"""Gradients that are reduced together, in elements. DeepSpeed copies them into buffers of this size, fp32: one under
+ZeRO 2 and 3, two if reduction overlaps. Its own 500 million would be 4 GB however small the model."""
+
 
 @dataclass(frozen=True)
 class _Decided:
@@ -107,13 +111,18 @@ _FREE = (
     "timers.throughput.enabled",
     "zero_optimization.overlap_comm",
     "zero_optimization.offload_optimizer.pin_memory",
+    "zero_optimization.reduce_bucket_size",
 )
 """Keys that we set and a file may change; `overlap_comm` only while its flag says auto."""
 
 
 def _own_settings(config: Config, cuda: bool) -> dict[str, Any]:
     training = config.training
-    zero: dict[str, Any] = {"stage": training.zero_stage, "overlap_comm": overlaps_reduction(config, cuda)}
+    zero: dict[str, Any] = {
+        "stage": training.zero_stage,
+        "overlap_comm": overlaps_reduction(config, cuda),
+        "reduce_bucket_size": GRADIENT_BUCKET,
+    }
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": 1,

@@ -9,7 +9,7 @@ of the whole model, summed in fp64, before clipping; no update from anything tha
 | fp32      | 0    | schedule | Fp32      | none: torch's own             | `.grad`                 | before step |
 | fp32      | 1    | schedule | Zero12    | DeepSpeedZeroOptimizer        | `.grad`                 | in step     |
 | bf16      | 0    | schedule | Bf16      | FP16_UnfusedOptimizer         | `.grad`, fp32           | before step |
-| bf16      | 1    | schedule | Bf16Zero1 | BF16_Optimizer                | its flat fp32 buffers   | before step |
+| bf16      | 1    | schedule | Bf16Zero1 | BF16_Optimizer                | `.grad`, in flat fp32   | before step |
 | fp16      | 1    | engine   | Zero12    | DeepSpeedZeroOptimizer        | `.grad_accum`, fp32     | in step     |
 | any       | 2    | engine   | Zero12    | DeepSpeedZeroOptimizer        | this rank's shard, fp32 | in backward |
 | any       | 3    | engine   | Zero3     | DeepSpeedZeroOptimizer_Stage3 | this rank's shard, fp32 | in backward |

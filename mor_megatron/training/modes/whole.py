@@ -11,10 +11,13 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from megatron.core import parallel_state
 from torch import Tensor
 
+from mor_megatron.config.deepspeed_settings import GRADIENT_BUCKET
+from mor_megatron.distributed.cpu import device
 from mor_megatron.model.stored_names import stored_parameters
 from mor_megatron.training.gradients import Gradients, clip, global_norm
 from mor_megatron.training.modes.base import Engine, StepOutcome
 from mor_megatron.training.modes.slices import ParameterSlice, slices_of_partitions
+from mor_megatron.training.modes.uses import accumulate_each_use
 from mor_megatron.training.sections import Sections
 
 
@@ -28,13 +31,17 @@ class WholeGradients(Engine):
     def _step(self, clip_grad: float, sections: Sections) -> StepOutcome:
         if parallel_state.get_data_parallel_world_size() > 1:  # alone, DeepSpeed would copy every gradient twice
             with sections("all-grads-sync"):
-                self.deepspeed.buffered_allreduce_fallback()
+                self.reduce()
         norm = self.norm_and_clip(clip_grad)
         if not math.isfinite(norm):
             self.discard()
             return StepOutcome(grad_norm=math.inf, applied=False)
         self.deepspeed.step()
         return StepOutcome(grad_norm=norm, applied=self.deepspeed.was_step_applied())
+
+    def reduce(self) -> None:
+        """Average the gradients over data-parallel ranks."""
+        self.deepspeed.buffered_allreduce_fallback(elements_per_buffer=GRADIENT_BUCKET)
 
     def norm_and_clip(self, limit: float) -> float:
         """Clip the reduced gradients to the global norm `limit`; the norm before."""
@@ -71,6 +78,7 @@ class Bf16(WholeGradients):
 
     def __init__(self, deepspeed: DeepSpeedEngine):
         super().__init__(deepspeed)
+        accumulate_each_use(self.module)
         # It made the optimizer's state by a step on zero gradients: without effect at rate 0, but Adam counted it.
         self.optimizer.state.clear()
         deepspeed.optimizer.mpu = None  # its own norm, which nothing reads, would take collectives a parameter group
@@ -96,6 +104,21 @@ class Bf16Zero1(WholeGradients):
     wraps = BF16_Optimizer
     partitions_state = True
 
+    def __init__(self, deepspeed: DeepSpeedEngine):
+        super().__init__(deepspeed)
+        optimizer = deepspeed.optimizer
+        # `.grad` is a view of the flat buffers for good; DeepSpeed would add it to them and forget it.
+        for hook in optimizer._grad_acc_hooks:
+            hook.remove()
+        optimizer.clear_lp_grads = lambda set_to_none=False: None
+        for parameter, gradient in self.gradients():
+            parameter.grad = gradient.view_as(parameter)
+        accumulate_each_use(self.module)
+        # Its own norm, which nothing reads, would take a pass over all gradients, and a collective.
+        no_gradients = [torch.zeros((), device=device())]
+        optimizer.get_grads_for_norm = lambda: (no_gradients, {})
+        optimizer.mpu = None
+
     def gradients(self) -> Gradients:
         optimizer = self.deepspeed.optimizer
         groups = zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
@@ -103,6 +126,10 @@ class Bf16Zero1(WholeGradients):
 
     def flat_gradients(self) -> list[Tensor]:
         return self.deepspeed.optimizer.get_grads_for_reduction()[0]
+
+    def reduce(self) -> None:
+        for flat in self.flat_gradients():  # a bucket of one tensor is reduced in place
+            self.deepspeed.allreduce_bucket([flat], parallel_state.get_data_parallel_group())
 
     def parameter_slices(self) -> list[ParameterSlice]:
         return list(slices_of_partitions(self.module, self.deepspeed.optimizer.fp32_groups_flat_partition))

@@ -1,0 +1,54 @@
+"""Gradients of tied weights without a second buffer.
+
+Autograd adds up the contributions of all uses of a weight, and adds the sum to `.grad` when the last of them has come.
+In the backward pass of a block of Nr recursions, the fp32 sums of the whole block would be alive beside `.grad`. So
+each use of a weight is a leaf of its own, and all of them have the weight's `.grad`: a contribution is added to it as
+soon as it is computed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def accumulate_each_use(model: nn.Module) -> None:
+    """Let every call of a module of `model` add the gradients of the module's own weights straight to their `.grad`.
+
+    A weight that is read outside of its module's call (the embedding as head) is that use by itself. A hook on a weight
+    sees the contributions one by one.
+    """
+    for module in model.modules():
+        if any(weight.requires_grad for weight in module.parameters(recurse=False)):
+            _own_leaf_in_each_call(module)
+
+
+def _own_leaf_in_each_call(module: nn.Module) -> None:
+    weights: list[dict[str, nn.Parameter | None]] = []  # those of the calls under way
+
+    def begin(module: nn.Module, args: tuple) -> None:
+        weights.append(dict(module._parameters))
+        if torch.is_grad_enabled():
+            module._parameters.update({name: _use(w) for name, w in weights[-1].items() if _is_trained(w)})
+
+    def end(module: nn.Module, args: tuple, output: object) -> None:
+        module._parameters.update(weights.pop())
+
+    module.register_forward_pre_hook(begin)
+    module.register_forward_hook(end, always_call=True)
+
+
+def _is_trained(weight: Tensor | None) -> bool:
+    return weight is not None and weight.requires_grad
+
+
+def _use(weight: Tensor) -> Tensor:
+    """A leaf that has the weight's storage and the weight's `.grad`."""
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
+    leaf = weight.detach().requires_grad_()
+    leaf.grad_dtype = weight.grad_dtype
+    leaf.grad = weight.grad
+    for hook in (weight._backward_hooks or {}).values():
+        leaf.register_hook(hook)
+    return leaf

@@ -1,0 +1,64 @@
+"""fp32 gradients of a bf16 run lie in memory once, during the backward pass and the reduction as well."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_train_step import cut, global_batch, make_config, make_engine
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mor_megatron.config.validate import validate
+from mor_megatron.recursion.context import RoutingContext
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+LEAST = 64 * 64
+"""Elements of the smallest matrix of the model; no fp32 activation has as many."""
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the fp32 storages of gradient size that operators have returned and that are still alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 and tensor.numel() >= LEAST:
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.storages = {key: found for key, found in self.storages.items() if not found[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        return out
+
+
+def bf16_engine(zero: int):
+    config = make_config((True, zero), micro_batch_size=1)
+    model = replace(config.model, hidden_size=64, kv_channels=32, ffn_hidden_size=96)
+    return make_engine(validate(replace(config, model=model)))
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_tied_block_has_one_buffer_of_gradients(zero):
+    """Beside it, the contribution that is being added. A sum over recursions would be a second one."""
+    engine = bf16_engine(zero)
+    with Live() as live:
+        for batch in cut(global_batch(), 1):
+            engine.module(batch, RoutingContext()).sum().backward()
+    sizes = [4 * weight.numel() for weight in engine.module.parameters() if weight.numel() >= LEAST]
+    assert sum(sizes) <= live.peak <= 1.01 * (sum(sizes) + max(sizes))
+
+
+def test_gradients_are_reduced_where_they_are():
+    engine = bf16_engine(zero=1)
+    flat = engine.flat_gradients()[0]
+    with Live() as live:
+        engine.reduce()
+    assert live.peak == flat.untyped_storage().nbytes()
