@@ -22,7 +22,10 @@ from mor_megatron.recursion.routing import kept
 REGULAR = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 """Values of `--attention-backend` that name a kernel for regular rows."""
 OTHERS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-HOPPER = (9, 0)
+CUDNN_FIRST = (9, 10)
+"""Major compute capabilities, Hopper's and Blackwell's, on which cuDNN is the faster one."""
+CUDNN_RIGHT = 91501
+"""Before cuDNN 9.15.1, gradients are wrong where 128 does not divide the number of rows (pytorch issue 169849)."""
 
 
 def attention_kernels(config: Config) -> AttentionKernels | None:
@@ -39,14 +42,12 @@ def attention_kernels(config: Config) -> AttentionKernels | None:
             raise ValueError(f"attention-backend={wanted}, but this machine has no CUDA: use auto or sdpa")
         return None
     shape = _head_shape(config)
-    taken = [name for name in REGULAR if _takes(name, *shape)]
-    if wanted in REGULAR and wanted not in taken:
-        raise ValueError(
-            f"attention-backend={wanted}, but it does not take {config.training.precision} with {shape[1]} heads of "
-            f"width {shape[3]} on {torch.cuda.get_device_name()}: use auto or sdpa"
-        )
-    if wanted == "flash" or torch.cuda.get_device_capability() < HOPPER:  # where cuDNN is the faster one
-        taken = [name for name in taken if name == wanted or name == "flash"]
+    obstacles = {name: _why_not_regular(name, *shape) for name in REGULAR}
+    if obstacles.get(wanted) is not None:
+        raise ValueError(f"attention-backend={wanted}, but {obstacles[wanted]}: use auto or sdpa")
+    taken = [name for name in REGULAR if obstacles[name] is None]
+    if wanted == "flash" or (wanted != "cudnn" and torch.cuda.get_device_capability()[0] not in CUDNN_FIRST):
+        taken = [name for name in taken if name != "cudnn"]
     no_varlen = no_flex = None
     if wanted == "sdpa":
         no_varlen = no_flex = "attention-backend=sdpa"
@@ -102,13 +103,16 @@ def _head_shape(config: Config) -> tuple[torch.dtype, int, int, int]:
     return config.training.dtype, model.num_attention_heads // ranks, max(1, model.key_value_heads // ranks), width
 
 
-def _takes(name: str, dtype: torch.dtype, heads: int, groups: int, width: int) -> bool:
-    """Whether PyTorch would give plain causal attention to this kernel."""
-    query, key = (
-        torch.empty(1, n, 256, width, dtype=dtype, device="cuda", requires_grad=True) for n in (heads, groups)
-    )
+def _why_not_regular(name: str, dtype: torch.dtype, heads: int, groups: int, width: int) -> str | None:
+    """Why PyTorch would not, or should not, give plain causal attention to this kernel."""
+    if name == "cudnn" and (torch.backends.cudnn.version() or 0) < CUDNN_RIGHT:
+        return f"its version {torch.backends.cudnn.version()} is older than {CUDNN_RIGHT}"
+    rows = (torch.empty(250, 2, n, width, dtype=dtype, device="cuda", requires_grad=True) for n in (heads, groups))
+    query, key = (x.permute(1, 2, 0, 3) for x in rows)
     parameters = torch.backends.cuda.SDPAParams(query, key, key, None, 0.0, True, heads != groups)
-    return getattr(torch.backends.cuda, f"can_use_{name}_attention")(parameters)
+    if getattr(torch.backends.cuda, f"can_use_{name}_attention")(parameters):
+        return None
+    return f"{torch.cuda.get_device_name()} has none for {heads} heads of width {width} in {dtype}"
 
 
 @lru_cache
@@ -146,7 +150,8 @@ def _why_not_flex(
 def _failure(name: str, attend: Callable[[], None]) -> str | None:
     """The first line of what goes wrong, or None."""
     try:
-        attend()
+        with torch.enable_grad():
+            attend()
         torch.cuda.synchronize()
     except Exception as error:  # a compiler, a driver, a library: each has its own
         reason = next(iter(str(error).splitlines()), "")

@@ -38,14 +38,28 @@ def gpu(monkeypatch):
     `takes` are the kernels for regular rows, `broken` what fails when it is tried, `installed` packages that import.
     """
 
-    def pretend(capability, *installed: str, takes=("cudnn", "flash"), broken: str = "") -> None:
+    empty = torch.empty
+
+    def on_meta(*shape, device=None, **options):
+        return empty(*shape, device="meta" if device == "cuda" else device, **options)
+
+    def pretend(capability, *installed: str, takes=("cudnn", "flash"), broken: str = "", cudnn=91501) -> None:
         def fail(name: str):
             return lambda *shape: f"{name} fails with RuntimeError: no compiler" if name in broken else None
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100" if capability < AMPERE else "H100")
-        monkeypatch.setattr(kernels, "_takes", lambda name, dtype, *heads: name in takes and dtype != torch.float32)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+        monkeypatch.setattr(torch.backends.cuda, "SDPAParams", lambda query, *others: query.dtype)
+        monkeypatch.setattr(torch, "empty", on_meta)
+        for name in ("cudnn", "flash"):
+            can = name in takes
+            monkeypatch.setattr(
+                torch.backends.cuda,
+                f"can_use_{name}_attention",
+                lambda dtype, can=can: can and dtype != torch.float32,
+            )
         monkeypatch.setattr(kernels, "_why_not_varlen", fail("varlen_attn"))
         monkeypatch.setattr(kernels, "_why_not_flex", fail("FlexAttention"))
         for name in ("transformer_engine", "transformer_engine.pytorch"):
@@ -80,6 +94,13 @@ def test_regular_rows(gpu, capability, backend, expected):
     assert chosen.fixed == (*expected, *OTHERS)
     assert chosen.rows == {SEQ, int(SEQ * 2 / 3), int(SEQ / 3)}
     assert (chosen.no_varlen is None) == (chosen.no_flex is None) == (backend != "sdpa")
+
+
+def test_a_cudnn_with_wrong_gradients_is_not_used(gpu):
+    gpu(HOPPER, cudnn=91300)
+    assert attention_kernels(_config()).fixed == (FLASH, *OTHERS)
+    with pytest.raises(ValueError, match="attention-backend=cudnn, but its version 91300 is older than 91501"):
+        attention_kernels(_config(attention_backend="cudnn"))
 
 
 def test_a_kernel_that_fails_is_replaced_and_reported(gpu, monkeypatch, process_group):
@@ -132,9 +153,9 @@ def test_transformer_engine_is_used_where_it_is(gpu):
         (
             attention_kernels,
             {"attention_backend": "flash"},
-            r"=flash, but it does not take bf16 with 4 heads of width 8 on Tesla V100: use auto or sdpa",
+            r"=flash, but Tesla V100 has none for 4 heads of width 8 in torch.bfloat16: use auto or sdpa",
         ),
-        (attention_kernels, {"attention_backend": "cudnn"}, r"attention-backend=cudnn, but it does not take bf16"),
+        (attention_kernels, {"attention_backend": "cudnn"}, r"attention-backend=cudnn, but Tesla V100 has none"),
         (
             uses_transformer_engine,
             {"transformer_impl": "transformer_engine"},
