@@ -66,7 +66,7 @@ def nearest_layouts(config: Config, world_size: int, count: int = 3) -> list[tup
         return steps, pp, tp
 
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
-    fitting = [(tp, pp) for tp in divisors for pp in divisors if _fits(_resized(config, tp, pp), world_size)]
+    fitting = [(tp, pp) for tp in divisors for pp in divisors if fits(_resized(config, tp, pp), world_size)]
     return sorted(fitting, key=distance)[:count]
 
 
@@ -98,8 +98,9 @@ def _layout(config: Config, world_size: int) -> Problem | None:
     return None
 
 
-def _fits(config: Config, world_size: int) -> bool:
-    return _layout(config, world_size) is None and _batch(config, world_size) is None
+def fits(config: Config, world_size: int) -> bool:
+    """Whether `check_layout` and `check_batch` would let a layout pass."""
+    return _layout(config, world_size) is None and _dealt(config, world_size) is None
 
 
 def _stages(config: Config) -> Problem | None:

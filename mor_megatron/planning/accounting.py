@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -48,31 +50,41 @@ class TrainingFlops:
 
 
 @dataclass(frozen=True)
-class _Widths:
+class Widths:
+    """Widths of a layer, in numbers a token."""
+
     hidden: int
+    """H, of the residual stream."""
     ffn: int
+    """F, of the feed-forward network."""
     query: int
+    """Of all query heads together; the attention's output has the same."""
     key_value: int
+    """Of all keys, and of all values."""
     has_qkv_bias: bool
+
+    @classmethod
+    def of(cls, config: Config) -> Widths:
+        """Those of a run's model."""
+        model = config.model
+        head = model.kv_channels or model.hidden_size // model.num_attention_heads
+        query, key_value = head * model.num_attention_heads, head * model.key_value_heads
+        return cls(model.hidden_size, model.ffn_hidden_size, query, key_value, model.add_qkv_bias)
 
     @property
     def layer_matrices(self) -> int:
+        """Weights of a layer's linear maps, biases left out."""
         return self.hidden * (2 * self.query + 2 * self.key_value) + 3 * self.hidden * self.ffn
 
     @property
     def layer_biases(self) -> int:
+        """Biases of q, k and v."""
         return self.query + 2 * self.key_value if self.has_qkv_bias else 0
 
     @property
     def layer_norms(self) -> int:
+        """Weights of a layer's two norms."""
         return 2 * self.hidden
-
-
-def _widths(config: Config) -> _Widths:
-    model = config.model
-    head = model.kv_channels or model.hidden_size // model.num_attention_heads
-    query, key_value = head * model.num_attention_heads, head * model.key_value_heads
-    return _Widths(model.hidden_size, model.ffn_hidden_size, query, key_value, model.add_qkv_bias)
 
 
 def _vocabulary(config: Config) -> int:
@@ -91,7 +103,15 @@ def routers(config: Config) -> RoutingMethod:
 
 def router_parameters(config: Config) -> int:
     """Weights of all routers, auxiliary ones included."""
-    return sum(weight.numel() for weight in routers(config).parameters())
+    return _router_parameters(type(config.routing_method), config.recursion, config.plan, config.model.hidden_size)
+
+
+@lru_cache(maxsize=8)  # building routers takes a millisecond, and a search asks for one model's thousands of times
+def _router_parameters(method: type[RoutingMethod], settings: Any, plan: RecursionPlan, hidden_size: int) -> int:
+    with torch.device("meta"):
+        built = method(settings, plan)
+        built.build(hidden_size, torch.float32)
+    return sum(weight.numel() for weight in built.parameters())
 
 
 def count_parameters(config: Config) -> ParameterCount:
@@ -100,7 +120,7 @@ def count_parameters(config: Config) -> ParameterCount:
     Raises:
         ValueError: no vocabulary size is known.
     """
-    widths, plan = _widths(config), config.plan
+    widths, plan = Widths.of(config), config.plan
     embedding = _vocabulary(config) * widths.hidden * (2 if config.model.untie_embeddings_and_output_weights else 1)
     rest = router_parameters(config) + widths.hidden  # final norm
     layer = layer_parameters(config)
@@ -111,7 +131,7 @@ def count_parameters(config: Config) -> ParameterCount:
 
 def layer_parameters(config: Config, tensor_parallel_size: int = 1) -> int:
     """Weights of one layer on one tensor-parallel rank: its share of matrices and biases, and whole norms."""
-    widths = _widths(config)
+    widths = Widths.of(config)
     return (widths.layer_matrices + widths.layer_biases) // tensor_parallel_size + widths.layer_norms
 
 
@@ -146,8 +166,8 @@ def paper_flops_per_token(config: Config) -> float:
     attention = 2 * config.data.seq_length * hidden
     total = 0.0
     for layer in plan.layers:
-        c = _fraction(layer, fractions)
-        shares = _skips_keys(plan, layer)
+        c = active_fraction(layer, fractions)
+        shares = skips_keys(plan, layer)
         total += c * ((2 if shares else 4) * projection + ffn) + c * (1.0 if shares else c) * attention
     return total
 
@@ -182,7 +202,7 @@ def training_flops_per_token(config: Config, fractions: Sequence[float] | None =
     Recomputing a layer or a whole pass repeats the forward of every layer, that of the core repeats its attention.
     """
     model = FORWARDS_PER_STEP * executed_flops_per_token(config, fractions)
-    layers = _layer_work(config, fractions)
+    layers = layer_work(config, fractions)
     again = {
         None: 0.0,
         "full": sum(work.linear + work.attention for work in layers),
@@ -193,7 +213,7 @@ def training_flops_per_token(config: Config, fractions: Sequence[float] | None =
 
 def layer_flops_per_token(config: Config, fractions: Sequence[float] | None = None) -> tuple[float, ...]:
     """Executed forward FLOPs a token of each virtual layer, in their order; see `executed_flops_per_token`."""
-    return tuple(work.linear + work.attention for work in _layer_work(config, fractions))
+    return tuple(work.linear + work.attention for work in layer_work(config, fractions))
 
 
 def router_flops_per_token(config: Config, fractions: Sequence[float] | None = None) -> float:
@@ -219,36 +239,39 @@ def kv_bytes_per_token(config: Config, fractions: Sequence[float] | None = None,
         fractions: fraction of tokens active at each recursion, [Nr]; default: as planned.
         bytes_per_number: 2 for bf16 and fp16.
     """
-    plan, row = config.plan, 2 * _widths(config).key_value * bytes_per_number
+    plan, row = config.plan, 2 * Widths.of(config).key_value * bytes_per_number
     fractions = planned_fractions(config) if fractions is None else fractions
-    return row * sum(_fraction(layer, fractions) for layer in plan.layers if not _skips_keys(plan, layer))
+    return row * sum(active_fraction(layer, fractions) for layer in plan.layers if not skips_keys(plan, layer))
 
 
 @dataclass(frozen=True)
-class _LayerWork:
+class LayerWork:
     """Executed forward FLOPs a token of one virtual layer."""
 
     linear: float
     attention: float
 
 
-def _layer_work(config: Config, fractions: Sequence[float] | None) -> list[_LayerWork]:
-    widths, plan = _widths(config), config.plan
+def layer_work(config: Config, fractions: Sequence[float] | None = None) -> list[LayerWork]:
+    """Executed forward FLOPs a token of each virtual layer, by kind; see `executed_flops_per_token`."""
+    widths, plan = Widths.of(config), config.plan
     fractions = planned_fractions(config) if fractions is None else fractions
     work = []
     for layer in plan.layers:
-        c = _fraction(layer, fractions)
-        shares = _skips_keys(plan, layer)
+        c = active_fraction(layer, fractions)
+        shares = skips_keys(plan, layer)
         outputs = 2 * widths.query + (0 if shares else 2 * widths.key_value) + 3 * widths.ffn
         keys = 1.0 if plan.kv_mode != "caching" and layer.kv_source != layer.index else c
         attention = c * keys * 2 * config.data.seq_length * widths.query
-        work.append(_LayerWork(c * 2 * widths.hidden * outputs, attention))
+        work.append(LayerWork(c * 2 * widths.hidden * outputs, attention))
     return work
 
 
-def _fraction(layer: VirtualLayer, fractions: Sequence[float]) -> float:
+def active_fraction(layer: VirtualLayer, fractions: Sequence[float]) -> float:
+    """Fraction of tokens that a virtual layer processes, of those at each recursion, [Nr]."""
     return 1.0 if layer.recursion is None else fractions[layer.recursion]
 
 
-def _skips_keys(plan: RecursionPlan, layer: VirtualLayer) -> bool:
+def skips_keys(plan: RecursionPlan, layer: VirtualLayer) -> bool:
+    """Whether a layer projects queries only, because it attends to another's keys and values as they are."""
     return plan.kv_mode == "sharing" and layer.kv_source != layer.index

@@ -1,7 +1,6 @@
-"""Bytes that a rank holds from one iteration to the next: weights, gradients, optimizer state.
+"""Bytes that a rank holds: its state from one iteration to the next, and what is added while one runs.
 
-Activations come on top; they depend on sequence, micro-batch and recomputation, and are not estimated here. Bytes of
-one parameter, with D data-parallel ranks and w = 2 bytes a weight in a bf16 or fp16 run, else 4:
+Bytes of one parameter, with D data-parallel ranks and w = 2 bytes a weight in a bf16 or fp16 run, else 4:
 
 | ZeRO | weights | gradients | moments (AdamW; SGD half) | fp32 copy to update |
 |------|---------|-----------|---------------------------|---------------------|
@@ -11,16 +10,24 @@ one parameter, with D data-parallel ranks and w = 2 bytes a weight in a bf16 or 
 | 3    | w/D     | 4/D       | 8/D                       | 4/D                 |
 
 These are the modes of training/engine.py; a test measures them on real engines. DeepSpeed pads what it divides to a
-few elements more.
+few elements more, and has buffers of a fixed size. Activations are those of `planning.activations`, of as many
+micro-batches as the pipeline's schedule has under way.
+
+`--dry-run`, the report at the start of a run and `tools/plan.py` all read `rank_memory`. It does not count the
+workspace of libraries, the context of a GPU, nor what its allocator loses to fragments.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mor_megatron.config.deepspeed_settings import deepspeed_settings, overlaps_reduction
 from mor_megatron.config.layout import data_parallel_size
 from mor_megatron.config.schema import Config
 from mor_megatron.planning.accounting import layer_parameters, padded_vocab_size, router_parameters
+from mor_megatron.planning.activations import activations
+from mor_megatron.planning.communication import message_bytes
+from mor_megatron.planning.schedule import passes
 from mor_megatron.planning.stages import PipelinePlan
 
 
@@ -76,3 +83,106 @@ def rank_state(config: Config, parameters: int, world_size: int) -> RankState:
         gradients=4 * parameters // gradient_shards,
         optimizer=(moments + copy) * parameters // optimizer_shards,
     )
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """What one rank holds at its peak, in bytes."""
+
+    state: RankState
+    buffers: float
+    """Of DeepSpeed: gradients on their way to other ranks, and weights that ZeRO 3 has gathered."""
+    messages: float
+    """Sent and received in a pipeline, and kept until the backward pass."""
+    activations: float
+    logits: float
+    working: float
+    """Gradients of activations and weights that are being computed."""
+    moment: str
+    """When the peak is."""
+    is_offloaded: bool = False
+    """The optimizer's state is in CPU memory, and not in `total`."""
+
+    @property
+    def passing(self) -> float:
+        """What comes and goes with micro-batches."""
+        return self.messages + self.activations + self.logits + self.working
+
+    @property
+    def total(self) -> float:
+        """Bytes on the device."""
+        return self.state.total - (self.state.optimizer if self.is_offloaded else 0) + self.buffers + self.passing
+
+
+def rank_memory(config: Config, pipeline: PipelinePlan, stage: int, world_size: int, cuda: bool) -> RankMemory:
+    """The peak of each rank of a pipeline stage in an iteration.
+
+    Args:
+        config: validated for `world_size` ranks, its vocabulary resolved.
+        cuda: whether ranks have CUDA devices, which decides what is `auto`.
+    Raises:
+        ValueError: too few micro-batches for a ring.
+    """
+    parameters = rank_parameters(config, pipeline, stage)
+    own = activations(config, pipeline, stage)
+    vocabulary = _vocabulary_bytes(config)
+    is_ring, last = pipeline.num_chunks > 1, pipeline.num_stages - 1
+    pending = _pending(config, pipeline, stage, vocabulary)
+    working = [size + extra for size, extra in zip(own.working, pending, strict=True)]
+    moments = []
+    live = messages = 0.0
+    sent = message_bytes(config, pipeline, stage) if pipeline.num_stages > 1 else [0.0]
+    recursions = [[r] for r in range(len(own.kept))] if is_ring else [list(range(len(own.kept)))]
+    for step in passes(pipeline, stage, num_microbatches(config, world_size)):
+        chunk = step if step >= 0 else ~step
+        if step >= 0:
+            live += sum(own.kept[r] for r in recursions[chunk])
+            messages += sent[chunk]
+            if stage == last and chunk == pipeline.num_chunks - 1:
+                moments.append(("head", live, own.logits, vocabulary, messages))
+            continue
+        for r in reversed(recursions[chunk]):
+            moments.append((f"backward pass of recursion {r}", live, 0.0, working[r], messages))
+            live -= own.kept[r]
+        messages -= sent[chunk]
+    moments.append(("gradient of the embedding", 0.0, 0.0, vocabulary + pending[0] if stage == 0 else 0.0, 0.0))
+    moment, kept, logits, extra, messages = max(moments, key=lambda moment: sum(moment[1:]))
+    state = rank_state(config, parameters, world_size)
+    buffers = _buckets(config, cuda)
+    return RankMemory(state, buffers, messages, kept, logits, extra, moment, config.training.optimizer_cpu_offload)
+
+
+def num_microbatches(config: Config, world_size: int) -> int:
+    """Of one rank in one iteration."""
+    training = config.training
+    return training.global_batch_size // (training.micro_batch_size * data_parallel_size(config, world_size))
+
+
+def _vocabulary_bytes(config: Config) -> float:
+    """Gradient of embedding or head while it is computed: in the type of the run, then in fp32."""
+    tp = config.parallel.tensor_model_parallel_size
+    padded = padded_vocab_size(config.model.vocab_size, config.model.make_vocab_size_divisible_by, tp)
+    return padded // tp * config.model.hidden_size * (4 if config.training.precision == "fp32" else 6)
+
+
+def _pending(config: Config, pipeline: PipelinePlan, stage: int, vocabulary: float) -> list[float]:
+    """Sums of gradients that wait for the other uses of a weight, beside those of the iteration, by recursion."""
+    count, tp = config.recursion.num_recursions, config.parallel.tensor_model_parallel_size
+    if config.training.bf16 and config.training.zero_stage <= 1:
+        return [0.0] * count  # each use adds to the iteration's sums by itself
+    embedding = vocabulary if pipeline.num_stages == 1 and not config.model.untie_embeddings_and_output_weights else 0.0
+    block = 0.0
+    if pipeline.num_chunks == 1 and count > 1:
+        block = 4.0 * sum(pipeline.block_layers[stage : stage + 1]) * layer_parameters(config, tp)
+    return [embedding + (block if r < count - 1 else 0.0) for r in range(count)]
+
+
+def _buckets(config: Config, cuda: bool) -> float:
+    """Buffers in which DeepSpeed collects fp32 gradients before it reduces them."""
+    training = config.training
+    if training.zero_stage == 0 or (training.bf16 and training.zero_stage == 1 and not training.optimizer_cpu_offload):
+        return 0.0
+    settings = deepspeed_settings(config, cuda)["zero_optimization"]
+    size = settings.get("reduce_bucket_size", 500_000_000)
+    is_double = training.zero_stage < 3 and overlaps_reduction(config, cuda)
+    return 4.0 * size * (2 if is_double else 1)

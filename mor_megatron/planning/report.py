@@ -10,7 +10,7 @@ from mor_megatron.config.schema import Config, TrainingConfig
 from mor_megatron.config.validate import validate
 from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocabulary
 from mor_megatron.planning.accounting import head_flops_per_token, layer_flops_per_token, router_parameters
-from mor_megatron.planning.memory import RankState, rank_parameters, rank_state
+from mor_megatron.planning.memory import RankMemory, num_microbatches, rank_memory
 from mor_megatron.planning.stages import PipelinePlan, microbatch_group_size, pipeline_plan
 
 
@@ -27,18 +27,19 @@ def dry_run(config: Config, world_size: int | None) -> str:
     ranks = world_size or parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     config = validate(config, ranks)
     config = resolve_vocabulary(config, configured_tokenizer(config.data))
-    return f"{config.plan.table()}\n\n{describe_layout(config, ranks)}"
+    return f"{config.plan.table()}\n\n{describe_layout(config, ranks, cuda=True)}"
 
 
-def describe_layout(config: Config, world_size: int) -> str:
-    """Ranks, stages, state, split, schedule and batch of a run, a line each.
+def describe_layout(config: Config, world_size: int, cuda: bool) -> str:
+    """Ranks, stages, memory, split, schedule and batch of a run, a line each.
 
     Args:
         config: validated for `world_size` ranks, its vocabulary resolved.
         world_size: ranks of the run.
+        cuda: whether they have CUDA devices, which decides what is `auto`.
     """
     pipeline = pipeline_plan(config)
-    lines = [_ranks(config, world_size), *_stages(config, world_size, pipeline)]
+    lines = [_ranks(config, world_size), *_stages(config, world_size, pipeline, cuda)]
     if pipeline.num_stages > 1:
         lines.append(_split(config, pipeline))
     return "\n".join([*lines, _batch(config, world_size), _schedule(config, world_size, pipeline)])
@@ -65,15 +66,16 @@ def _ranks(config: Config, world_size: int) -> str:
     )
 
 
-def _stages(config: Config, world_size: int, pipeline: PipelinePlan) -> list[str]:
-    """A table: one line a pipeline rank, numbers of one of its ranks."""
+def _stages(config: Config, world_size: int, pipeline: PipelinePlan, cuda: bool) -> list[str]:
+    """A table: one line a pipeline rank, numbers of one of its ranks; activations are those at the peak of memory."""
     per_stage = world_size // pipeline.num_stages
     where = " (CPU)" if config.training.optimizer_cpu_offload else ""
-    rows = [("ranks", "holds", "parameters", "weights", "gradients", f"optimizer{where}", "sum", "work")]
+    state = ("weights", "gradients", f"optimizer{where}", "sum")
+    rows = [("ranks", "holds", "parameters", *state, "buffers", "activations", "peak", "work")]
     for stage, work in enumerate(stage_work(config, pipeline)):
-        state = rank_state(config, rank_parameters(config, pipeline, stage), world_size)
+        memory = rank_memory(config, pipeline, stage, world_size, cuda)
         ranks = _span(range(stage * per_stage, (stage + 1) * per_stage))
-        rows.append((ranks, _holds(config, pipeline, stage), *_state_cells(state), f"{100 * work:.1f}%"))
+        rows.append((ranks, _holds(config, pipeline, stage), *_memory_cells(memory), f"{100 * work:.1f}%"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(
@@ -84,9 +86,10 @@ def _stages(config: Config, world_size: int, pipeline: PipelinePlan) -> list[str
     ]
 
 
-def _state_cells(state: RankState) -> tuple[str, ...]:
+def _memory_cells(memory: RankMemory) -> tuple[str, ...]:
+    state = memory.state
     parts = (state.weights, state.gradients, state.optimizer, state.total)
-    return (f"{state.parameters:,}", *(_bytes(part) for part in parts))
+    return (f"{state.parameters:,}", *map(_bytes, (*parts, memory.buffers, memory.passing, memory.total)))
 
 
 def _holds(config: Config, pipeline: PipelinePlan, stage: int) -> str:
@@ -118,7 +121,7 @@ def _split(config: Config, pipeline: PipelinePlan) -> str:
 
 def _batch(config: Config, world_size: int) -> str:
     training = config.training
-    count = _count(_microbatches(config, world_size), "micro-batch", "es")
+    count = _count(num_microbatches(config, world_size), "micro-batch", "es")
     ranks = _count(data_parallel_size(config, world_size), "data-parallel rank")
     return (
         f"batch: {training.global_batch_size} sequences of {config.data.seq_length} tokens = "
@@ -137,19 +140,13 @@ def _schedule(config: Config, world_size: int, pipeline: PipelinePlan) -> str:
     stages, chunks = pipeline.num_stages, pipeline.num_chunks
     if stages == 1:
         return "schedule: no pipeline, micro-batches one after another"
-    count = _microbatches(config, world_size)
+    count = num_microbatches(config, world_size)
     what = "one forward, one backward"
     if pipeline.is_ring:
         group = microbatch_group_size(count, stages)
         what = f"ring, {chunks} virtual stages a rank (one a recursion), micro-batches in groups of {group}"
     formula = f"({stages} - 1) / ({count} x {chunks} + {stages} - 1)"
     return f"schedule: {what}; a rank waits {100 * pipeline.idle_share(count):.1f}% of the time = {formula}"
-
-
-def _microbatches(config: Config, world_size: int) -> int:
-    """Of one rank in one iteration."""
-    training = config.training
-    return training.global_batch_size // (training.micro_batch_size * data_parallel_size(config, world_size))
 
 
 def _span(numbers: range | tuple[int, ...]) -> str:
@@ -162,5 +159,5 @@ def _count(number: int, noun: str, plural: str = "s") -> str:
     return f"{number} {noun}{'' if number == 1 else plural}"
 
 
-def _bytes(number: int) -> str:
+def _bytes(number: float) -> str:
     return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.2f} MiB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 
 from mor_megatron.checkpointing.kept_tokenizer import KeptTokenizer
@@ -55,7 +56,7 @@ def _pretrain(config: Config, stopper: Stopper, writers: list[Writer]) -> bool:
     print_rank_0(capability_line(config))
     progress = load_checkpoint(engine, config, kept)
     print_rank_0(_description(config))
-    print_rank_0(describe_layout(config, dist.get_world_size()))
+    print_rank_0(describe_layout(config, dist.get_world_size(), torch.cuda.is_available()))
     if config.training.skip_train:
         _evaluate_splits(engine.module, config, progress.iteration, batches)
         return True

@@ -21,7 +21,7 @@ MOR = (
 
 
 def describe(flags: str, ranks: int) -> str:
-    return describe_layout(validate(read_config(f"{flags} --vocab-size 1000".split()), ranks), ranks)
+    return describe_layout(validate(read_config(f"{flags} --vocab-size 1000".split()), ranks), ranks, cuda=False)
 
 
 def test_the_ring_of_four_processes():

@@ -1,0 +1,145 @@
+"""Bytes that the forward pass of a micro-batch leaves on a rank for the backward pass, and what that adds in passing.
+
+What one use of a layer keeps for each of its rows, without recomputation. T are the tensor-parallel ranks, t as many
+under sequence parallelism and else 1; Q and KV are the widths of all queries and of all keys.
+
+| kept                                                | numbers of w bytes | of 4 bytes |
+|-----------------------------------------------------|--------------------|------------|
+| inputs of both halves of the layer, norms' outputs  | 4 H / t            | 2 / t      |
+| queries, and keys and values where they are its own | (Q + 2 KV) / T     |            |
+| attention's output                                  | Q / T              | heads / T  |
+| product of gate and up, activation                  | 3 F / T            |            |
+
+A routed recursion also keeps the rows of its candidates, which its router reads in fp32, and its output, which the gate
+weighs. Recomputation keeps the input of every layer or pass, and keys that later recursions share; what it forgot comes
+back, a layer or a pass at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mor_megatron.config.schema import Config
+from mor_megatron.planning.accounting import Widths, active_fraction, padded_vocab_size, planned_fractions, skips_keys
+from mor_megatron.planning.stages import PipelinePlan
+from mor_megatron.recursion.plan import VirtualLayer
+
+Uses = list[tuple[VirtualLayer, float]]
+"""Layers in the order of execution, and the rows that each processes."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Of one micro-batch on one rank, in bytes."""
+
+    kept: tuple[float, ...]
+    """Between the forward and the backward pass of each recursion, [Nr]; a unique layer counts to the nearest one."""
+    working: tuple[float, ...]
+    """The most that the backward pass of each recursion adds, [Nr]."""
+    logits: float
+    """Final norm, head and loss; 0 but on the last stage."""
+
+
+def activations(config: Config, pipeline: PipelinePlan, stage: int) -> Activations:
+    """What a micro-batch keeps on each rank of a pipeline stage, with the planned number of tokens a recursion."""
+    rows = _Rows(config)
+    tokens = config.training.micro_batch_size * config.data.seq_length
+    fractions, count = planned_fractions(config), config.recursion.num_recursions
+    uses: list[Uses] = [[] for _ in range(count)]
+    # Without routing, recomputation takes all recursions of a rank as one pass.
+    is_one_pass = not (config.routing_method.routes or pipeline.is_ring) and _recomputes(config) == "recursion"
+    for chunk in range(pipeline.num_chunks):
+        for layer in pipeline.layers(stage, chunk):
+            unique = 0 if layer in pipeline.plan.first else count - 1
+            recursion = unique if layer.recursion is None else layer.recursion
+            if is_one_pass and layer.recursion is not None:
+                recursion = count - 1
+            uses[recursion].append((layer, tokens * active_fraction(layer, fractions)))
+    kept = [rows.kept(own) for own in uses]
+    if stage == 0:
+        kept = [size + rows.routed(tokens, fractions, r) for r, size in enumerate(kept)]
+    working = [rows.working(own) for own in uses]
+    if rows.shares:  # gradients of the keys of recursion 0, until its own backward pass
+        block = len(pipeline.physical_layers(stage))
+        working = [size + (tokens * rows.keys * block if r < count - 1 else 0) for r, size in enumerate(working)]
+    logits = rows.head(tokens) if stage == pipeline.num_stages - 1 else 0.0
+    return Activations(tuple(kept), tuple(working), logits)
+
+
+def _recomputes(config: Config) -> str | None:
+    """The unit of full recomputation; None without it."""
+    return config.training.recompute_unit if config.training.recompute_granularity == "full" else None
+
+
+class _Rows:
+    """Bytes a row on one tensor-parallel rank, by the table above."""
+
+    def __init__(self, config: Config):
+        self.config, self.plan, self.training = config, config.plan, config.training
+        widths, parallel = Widths.of(config), config.parallel
+        tp = parallel.tensor_model_parallel_size
+        cut = tp if parallel.sequence_parallel else 1
+        self.number = 2 if self.training.precision != "fp32" else 4
+        self.stream = self.number * widths.hidden / cut  # a row of the residual stream
+        self.whole_stream = self.number * widths.hidden  # the same where the shards are gathered
+        self.queries, self.keys = self.number * widths.query / tp, 2 * self.number * widths.key_value / tp
+        self.ffn = self.number * widths.ffn / tp
+        self.norms, self.softmax = 8 / cut, 4 * config.model.num_attention_heads / tp
+        self.hidden_fp32 = 4 * widths.hidden / cut
+        self.largest_weight = 2 * widths.hidden * widths.ffn / tp
+        vocabulary = padded_vocab_size(config.model.vocab_size, config.model.make_vocab_size_divisible_by, tp)
+        self.vocabulary = vocabulary // tp
+        self.shares = self.plan.kv_mode != "caching"
+
+    def whole(self, layer: VirtualLayer, rows: float) -> float:
+        """All of one use."""
+        own_keys = 0 if skips_keys(self.plan, layer) else self.keys
+        attention = 2 * self.queries + own_keys + self.softmax
+        return rows * (4 * self.stream + self.norms + attention + 3 * self.ffn)
+
+    def kept(self, uses: Uses) -> float:
+        """What the uses of a recursion keep, as `recompute_granularity` has it."""
+        if _recomputes(self.config) is None:
+            forgotten = self.softmax if self.training.recompute_granularity == "selective" else 0
+            return sum(self.whole(layer, rows) - forgotten * rows for layer, rows in uses)
+        stored = sum(rows * self.keys for layer, rows in uses if self.shares and layer.recursion == 0)
+        return stored + sum(self.stream * region[0][1] for region in self._regions(uses))
+
+    def working(self, uses: Uses) -> float:
+        """The most that the backward pass of a recursion adds, which is in its largest region."""
+        if not uses:
+            return 0.0
+        again = 0.0
+        if _recomputes(self.config) is not None:
+            again = max(sum(self.whole(*use) for use in region) for region in self._regions(uses))
+        rows = max(rows for _, rows in uses)
+        # Gradients of a row in SwiGLU, two of the product and two to work with, less the activation just used; or of
+        # the weight before it, first in the type of the run, then in fp32.
+        activation = rows * (self.stream + 3 * self.ffn)
+        cast = 4 if self.number < 4 else 0
+        gathered = self.whole_stream if self.stream < self.whole_stream else 0
+        weight = rows * (self.stream + self.whole_stream + gathered + self.ffn)
+        weight += self.largest_weight * (self.number + cast)
+        return again + max(activation, weight)
+
+    def _regions(self, uses: Uses) -> list[Uses]:
+        """What recomputation brings back at once: a layer, or a pass."""
+        if _recomputes(self.config) == "layer":
+            return [[use] for use in uses]
+        unique = [[use] for use in uses if use[0].recursion is None]
+        shared = [use for use in uses if use[0].recursion is not None]
+        return [*unique, shared] if shared else unique
+
+    def routed(self, tokens: float, fractions: tuple[float, ...], recursion: int) -> float:
+        """Of opening and closing a recursion, on the first stage."""
+        method = self.config.routing_method
+        if not method.routes:
+            return 0.0
+        candidates = tokens * fractions[recursion - 1] * self.stream if recursion > 0 else 0.0
+        if self.number < 4:
+            candidates += tokens * (fractions[recursion - 1] if recursion > 0 else 1.0) * self.hidden_fp32
+        return candidates + (tokens * fractions[recursion] * self.stream if method.weighs else 0.0)
+
+    def head(self, tokens: float) -> float:
+        """Final norm, and fp32 logits with their gradient."""
+        return tokens * (2 * self.stream + self.norms / 2 + 8 * self.vocabulary)

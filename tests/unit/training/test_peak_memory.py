@@ -1,0 +1,42 @@
+"""The peak that planning/memory.py predicts, compared with the tensors of a real iteration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from live_bytes import LiveBytes
+
+from mor_megatron.config.cli import read_config
+from mor_megatron.config.validate import validate
+from mor_megatron.data.batch import Batch
+from mor_megatron.model import build_model
+from mor_megatron.planning.memory import rank_memory
+from mor_megatron.planning.stages import pipeline_plan
+from mor_megatron.training.engine import build_engine
+from mor_megatron.training.train_step import train_step
+
+SHAPE = "--num-layers 5 --hidden-size 32 --ffn-hidden-size 96 --num-attention-heads 4 --seq-length 64 --vocab-size 128"
+BATCH = "--micro-batch-size 4 --global-batch-size 8 --max-position-embeddings 64"
+EXPERT = "--num-recursions 3 --routing expert_choice"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--zero-stage 0",
+        "--zero-stage 1 --bf16",
+        f"--zero-stage 0 --bf16 {EXPERT}",
+        f"--zero-stage 0 {EXPERT} --recompute-granularity full --recompute-unit recursion",
+    ],
+)
+def test_the_peak_of_a_real_iteration(process_group, flags):
+    config = validate(read_config(f"{SHAPE} {flags} {BATCH}".split()))
+    planned = rank_memory(config, pipeline_plan(config), 0, 1, cuda=False)
+    tokens = torch.randint(128, (4, 64))
+    with LiveBytes() as live:
+        engine = build_engine(build_model(config), config)
+        engine.module.train()
+        for iteration in (1, 2):
+            live.reset_peak()
+            train_step(engine, iter([Batch(tokens, tokens)] * 2), config, iteration, 1e-3)
+    assert planned.total == pytest.approx(live.peak, rel=0.05)
