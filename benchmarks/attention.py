@@ -51,7 +51,7 @@ SIZES = {"1.7b": Heads(32, 32), "360m": Heads(15, 5, batch=8), "tiny": Heads(4, 
 
 
 def rows_of(size: Heads, device: str) -> Iterator[tuple[str, ActiveTokens, bool, bool]]:
-    """What attends: a name, the rows, whether to the keys of all tokens, whether within documents."""
+    """Name, rows, whether they attend to the keys of all tokens, whether within documents; what matters first."""
     generator = torch.Generator().manual_seed(0)
     length, batch = size.length, size.batch
     everything = ActiveTokens(length, batch)
@@ -66,13 +66,13 @@ def rows_of(size: Heads, device: str) -> Iterator[tuple[str, ActiveTokens, bool,
 
     two, third = length * 2 // 3, length // 3
     yield "all", everything, False, False
-    yield f"{two} of {length}", regular(two), False, False
     yield f"{third} of {length}", regular(third), False, False
+    yield f"{third} to keys of all", regular(third), True, False
     yield "ragged, about 2/3", ragged(2 / 3), False, False
     yield f"{two} to keys of all", regular(two), True, False
-    yield f"{third} to keys of all", regular(third), True, False
-    yield "ragged, about 2/3, to keys of all", ragged(2 / 3), True, False
     yield "all, within documents", everything, False, True
+    yield f"{two} of {length}", regular(two), False, False
+    yield "ragged, about 2/3, to keys of all", ragged(2 / 3), True, False
     yield f"{two} to keys of all, within documents", regular(two), True, True
 
 
@@ -104,14 +104,14 @@ def kernels_for(pattern: AttentionPattern) -> dict[str, Attention]:
     return named | {name: by_shape(backend, no_varlen="measured without") for name, backend in padded.items()}
 
 
-def measure(budget: float, sizes: list[str], device: str, show: Callable[[Row], None] = print) -> list[Row]:
+def measure(budget: float, sizes: list[str], device: str) -> Iterator[Row]:
     """One row for each size, kind of rows and kernel; none is begun after `budget` seconds.
 
-    Returns:
+    Yields:
         size, rows and kernel; first_s, the seconds of the first call, in which plans are made and kernels compiled;
-        forward_ms and both_ms, medians; error and gradient_error. Or size, rows, kernel and failed, the reason.
+        forward_ms and both_ms, medians; error and gradient_error. Or size, rows, kernel and refused, the reason.
     """
-    end, rows = time.perf_counter() + budget, []
+    end = time.perf_counter() + budget
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for size in sizes:
         for name, active, keys_of_all, documents in rows_of(SIZES[size], device):
@@ -119,15 +119,13 @@ def measure(budget: float, sizes: list[str], device: str, show: Callable[[Row], 
             reference = _reference(pattern, inputs)
             for kernel, attention in kernels_for(pattern).items():
                 if time.perf_counter() > end:
-                    return rows
+                    return
                 row: Row = {"size": size, "rows": name, "kernel": kernel}
                 try:
                     row |= _measured(attention, pattern, inputs, reference, device)
                 except Exception as error:  # a kernel, its compiler or the driver refuses
-                    row["failed"] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
-                rows.append(row)
-                show(row)
-    return rows
+                    row["refused"] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
+                yield row
 
 
 def _case(
@@ -212,8 +210,8 @@ def _wait(device: str) -> None:
 def show(row: Row) -> None:
     """One line of the table."""
     place = f"{row['size']:5} {row['rows']:44} {row['kernel']:15}"
-    if "failed" in row:
-        print(f"{place} {row['failed']}", flush=True)
+    if "refused" in row:
+        print(f"{place} {row['refused']}", flush=True)
         return
     times = f"{row['forward_ms']:8.3f} {row['both_ms']:8.3f} {row['first_s']:8.2f}"
     print(f"{place} {times} {row['error']:9.1e} {row['gradient_error']:9.1e}", flush=True)
@@ -231,7 +229,10 @@ def main() -> None:
     print(
         f"{'size':5} {'rows':44} {'kernel':15} {'forward':>8} {'both ms':>8} {'first s':>8} {'error':>9} {'of grad':>9}"
     )
-    rows = measure(args.budget, sizes, args.device, show)
+    rows = []
+    for row in measure(args.budget, sizes, args.device):
+        show(row)
+        rows.append(row)
     if args.output:
         card = torch.cuda.get_device_name() if args.device == "cuda" else processor()
         args.output.write_text(json.dumps({"device": card, "torch": torch.__version__, "rows": rows}, indent=1))

@@ -247,8 +247,14 @@ def fused(run: Run) -> Iterator[Row]:
 
 
 def attention(run: Run) -> Iterator[Row]:
-    """Attention backends on the shapes that models have."""
-    yield from ()
+    """Attention backends on the shapes that models have, by `benchmarks/attention.py`."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import attention as benchmark
+
+    sizes, seconds = (["tiny"], 2.0) if run.small else (["1.7b", "360m"], 60.0)
+    for row in benchmark.measure(seconds, sizes, run.device):
+        # bf16 keeps 8 bits; a wrong mask is off by the size of the values.
+        yield row | {"failed": max(row.get("error", 0.0), row.get("gradient_error", 0.0)) > 0.05}
 
 
 def decoding(run: Run) -> Iterator[Row]:
