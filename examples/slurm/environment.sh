@@ -16,5 +16,8 @@ export MASTER_ADDR=${MASTER_ADDR:-$first_node}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # export NCCL_SOCKET_IFNAME=ib0
 
+# PyTorch's allocator grows its blocks instead of leaving gaps: routed models ask for another size every time.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
+
 # More options of every step, separated by blanks; tools/launch_slurm.py puts those of containers here.
 read -ra srun_options <<< "${SRUN_OPTIONS:-}"

@@ -189,6 +189,9 @@ class TrainingConfig:
     """Attention on a GPU. cudnn, flash: this kernel for regular rows, varlen_attn for ragged ones, and FlexAttention,
     which is compiled, under masks. auto: cudnn from Hopper on, else flash. sdpa: scaled-dot-product attention for
     all."""
+    deterministic_mode: bool = False
+    """Only kernels that give the same bits every time: on a GPU, some of those that PyTorch, cuBLAS and NCCL would
+    choose do not. Slower there; CPUs need it for nothing."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """What the backward pass computes again: full: all of a recompute-unit; selective: core attention."""
     recompute_unit: Literal["layer", "recursion"] = setting("layer", read_with=_WITH_FULL_RECOMPUTE)

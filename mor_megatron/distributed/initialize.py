@@ -42,6 +42,7 @@ def initialize_distributed(config: Config) -> None:
         RendezvousError: not all ranks came within `distributed_timeout_minutes`.
     """
     support_cpu()
+    _choose_kernels(config)
     if torch.cuda.is_available():
         _choose_gpu()
     timeout = timedelta(minutes=config.training.distributed_timeout_minutes)
@@ -56,6 +57,19 @@ def initialize_distributed(config: Config) -> None:
         if not parallel_state.model_parallel_is_initialized():
             initialize_model_parallel(config)
     set_seed(config.training.seed)
+
+
+def _choose_kernels(config: Config) -> None:
+    """Set what CUDA, cuBLAS and NCCL read when they start, unless the user has; and PyTorch's choice of kernels."""
+    deterministic = config.training.deterministic_mode
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        torch.utils.deterministic.fill_uninitialized_memory = False  # every element is written before it is read
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # workspaces that streams do not share
+        os.environ.setdefault("NCCL_ALGO", "Ring")  # one order of summation
+    if config.parallel.tensor_model_parallel_size > 1:
+        # One queue to the GPU: an exchange starts before the product that is to hide it, in the order of the launches.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _choose_gpu() -> None:

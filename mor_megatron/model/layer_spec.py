@@ -89,6 +89,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         params_dtype=config.training.dtype,
         bf16=config.training.bf16,
         fp16=config.training.fp16,
+        deterministic_mode=config.training.deterministic_mode,  # of the embedding's backward pass
         # The schedule must not divide by micro-batches: the loss comes divided by the global number of tokens.
         calculate_per_token_loss=True,
         use_cpu_initialization=True,

@@ -41,6 +41,8 @@ def capabilities(config: Config) -> dict[str, str]:
     }
     if uses_transformer_engine(config):
         found["layers"] = f"Transformer Engine {version('transformer-engine')}"
+    if training.deterministic_mode:
+        found["kernels"] = "deterministic"
     if config.parallel.pipeline_model_parallel_size > 1:
         found["pipeline messages"] = "overlapped" if overlaps_messages(config) else "waited for"
     return found

@@ -39,6 +39,8 @@ def test_every_combination_is_valid_and_nothing_in_it_is_ignored(method, size, c
     assert config.training.train_iters == 100 or size != "tiny"
     if size != "tiny":
         assert config.data.seq_length * config.training.global_batch_size == 2_097_152
+        # 16 sequences of 1.7B do not fit into 80 GB.
+        assert config.training.micro_batch_size == (8 if size == "1.7b" else 16)
         assert (config.optimizer.lr, config.optimizer.adam_beta2, config.training.bf16) == (3e-3, 0.95, True)
 
 

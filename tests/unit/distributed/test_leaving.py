@@ -1,4 +1,4 @@
-"""How a rank starts and leaves on machines with GPUs, which are pretended."""
+"""How a rank starts and leaves on a machine with GPUs; here they are pretended."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mor_megatron.config.schema import Config, ParallelConfig
 from mor_megatron.distributed import initialize
 from mor_megatron.pretraining import pretrain
 
@@ -79,3 +80,16 @@ def test_the_gpu_of_a_rank_is_one_that_it_sees(monkeypatch, visible, index):
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     initialize._choose_gpu()
     assert (chosen, initialize.os.environ["LOCAL_RANK"]) == ([index], str(index))
+
+
+def test_tensor_parallel_ranks_have_one_queue_to_the_gpu(monkeypatch):
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    monkeypatch.setenv(name, "8")
+    two = Config(parallel=ParallelConfig(tensor_model_parallel_size=2))
+    initialize._choose_kernels(two)
+    assert initialize.os.environ[name] == "8", "the user's choice stays"
+    monkeypatch.delenv(name)
+    initialize._choose_kernels(Config())
+    assert name not in initialize.os.environ
+    initialize._choose_kernels(two)
+    assert initialize.os.environ[name] == "1"

@@ -166,6 +166,14 @@ def test_every_job_can_come_back_and_training_stop_in_time(template):
         assert "pretrain.sbatch" in (template.name, body(template.read_text()).split()[1].rpartition("/")[2])
 
 
+@pytest.mark.parametrize("own", ["", "PYTORCH_CUDA_ALLOC_CONF=backend:native", "PYTORCH_ALLOC_CONF=backend:native"])
+def test_jobs_have_an_allocator_that_leaves_no_gaps_unless_told_otherwise(own):
+    script = "scontrol() { echo node0; }; source examples/slurm/environment.sh; echo $PYTORCH_ALLOC_CONF"
+    command = ["env", "-u", "PYTORCH_ALLOC_CONF", "-u", "PYTORCH_CUDA_ALLOC_CONF", *own.split(), "bash", "-c", script]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert told == (f"{own.partition('=')[2]}\n" if own else "expandable_segments:True\n")
+
+
 def test_exit_codes_are_the_programs():
     from mor_megatron.pretraining.stopping import EXIT_STOPPED
 
