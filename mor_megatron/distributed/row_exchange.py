@@ -14,14 +14,19 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
-from mor_megatron.recursion.dispatch import ActiveTokens, AddRows, LocalRows
+from mor_megatron.recursion.dispatch import ActiveTokens, AddRows, LocalRows, RowAddition
 
 
 class ShardedRows(LocalRows):
     """`LocalRows` over the ranks of a tensor-parallel group; tensors of rows are this rank's shares."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device | str = "cpu"):
-        super().__init__(device)
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device | str = "cpu",
+        add_rows: RowAddition = AddRows.apply,
+    ):
+        super().__init__(device, add_rows)
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
@@ -46,7 +51,7 @@ class ShardedRows(LocalRows):
         routes = self._routes(ActiveTokens(active.seq_length, active.batch_size), active.rows)
         own = _Move.apply(rows.reshape(-1, width), routes.reversed(), self.group)
         gate = None if gate is None else gate.reshape(-1, 1)[routes.taken].to(hidden.dtype)
-        return AddRows.apply(hidden.reshape(-1, width), own, gate, routes.source).view_as(hidden)
+        return self.add_rows(hidden.reshape(-1, width), own, gate, routes.source).view_as(hidden)
 
     def collect(self, values: Tensor, active: ActiveTokens) -> Tensor:
         """[ceil(R/T), C, W] -> [R, C, W]. Every rank makes the same of it, so its gradient is cut, not summed."""

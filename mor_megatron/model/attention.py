@@ -17,8 +17,9 @@ from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_a
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
+from mor_megatron.model.elementwise import implementation
 from mor_megatron.model.frame import Frame
-from mor_megatron.model.functional import PrefixesFunction, RotateFunction, SplitRotateFunction
+from mor_megatron.model.functional import PrefixesFunction
 from mor_megatron.model.recompute import recompute
 from mor_megatron.recursion.dispatch import ActiveTokens
 
@@ -219,13 +220,14 @@ class MoRSelfAttention(SelfAttention):
         if call.shared_kv is not None and not call.updates_shared_kv:
             query = self.linear_qkv(hidden, product=self._queries)
             filled = query.shape[0]
-            query = RotateFunction.apply(query[:rows], cos, sin)
+            query = implementation(query.device.type).rotate(query[:rows], cos, sin)
             key, value = call.shared_kv
         else:
             mixed, _ = self.linear_qkv(hidden)
             filled = mixed.shape[0]
             mixed = mixed[:rows].view(rows, -1, self.num_query_groups_per_partition, self._heads, self.key_hidden_size)
-            query, key, value = SplitRotateFunction.apply(mixed, cos.unsqueeze(3), sin.unsqueeze(3))
+            split_rotate = implementation(mixed.device.type).split_rotate
+            query, key, value = split_rotate(mixed, cos.unsqueeze(3), sin.unsqueeze(3))
             if call.stores_kv:
                 stored = key, value
             if call.shared_kv is not None:

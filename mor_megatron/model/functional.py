@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mor_megatron.recursion.dispatch import AddRows
+
 
 class RMSNormFunction(torch.autograd.Function):
     """x / rms(x) * weight over the last dim; statistics in fp32, cast back before the weight (as LLaMA does)."""
@@ -125,3 +127,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
     torch.mul(x1, cos, out=out1).addcmul_(x2, sin, value=-1)
     torch.mul(x2, cos, out=out2).addcmul_(x1, sin)
     return out
+
+
+rms_norm = RMSNormFunction.apply
+swiglu = SwiGLUFunction.apply
+rotate = RotateFunction.apply
+split_rotate = SplitRotateFunction.apply
+add_rows = AddRows.apply

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mor_megatron.config.schema import Config
 from mor_megatron.model.attention import CoreAttention, KeyValue, LayerCall, MoRSelfAttention, PartialProduct
 from mor_megatron.model.attention_by_shape import AttentionByShape
-from mor_megatron.model.functional import RMSNormFunction, SwiGLUFunction
+from mor_megatron.model.elementwise import implementation
 from mor_megatron.model.kernels import attention_kernels, uses_transformer_engine
 
 
@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., H] -> [.., H]"""
-        return RMSNormFunction.apply(x, self.weight, self.eps)
+        return implementation(x.device.type).rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -44,7 +44,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., 2F] -> [.., F]"""
-        return SwiGLUFunction.apply(x)
+        return implementation(x.device.type).swiglu(x)
 
 
 class MoRTransformerLayer(TransformerLayer):

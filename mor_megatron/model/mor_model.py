@@ -28,6 +28,7 @@ from mor_megatron.data.batch import Batch
 from mor_megatron.distributed.cpu import device
 from mor_megatron.distributed.row_exchange import ShardedRows
 from mor_megatron.model.attention import AttentionMetadata, KeyValue, LayerCall, RotaryTable
+from mor_megatron.model.elementwise import implementation
 from mor_megatron.model.initialization import initialize_weights
 from mor_megatron.model.layer_spec import MoRTransformerLayer, RMSNorm, layer_spec, transformer_config
 from mor_megatron.model.recompute import recompute
@@ -73,9 +74,10 @@ class MoRModel(MegatronModule):
         )
         self.model_type = ModelType.encoder_or_decoder
         self.tied = not config.model.untie_embeddings_and_output_weights
-        self.rows = LocalRows(device())
+        add_rows = implementation(device().type).add_rows
+        self.rows = LocalRows(device(), add_rows)
         if layer_config.sequence_parallel:
-            self.rows = ShardedRows(parallel_state.get_tensor_model_parallel_group(), device())
+            self.rows = ShardedRows(parallel_state.get_tensor_model_parallel_group(), device(), add_rows)
 
         spec = layer_spec(config)
         self.layers = PhysicalLayers(

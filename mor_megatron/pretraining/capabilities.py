@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend
 from mor_megatron.config.deepspeed_settings import overlaps_reduction
 from mor_megatron.config.schema import Config
 from mor_megatron.distributed.cpu import device
+from mor_megatron.model.elementwise import HAND_WRITTEN, implementation
 from mor_megatron.model.kernels import attention_kernels, needs_masks, uses_transformer_engine
 from mor_megatron.pipeline.schedule import overlaps_messages
 from mor_megatron.training.engine import choose_driver
@@ -35,6 +36,7 @@ def capabilities(config: Config) -> dict[str, str]:
         "precision": _precision(config),
         "layers": "Megatron-core",
         **_attention(config),
+        "element-wise": "PyTorch" if implementation("cuda" if cuda else "cpu") is HAND_WRITTEN else "Triton",
         "optimizer": optimizer,
         "gradient reduction": "overlapped" if overlaps_reduction(config, cuda) else "after backward",
         "micro-batches driven by": {"schedule": "Megatron-core", "engine": "DeepSpeed"}[choose_driver(config)],

@@ -8,6 +8,7 @@ scatter be plain copies in both directions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -144,12 +145,14 @@ class ScatterRows(torch.autograd.Function):
 class AddRows(torch.autograd.Function):
     """base with gate * update added at `index` (each index at most once): the combination step of MoR.
 
-    base [n, H], update [m, H], gate [m, 1] or None (gate 1), index [m].
+    base [n, H], update [m, H], gate [m, 1] or None (gate 1), index [m] or None (all rows).
     """
 
     @staticmethod
-    def forward(ctx, base: Tensor, update: Tensor, gate: Tensor | None, index: Tensor) -> Tensor:
+    def forward(ctx, base: Tensor, update: Tensor, gate: Tensor | None, index: Tensor | None) -> Tensor:
         ctx.save_for_backward(update if gate is not None else None, gate, index)
+        if index is None:
+            return base + update if gate is None else torch.addcmul(base, update, gate)
         out = base.clone()
         chosen = base.index_select(0, index)
         out[index] = chosen.add_(update) if gate is None else chosen.addcmul_(update, gate)
@@ -158,11 +161,11 @@ class AddRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         update, gate, index = ctx.saved_tensors
-        rows = grad.index_select(0, index)
+        rows = grad if index is None else grad.index_select(0, index)
         if gate is None:
             return grad, rows, None, None
         grad_gate = (rows * update).sum(-1, keepdim=True)
-        return grad, rows.mul_(gate), grad_gate, None
+        return grad, rows * gate if index is None else rows.mul_(gate), grad_gate, None
 
 
 def _place(source: Tensor, index: Tensor, num_rows: int) -> Tensor:
@@ -186,7 +189,17 @@ def gather(hidden: Tensor, active: ActiveTokens) -> Tensor:
     return rows.view(*active.rows.shape, hidden.shape[-1])
 
 
-def combine(hidden: Tensor, update: Tensor, gate: Tensor | None, active: ActiveTokens) -> Tensor:
+RowAddition = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+"""What `AddRows` computes, by whatever is fastest where the rows are."""
+
+
+def combine(
+    hidden: Tensor,
+    update: Tensor,
+    gate: Tensor | None,
+    active: ActiveTokens,
+    add_rows: RowAddition = AddRows.apply,
+) -> Tensor:
     """h[t] + g_t * y_t at the active tokens, h[t] elsewhere (MoR paper, eq. of expert-choice; docs/mor.md, sec. 3.1).
 
     Args:
@@ -194,13 +207,12 @@ def combine(hidden: Tensor, update: Tensor, gate: Tensor | None, active: ActiveT
         update: output of the block, shaped like `gather(hidden, active)`.
         gate: [k, B, 1] or [T, 1, 1]; None for additive gating.
         active: where the rows belong.
+        add_rows: computes it.
     """
     width = hidden.shape[-1]
-    if active.rows is None:
-        return hidden + update if gate is None else torch.addcmul(hidden, update, gate.to(hidden.dtype))
     gate = None if gate is None else gate.reshape(-1, 1).to(hidden.dtype)
-    out = AddRows.apply(hidden.reshape(-1, width), update.reshape(-1, width), gate, active.rows.reshape(-1))
-    return out.view_as(hidden)
+    index = None if active.rows is None else active.rows.reshape(-1)
+    return add_rows(hidden.reshape(-1, width), update.reshape(-1, width), gate, index).view_as(hidden)
 
 
 def take_rows(x: Tensor, local: Tensor | None) -> Tensor:
@@ -217,10 +229,12 @@ class LocalRows:
 
     Args:
         device: where the rows are.
+        add_rows: how rows come back there.
     """
 
-    def __init__(self, device: torch.device | str = "cpu"):
+    def __init__(self, device: torch.device | str = "cpu", add_rows: RowAddition = AddRows.apply):
         self.device = torch.device(device)
+        self.add_rows = add_rows
 
     def gather(self, hidden: Tensor, active: ActiveTokens) -> Tensor:
         """Rows of the active tokens out of the residual stream; see `gather`."""
@@ -228,7 +242,7 @@ class LocalRows:
 
     def combine(self, hidden: Tensor, rows: Tensor, gate: Tensor | None, active: ActiveTokens) -> Tensor:
         """Rows back into the residual stream; see `combine`. The gate is that of all active tokens."""
-        return combine(hidden, rows, gate, active)
+        return combine(hidden, rows, gate, active, self.add_rows)
 
     def take(self, rows: Tensor, active: ActiveTokens, index: Tensor | None) -> Tensor:
         """The rows at `index` among `rows`, which are those of `active`; see `take_rows`."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from mor_megatron.model.functional import RMSNormFunction, RotateFunction, SplitRotateFunction, SwiGLUFunction
+from mor_megatron.model.elementwise import HAND_WRITTEN, PLAIN
+from mor_megatron.model.functional import RMSNormFunction
 
 FP32_TOL = 2e-6  # one layer, other order of the same fp32 operations
 
@@ -29,41 +31,26 @@ def _random(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).requires_grad_()
 
 
-def test_rms_norm():
-    def plain(x, weight):
-        return F.rms_norm(x, (16,), weight, 1e-5)
-
-    _compare(lambda x, weight: RMSNormFunction.apply(x, weight, 1e-5), plain, _random(5, 3, 16), _random(16))
+def _angles(*shape):
+    angle = _random(*shape).detach()
+    return angle.cos(), angle.sin()
 
 
-def test_swiglu():
-    def plain(x):
-        gate, up = x.chunk(2, -1)
-        return F.silu(gate) * up
-
-    _compare(SwiGLUFunction.apply, plain, _random(5, 3, 16))
-
-
-def _plain_rotate(x, cos, sin):
-    x1, x2 = x.chunk(2, -1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
-
-
-def test_rotate():
-    angle = _random(5, 1, 1, 4).detach()
-    cos, sin = angle.cos(), angle.sin()
-    _compare(lambda x: RotateFunction.apply(x, cos, sin), lambda x: _plain_rotate(x, cos, sin), _random(5, 3, 2, 8))
-
-
-def test_split_rotate():
-    angle = _random(5, 3, 1, 1, 4).detach()
-    cos, sin = angle.cos(), angle.sin()
-
-    def plain(mixed):
-        rotated = _plain_rotate(mixed[..., :-1, :], cos, sin)
-        return rotated[..., :-1, :].reshape(5, 3, -1, 8), rotated[..., -1, :], mixed[..., -1, :]
-
-    _compare(lambda mixed: SplitRotateFunction.apply(mixed, cos, sin), plain, _random(5, 3, 2, 4, 8))
+@pytest.mark.parametrize(
+    ("name", "inputs", "constants"),
+    [
+        ("rms_norm", (_random(5, 3, 16), _random(16)), (1e-5,)),
+        ("swiglu", (_random(5, 3, 16),), ()),
+        ("rotate", (_random(5, 3, 2, 8),), _angles(5, 1, 1, 4)),
+        ("split_rotate", (_random(5, 3, 2, 4, 8),), _angles(5, 3, 1, 1, 4)),
+        ("add_rows", (_random(7, 16), _random(2, 16), _random(2, 1)), (torch.tensor([5, 2]),)),
+        ("add_rows", (_random(7, 16), _random(2, 16)), (None, torch.tensor([5, 2]))),
+        ("add_rows", (_random(7, 16), _random(7, 16), _random(7, 1)), (None,)),
+    ],
+)
+def test_equals_its_definition(name, inputs, constants):
+    function, plain = getattr(HAND_WRITTEN, name), getattr(PLAIN, name)
+    _compare(lambda *x: function(*x, *constants), lambda *x: plain(*x, *constants), *inputs)
 
 
 def test_rms_norm_in_bf16_keeps_fp32_statistics():

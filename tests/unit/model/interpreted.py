@@ -1,0 +1,53 @@
+"""Runs cases of `test_fused.py` in Triton's interpreter: `interpreted.py FUSED_FILE CASES RESULTS`.
+
+A process of its own, because Triton decides when it is imported whether it interprets; and without the package, which
+would take longer to import than all cases take.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import traceback
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from torch import Tensor
+
+
+def outputs_and_gradients(function, inputs: tuple, strided: bool) -> list[Tensor]:
+    """What the function gives, and the gradients of its inputs for a fixed weighting of that.
+
+    Args:
+        strided: gradients of the outputs arrive with their first two dims exchanged in memory.
+    """
+    inputs = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in inputs]
+    found = function(*inputs)
+    outputs = found if isinstance(found, tuple) else (found,)
+    total = 0.0
+    for out in outputs:
+        seen = out.transpose(0, 1) if strided else out
+        weights = torch.linspace(-1.0, 1.0, seen.numel(), dtype=torch.float64).to(out.dtype).view(seen.shape)
+        total = total + (seen * weights).sum()
+    total.backward()
+    return [*(out.detach() for out in outputs), *(x.grad for x in inputs if getattr(x, "requires_grad", False))]
+
+
+def main(source: str, cases: str, results: str) -> None:
+    """One result for each case: tensors, or the text of what was raised."""
+    spec = importlib.util.spec_from_file_location("fused", source)
+    fused = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fused)
+    found = {}
+    for key, (name, inputs, strided) in torch.load(cases, weights_only=False).items():
+        try:
+            found[key] = outputs_and_gradients(getattr(fused, name), inputs, strided)
+        except Exception:
+            found[key] = traceback.format_exc()
+    torch.save(found, results)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
