@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mor_megatron.model.attention import AttentionMetadata, AttentionPattern, CoreAttention, RotaryTable
 from mor_megatron.model.attention_by_shape import AttentionByShape, AttentionKernels
-from mor_megatron.recursion.dispatch import ActiveTokens, select_mask
+from mor_megatron.recursion.dispatch import ActiveTokens, LocalRows
 
 Row = dict[str, object]
 LAYER = (SimpleNamespace(attention_dropout=0.0), 1, None, "self")
@@ -62,7 +62,7 @@ def rows_of(size: Heads, device: str) -> Iterator[tuple[str, ActiveTokens, bool,
 
     def ragged(fraction: float) -> ActiveTokens:
         mask = torch.rand(length, batch, generator=generator) < fraction
-        return everything.take(select_mask(mask).to(device), ragged=True)
+        return LocalRows().keep(everything, mask.to(device))[0]
 
     two, third = length * 2 // 3, length // 3
     yield "all", everything, False, False

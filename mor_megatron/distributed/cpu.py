@@ -25,10 +25,10 @@ _MODULES_WITH_CUDA_LITERALS = (
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full")
 
 
-def _on_cpu(factory):
+def _on(device: torch.device, factory):
     def create(*args, **kwargs):
         if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs["device"] = "cpu"
+            kwargs["device"] = device
         return factory(*args, **kwargs)
 
     return create
@@ -48,14 +48,17 @@ class _Delegate(types.ModuleType):
 
 def support_cpu() -> None:
     """Let Megatron-core's schedules and exchanges run on the CPU. Idempotent; does nothing when CUDA is available."""
-    if torch.cuda.is_available():
-        return
-    cuda = _Delegate(torch.cuda, current_device=lambda: torch.device("cpu"), synchronize=lambda *_: None)
-    cpu_torch = _Delegate(torch, cuda=cuda, **{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES})
+    modules = map(importlib.import_module, () if torch.cuda.is_available() else _MODULES_WITH_CUDA_LITERALS)
+    if any(not isinstance(module.torch, _Delegate) for module in modules):
+        stand_in(torch.device("cpu"))
+
+
+def stand_in(device: torch.device) -> None:
+    """Let Megatron-core put on `device` what it creates on a literal "cuda"."""
+    cuda = _Delegate(torch.cuda, current_device=lambda: device, synchronize=lambda *_: None)
+    substitute = _Delegate(torch, cuda=cuda, **{name: _on(device, getattr(torch, name)) for name in _FACTORIES})
     for name in _MODULES_WITH_CUDA_LITERALS:
-        module = importlib.import_module(name)
-        if not isinstance(module.torch, _Delegate):
-            module.torch = cpu_torch
+        importlib.import_module(name).torch = substitute
 
 
 def device() -> torch.device:

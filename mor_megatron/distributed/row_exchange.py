@@ -2,17 +2,20 @@
 
 Any set of R rows is held in equal shares: rank i has rows i*ceil(R/T) to (i+1)*ceil(R/T), the last share filled up with
 zero rows. Which token stands where is known to every rank, for routing decisions are; so moving rows from one set to
-another is one all-to-all of exactly the rows that change place, and its backward is the same in reverse.
+another is one all-to-all of exactly the rows that change place, and its backward is the same in reverse. The host has
+to know how many rows go where: it reads these numbers once for each set that rows move to or from.
 """
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mor_megatron.recursion.dispatch import ActiveTokens, AddRows, LocalRows, RowAddition
 
@@ -29,6 +32,8 @@ class ShardedRows(LocalRows):
         super().__init__(device, add_rows)
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.known: MutableMapping[Tensor, _Routes] = WeakTensorKeyDictionary()
+        """Routes to rows at an index, as long as the index is in use: rows come back the way they went."""
 
     def gather(self, hidden: Tensor, active: ActiveTokens) -> Tensor:
         """[S/T, B, H] -> this rank's share of the active rows, [ceil(k/T), B, H]."""
@@ -69,19 +74,28 @@ class ShardedRows(LocalRows):
         """From rows held as `held` to the rows `index` [R', C'], flat indexes into them."""
         flat = index.reshape(-1)
         here, there = -(-held.shape[0] // self.size) * held.shape[1], -(-index.shape[0] // self.size) * index.shape[1]
+        if index in self.known and self.known[index].num_source == here:
+            return self.known[index]
         source_rank = torch.div(flat, here, rounding_mode="floor")
         target_rank = torch.div(torch.arange(flat.numel(), device=flat.device), there, rounding_mode="floor")
-        taken = (source_rank == self.rank).nonzero().view(-1)
+        ways = flat.new_zeros(self.size**2).index_add_(
+            0, source_rank * self.size + target_rank, torch.ones_like(flat)
+        )  # rows from each rank to each
+        ways = ways.tolist()
+        sent, received = ways[self.rank * self.size : (self.rank + 1) * self.size], ways[self.rank :: self.size]
+        taken = torch.nonzero_static(source_rank == self.rank, size=sum(sent)).view(-1)
         mine = source_rank[self.rank * there : (self.rank + 1) * there]
-        return _Routes(
+        routes = _Routes(
             taken=taken,
             source=flat[taken] - self.rank * here,
-            sent=torch.bincount(target_rank[taken], minlength=self.size).tolist(),
-            received=torch.bincount(mine, minlength=self.size).tolist(),
+            sent=sent,
+            received=received,
             target=mine.argsort(stable=True),
             num_source=here,
             num_target=there,
         )
+        self.known[index] = routes
+        return routes
 
 
 @dataclass(frozen=True)

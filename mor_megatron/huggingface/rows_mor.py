@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from mor_megatron.recursion.host import on_device
 from mor_megatron.recursion.routing import TIE, kept
 
 
@@ -39,7 +41,7 @@ class Rows:
             sequence: [T], non-decreasing.
             past, lengths: tokens of each sequence, before and now.
         """
-        starts = torch.tensor(past, device=sequence.device) - _starts(lengths, sequence.device)
+        starts = on_device(past, sequence.device) - _starts(lengths, sequence.device)
         return cls(sequence, starts[sequence] + torch.arange(len(sequence), device=sequence.device), lengths)
 
     @property
@@ -50,13 +52,12 @@ class Rows:
     def __len__(self) -> int:
         return self.sequence.shape[0]
 
-    def select(self, index: Tensor) -> Rows:
-        """The subset at `index` [T'], ascending."""
+    def select(self, index: Tensor, lengths: tuple[int, ...]) -> Rows:
+        """The subset at `index` [T'], ascending, of so many rows of each sequence."""
         if len(index) == len(self):
             return self
-        sequence = self.sequence[index]
-        lengths = torch.bincount(sequence, minlength=len(self.lengths)).tolist()
-        return Rows(sequence, self.position[index], tuple(lengths), self.places(index), self.of_call or self.lengths)
+        of_call = self.of_call or self.lengths
+        return Rows(self.sequence[index], self.position[index], lengths, self.places(index), of_call)
 
     def places(self, index: Tensor) -> Tensor:
         """[T'] places of the rows at `index` among all rows of the call."""
@@ -88,9 +89,8 @@ class Rows:
         """[T]: index of each row's sequence in `present`."""
         if len(self.present) == len(self.lengths):
             return self.sequence
-        rank = torch.zeros(len(self.lengths), dtype=torch.int64, device=self.sequence.device)
-        rank[list(self.present)] = torch.arange(len(self.present), device=rank.device)
-        return rank[self.sequence]
+        rank = [sum(length > 0 for length in self.lengths[:b]) for b in range(len(self.lengths))]
+        return on_device(rank, self.sequence.device)[self.sequence]
 
     @cached_property
     def longest(self) -> int:
@@ -120,8 +120,8 @@ class Rows:
     def per_sequence(self, values: Tensor) -> Tensor:
         """Mean over the rows of each present sequence: [T, W] -> [present, W]."""
         totals = values.new_zeros(len(self.present), values.shape[1]).index_add(0, self.column, values)
-        counts = torch.tensor([self.lengths[b] for b in self.present], device=values.device, dtype=values.dtype)
-        return totals / counts.unsqueeze(1)
+        counts = on_device([self.lengths[b] for b in self.present], values.device)
+        return totals / counts.to(values.dtype).unsqueeze(1)
 
 
 class PackedRows:
@@ -153,21 +153,34 @@ class PackedRows:
         """Values of the active rows, from one for each row of the call."""
         return active.take(values)
 
-    def keep(self, active: Rows, mask: Tensor, regular: bool = False) -> tuple[Rows, Tensor | None]:
-        """The rows where `mask` is true, and their places; None for these: all of them."""
-        index = mask.nonzero().squeeze(1)
-        return (active, None) if len(index) == len(active) else (active.select(index), index)
+    def counts(self, values: Tensor, active: Rows, bins: int) -> Tensor:
+        """Small whole numbers, one for each active row -> how many of each sequence have each value, [B, bins]."""
+        chosen = F.one_hot(values, bins)  # [T, bins]
+        return chosen.new_zeros(len(active.lengths), bins).index_add_(0, active.sequence, chosen)
+
+    def keep(
+        self, active: Rows, mask: Tensor, lengths: tuple[int, ...] | None = None, regular: bool = False
+    ) -> tuple[Rows, Tensor | None]:
+        """The rows where `mask` is true, and their places; None for these: all of them. Without `lengths`, the host
+        waits for them."""
+        if lengths is None:
+            lengths = tuple(self.counts(mask.long(), active, 2)[:, 1].tolist())
+        if sum(lengths) == len(active):
+            return active, None
+        index = torch.nonzero_static(mask, size=sum(lengths)).squeeze(1)
+        return active.select(index, lengths), index
 
     def best(self, active: Rows, scores: Tensor, capacity: float) -> tuple[Rows, Tensor | None]:
         """The highest scores [T] of each sequence: a fraction `capacity` of its rows in the call."""
-        lengths = active.of_call or active.lengths
-        wanted = torch.tensor([kept(capacity, lengths[b]) for b in active.present], device=scores.device)
+        of_call = active.of_call or active.lengths
+        lengths = tuple(min(n, kept(capacity, all_rows)) for n, all_rows in zip(active.lengths, of_call, strict=True))
         padded = active.pad(scores.nan_to_num(), fill=-math.inf)
-        return self.keep(active, active.unpad(best(padded, wanted)))
+        mask = best(padded, on_device([lengths[b] for b in active.present], scores.device))
+        return self.keep(active, active.unpad(mask), lengths)
 
     def none(self, active: Rows) -> Rows:
         """No rows."""
-        return active.select(active.sequence.new_empty(0))
+        return active.select(active.sequence.new_empty(0), (0,) * len(active.lengths))
 
     def mask(self, active: Rows) -> Tensor:
         """True at the active rows, for all rows of the call, [T]."""
@@ -186,11 +199,11 @@ def best(scores: Tensor, wanted: Tensor) -> Tensor:
 
     Args:
         scores: [B, L], -inf at padding.
-        wanted: how many of each sequence, [B], at least 1.
+        wanted: how many of each sequence, [B], at least 1 and at most as many as there are.
     """
     real = scores != -math.inf
     size = scores.masked_fill(~real, 0.0).abs().sum(1, keepdim=True) / real.sum(1, keepdim=True)
-    wanted = wanted.unsqueeze(1).minimum(real.sum(1, keepdim=True))
+    wanted = wanted.unsqueeze(1)
     cut, band = scores.sort(dim=1, descending=True).values.gather(1, wanted - 1), TIE * (1.0 + size)
     above = scores > cut + band
     tied = (scores >= cut - band) & ~above
@@ -199,7 +212,7 @@ def best(scores: Tensor, wanted: Tensor) -> Tensor:
 
 def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """[B]: first row of each sequence."""
-    counts = torch.tensor(lengths, device=device)
+    counts = on_device(lengths, device)
     return counts.cumsum(0) - counts
 
 

@@ -165,7 +165,8 @@ class MoRModel(MegatronModule):
 
             Under ZeRO-3, weights are gathered where a layer is entered, by all data-parallel ranks together."""
             row = torch.zeros(1, 1, dtype=torch.int64, device=stream.hidden.device)
-            update = self.run_layers(layers, stream.hidden[:1, :1], metadata, stream.tokens.take(row, ragged=True))
+            one = stream.tokens.take(row, (1,) + (0,) * (stream.tokens.batch_size - 1))
+            update = self.run_layers(layers, stream.hidden[:1, :1], metadata, one)
             return replace(stream, hidden=stream.hidden + 0.0 * update.sum())
 
         idle = walk_along if self.run_config.training.zero_stage == 3 else None

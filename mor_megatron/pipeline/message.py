@@ -18,6 +18,7 @@ not known, working rows are padded to the largest number possible.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +38,8 @@ class MessageFormat:
     model: MoRModel
     context: RoutingContext
     tokens: ActiveTokens
-    choice: Tensor | None = None
-    """What the routing method decided once for all recursions, [S, B], as soon as it is known here."""
+    choice: Any = None
+    """What the routing method decided once for all recursions, as soon as it is known here."""
 
     def __post_init__(self):
         self.num_shards = (

@@ -112,7 +112,7 @@ class RoutingContext:
     def report_fraction(self, name: str, fraction: float, device: torch.device) -> None:
         """Record a metric whose value is known on the host."""
         if self.metrics is not None:
-            self.report(name, torch.tensor(fraction, device=device))
+            self.report(name, torch.full((), fraction, device=device))
 
     def record(self, name: str, value: Tensor) -> None:
         """Record a tensor for analysis if a trace was asked for."""

@@ -4,6 +4,10 @@ The residual stream [S, B, H] is seen as S*B rows; token t of sequence b is row 
 either *regular* (the same number in every sequence: rows [k, B], from top-k) or *ragged* (rows [T, 1], sequence after
 sequence, from a threshold or from token-choice depths). A token occurs at most once in a set, which lets gather and
 scatter be plain copies in both directions.
+
+Where the rows are on an accelerator, a size that only it knows makes the host wait. The host therefore knows how many
+tokens of each sequence are active (`ActiveTokens.lengths`), and nothing here asks the device but `LocalRows.keep` where
+it is not told.
 """
 
 from __future__ import annotations
@@ -23,13 +27,19 @@ from mor_megatron.recursion.routing import TIE, kept
 class ActiveTokens:
     """The tokens that a recursion processes, in causal order within each sequence.
 
-    `rows` is None when all S*B tokens are active; otherwise [k, B] (regular) or [T, 1] (ragged) int64.
+    `rows` is None when all S*B tokens are active; otherwise [k, B] (regular) or [T, 1] (ragged) int64. Ragged ones have
+    `lengths`: the number of active tokens of each sequence, known to the host.
     """
 
     seq_length: int
     batch_size: int
     rows: Tensor | None = None
-    ragged: bool = False
+    lengths: tuple[int, ...] | None = None
+
+    @property
+    def ragged(self) -> bool:
+        """Sequences may have different numbers of active tokens."""
+        return self.lengths is not None
 
     @property
     def is_all(self) -> bool:
@@ -56,8 +66,8 @@ class ActiveTokens:
     @cached_property
     def packing(self) -> Packing:
         """How ragged rows lie in a right-padded [B, longest] layout."""
-        assert self.ragged
-        return Packing.from_sequences(self.sequences.view(-1), self.batch_size)
+        assert self.lengths is not None
+        return Packing.from_sequences(self.sequences.view(-1), self.lengths)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,13 +79,13 @@ class ActiveTokens:
         if self.rows is None:
             return torch.ones(self.seq_length, self.batch_size, dtype=torch.bool)
         mask = torch.zeros(self.seq_length * self.batch_size, dtype=torch.bool, device=self.rows.device)
-        mask[self.rows.view(-1)] = True
-        return mask.view(self.seq_length, self.batch_size)
+        return mask.index_fill_(0, self.rows.view(-1), True).view(self.seq_length, self.batch_size)
 
-    def take(self, local: Tensor, ragged: bool = False) -> ActiveTokens:
-        """The subset at `local` rows of this set: flat indexes into its rows, [k, B] (regular) or [T, 1] (ragged)."""
+    def take(self, local: Tensor, lengths: tuple[int, ...] | None = None) -> ActiveTokens:
+        """The subset at `local` rows of this set: flat indexes into its rows, [k, B] (regular), or [T, 1] (ragged) with
+        the number of them in each sequence."""
         rows = local if self.rows is None else self.rows.view(-1)[local]
-        return ActiveTokens(self.seq_length, self.batch_size, rows, ragged)
+        return ActiveTokens(self.seq_length, self.batch_size, rows, lengths)
 
 
 @dataclass(frozen=True)
@@ -85,28 +95,22 @@ class Packing:
     Right padding keeps plain causal attention exact: no real token looks at a later slot.
     """
 
+    batch_size: int
     longest: int
-    lengths: Tensor  # [B]
     slots: Tensor  # [T] int64, slot b*longest + i of each packed row
 
     @classmethod
-    def from_sequences(cls, sequences: Tensor, batch_size: int) -> Packing:
-        """From the sequence index of each packed row, [T], non-decreasing."""
-        lengths = torch.bincount(sequences, minlength=batch_size)
-        longest = max(1, int(lengths.max()))  # the one host synchronisation of ragged attention
-        starts = lengths.cumsum(0) - lengths
-        offset = torch.arange(sequences.numel(), device=sequences.device) - starts[sequences]
-        return cls(longest, lengths, sequences * longest + offset)
-
-    @cached_property
-    def cu_seqlens(self) -> Tensor:
-        """First packed row of each sequence, and T: [B + 1] int32, as variable-length attention kernels want it."""
-        return F.pad(self.lengths.cumsum(0), (1, 0)).int()
+    def from_sequences(cls, sequences: Tensor, lengths: tuple[int, ...]) -> Packing:
+        """From the sequence index of each packed row, [T], non-decreasing, and the rows of each sequence."""
+        longest, device = max(1, *lengths), sequences.device
+        starts = torch.searchsorted(sequences, torch.arange(len(lengths), device=device))
+        offset = torch.arange(sequences.numel(), device=device) - starts[sequences]
+        return cls(len(lengths), longest, sequences * longest + offset)
 
     def pad(self, packed: Tensor) -> Tensor:
         """[T, ...] -> [B, longest, ...], zeros in the padding."""
-        padded = ScatterRows.apply(packed, self.slots, self.lengths.numel() * self.longest)
-        return padded.view(self.lengths.numel(), self.longest, *packed.shape[1:])
+        padded = ScatterRows.apply(packed, self.slots, self.batch_size * self.longest)
+        return padded.view(self.batch_size, self.longest, *packed.shape[1:])
 
     def unpad(self, padded: Tensor) -> Tensor:
         """[B, longest, ...] -> [T, ...]."""
@@ -260,12 +264,24 @@ class LocalRows:
         """Of values [S, B], those of the active tokens."""
         return values if active.rows is None else values.view(-1)[active.rows]
 
-    def keep(self, active: ActiveTokens, mask: Tensor, regular: bool = False) -> tuple[ActiveTokens, Tensor]:
-        """The subset where `mask` is true, ragged or regular."""
-        index = select_mask(mask)
+    def counts(self, values: Tensor, active: ActiveTokens, bins: int) -> Tensor:
+        """Small whole numbers, one for each active token -> how many of each sequence have each value, [B, bins]."""
+        chosen = F.one_hot(values, bins)  # [.., bins]
+        if not active.ragged:
+            return chosen.sum(0)
+        totals = chosen.new_zeros(active.batch_size, bins)
+        return totals.index_add_(0, active.sequences.view(-1), chosen.view(-1, bins))
+
+    def keep(
+        self, active: ActiveTokens, mask: Tensor, lengths: tuple[int, ...] | None = None, regular: bool = False
+    ) -> tuple[ActiveTokens, Tensor]:
+        """The subset where `mask` is true, ragged or regular. Without `lengths`, the host waits for them."""
+        if lengths is None:
+            lengths = tuple(self.counts(mask.long(), active, 2)[:, 1].tolist())
+        index = select_mask(mask, sum(lengths))
         if regular:
             index = index.view(active.batch_size, -1).transpose(0, 1).contiguous()
-        return active.take(index, ragged=not regular), index
+        return active.take(index, None if regular else lengths), index
 
     def best(self, active: ActiveTokens, scores: Tensor, capacity: float) -> tuple[ActiveTokens, Tensor | None]:
         """The k highest of the scores [k_prev, B] of each sequence, k = capacity * S; see `select_topk`."""
@@ -277,7 +293,8 @@ class LocalRows:
 
     def none(self, active: ActiveTokens) -> ActiveTokens:
         """The empty set."""
-        return active.take(torch.empty(0, 1, dtype=torch.int64, device=self.device), ragged=True)
+        empty = torch.empty(0, 1, dtype=torch.int64, device=self.device)
+        return active.take(empty, (0,) * active.batch_size)
 
     def mask(self, active: ActiveTokens) -> Tensor:
         """True at the active tokens, [S, B]."""
@@ -314,7 +331,7 @@ def select_topk(scores: Tensor, k: int) -> Tensor:
     return index.new_empty(k + 1, scores.shape[1]).scatter_(0, slot, index)[:k]
 
 
-def select_mask(mask: Tensor) -> Tensor:
-    """Flat indexes i*B + b at which `mask` [k, B] is true, sequence after sequence, [T, 1] int64."""
-    column, row = mask.transpose(0, 1).nonzero(as_tuple=True)
+def select_mask(mask: Tensor, count: int) -> Tensor:
+    """Flat indexes i*B + b at which `mask` [k, B] is true, `count` of them, sequence after sequence, [T, 1] int64."""
+    column, row = torch.nonzero_static(mask.transpose(0, 1), size=count).unbind(1)
     return (row * mask.shape[1] + column).view(-1, 1)

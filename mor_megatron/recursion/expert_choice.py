@@ -169,7 +169,7 @@ class ExpertChoice(RoutingMethod):
             target = torch.ones_like(threshold_logits)
         else:
             target = torch.zeros_like(threshold_logits)
-            target.view(-1)[index.view(-1)] = 1.0
+            target.view(-1).index_fill_(0, index.view(-1), 1.0)
         aux = selection_loss(threshold_logits, target)
         accuracy = ((threshold_logits >= 0.0) == target.bool()).float().mean()
         context.report(AUX_LOSS, aux)
@@ -200,7 +200,10 @@ class ExpertChoice(RoutingMethod):
         if decision is None:
             is_open = r < context.depth(self.plan.num_recursions)
             return tokens if is_open else self.layout.none(tokens), choice
-        return self.layout.keep(tokens, decision > 0.5, regular=context.selection == "capacity")[0], choice
+        regular, lengths = context.selection == "capacity", None
+        if regular:
+            lengths = (kept(self._capacity(r, context), tokens.shape[0]),) * tokens.shape[1]
+        return self.layout.keep(tokens, decision > 0.5, lengths, regular)[0], choice
 
 
 def _check_capacity(capacity: tuple[float, ...], count: int) -> None:

@@ -73,8 +73,18 @@ class Layout(Protocol):
     def of(self, values: Tensor, active: Active) -> Tensor:
         """One value for each token of the micro-batch -> those of the active tokens."""
 
-    def keep(self, active: Active, mask: Tensor, regular: bool = False) -> tuple[Active, Index | None]:
-        """The subset where `mask` is true, and its index; `regular`: every sequence keeps the same number of tokens."""
+    def counts(self, values: Tensor, active: Active, bins: int) -> Tensor:
+        """Whole numbers below `bins`, one for each active token -> how many of each sequence have each, [B, bins]."""
+
+    def keep(
+        self, active: Active, mask: Tensor, lengths: tuple[int, ...] | None = None, regular: bool = False
+    ) -> tuple[Active, Index | None]:
+        """The subset where `mask` is true, and its index.
+
+        Args:
+            lengths: how many tokens of each sequence these are, if the host knows; otherwise it waits for the device.
+            regular: every sequence keeps the same number of tokens.
+        """
 
     def best(self, active: Active, scores: Tensor, capacity: float) -> tuple[Active, Index | None]:
         """The highest scores of each sequence: a fraction `capacity` of its length, and one at least. Among scores that
@@ -104,8 +114,8 @@ class Stream:
     """Working rows of the active tokens, [.., H]."""
     gate: Tensor | None = None
     """Weights of the rows when they come back, [.., 1]; None: they are added unweighted."""
-    choice: Tensor | None = None
-    """What the method decided once, for all recursions: a small whole number for each token."""
+    choice: Any = None
+    """What the method decided once, for all recursions."""
 
     def merged(self, layout: Layout) -> Stream:
         """The rows brought back: h[t] + g_t * y_t at the active tokens. The active set stays."""
@@ -284,7 +294,7 @@ class RoutingMethod(nn.Module):
 
     # What travels with the rows in a pipeline. Decisions are taken by its first rank.
 
-    def incoming(self, r: int, tokens: Any, choice: Tensor | None, context: RoutingContext) -> Incoming:
+    def incoming(self, r: int, tokens: Any, choice: Any, context: RoutingContext) -> Incoming:
         """What is known of recursion r before its message arrives; default: only whether a fixed depth ends before it.
 
         Args:
@@ -301,8 +311,8 @@ class RoutingMethod(nn.Module):
         return self.layout.mask(stream.active).int() * (1 if stream.active.ragged else 2)
 
     def receive(
-        self, r: int, tokens: Any, choice: Tensor | None, decision: Tensor | None, context: RoutingContext
-    ) -> tuple[Active, Tensor | None]:
+        self, r: int, tokens: Any, choice: Any, decision: Tensor | None, context: RoutingContext
+    ) -> tuple[Active, Any]:
         """The active tokens of recursion r, and the choice, on a rank that receives them: the inverse of `decision`.
 
         Args:
@@ -310,10 +320,13 @@ class RoutingMethod(nn.Module):
         """
         if decision is None:
             return self.layout.none(tokens), choice
-        mask, regular = decision > 0.5, bool((decision > 1.5).any())
-        if regular and bool(mask.all()):
+        counts = self.layout.counts(decision.round().long(), tokens, 3).tolist()
+        out, ragged, even = zip(*counts, strict=True)  # tokens of each sequence
+        regular = any(even)
+        if regular and not any(out):
             return tokens, choice
-        return self.layout.keep(tokens, mask, regular)[0], choice
+        lengths = even if regular else ragged
+        return self.layout.keep(tokens, decision > 0.5, lengths, regular)[0], choice
 
 
 def run_recursions(

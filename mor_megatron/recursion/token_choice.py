@@ -10,13 +10,14 @@ Depths depend on the token's own state only, so the routing is causal and the sa
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mor_megatron.recursion.context import MEAN_DEPTH, TOKENS_PER_RECURSION, Z_LOSS, RoutingContext
+from mor_megatron.recursion.host import OnHost
 from mor_megatron.recursion.losses import balance_loss, z_loss
 from mor_megatron.recursion.plan import default_capacities
 from mor_megatron.recursion.routers import GatingSettings, Router, resolve_router, score
@@ -54,6 +55,21 @@ class TokenChoiceSettings(GatingSettings):
     """token_choice: step of the loss-free bias."""
     router_balance_warmup_iters: int = setting(0, least=0, change=Change.REPORTED, in_export=False)
     """token_choice: first iterations in which every token takes full depth."""
+
+
+@dataclass(frozen=True)
+class Depths:
+    """How deep each token goes. All sizes of all recursions follow from it, and come to the host in one copy."""
+
+    depth: Tensor
+    """0-based, one for each token of the micro-batch."""
+    counts: Tensor
+    """[B, Nr]: tokens of each sequence at each depth."""
+    on_host: OnHost
+
+    def lengths(self, least: int, below: int | None = None) -> tuple[int, ...]:
+        """Tokens of each sequence whose depth is at least `least`, and below `below`."""
+        return tuple(sum(counts[least:below]) for counts in self.on_host.values)
 
 
 class TokenChoice(RoutingMethod):
@@ -110,22 +126,23 @@ class TokenChoice(RoutingMethod):
         logits = self.layout.collect(self.router(hidden), tokens)  # [.., Nr]
         scores = score(logits, self.settings)
         depth = self._choose(scores.detach(), context)  # [..]
+        choice = self._announced(depth, tokens)
         context.record("router_logits", logits)
         context.decide("depth", lambda: depth)
         y = hidden
         if self.training and context.losses != "none":
-            y = self._add_losses(y, logits, scores, depth, stream, context)
+            y = self._add_losses(y, logits, scores, choice, stream, context)
         gate = None
         if self.settings.router_gating == "weighted":
             gate = scores.gather(-1, depth.unsqueeze(-1))  # [.., 1]
-        return replace(stream, rows=y, gate=gate, choice=depth)
+        return replace(stream, rows=y, gate=gate, choice=choice)
 
     def close(self, r: int, stream: Stream) -> Stream:
         """Tokens of depth r leave for good; the others stay in the rows."""
         layout, active, y = self.layout, stream.active, stream.rows
-        depth = layout.of(stream.choice, active)
-        leaving, out = layout.keep(active, depth == r)
-        staying, stay = layout.keep(active, depth > r)
+        depth = layout.of(stream.choice.depth, active)
+        leaving, out = layout.keep(active, depth == r, stream.choice.lengths(r, r + 1))
+        staying, stay = layout.keep(active, depth > r, stream.choice.lengths(r + 1))
         hidden, gates = stream.hidden, (None, None)
         if stream.gate is not None:
             gates = layout.at(stream.gate, out), layout.at(stream.gate, stay)
@@ -161,12 +178,15 @@ class TokenChoice(RoutingMethod):
             scores = scores + self.balance_bias
         return scores.argmax(-1)
 
+    def _announced(self, depth: Tensor, tokens: Any) -> Depths:
+        counts = self.layout.counts(depth, tokens, self.plan.num_recursions)
+        return Depths(depth, counts, OnHost(counts))
+
     def report_tokens(self, r: int, stream: Stream, context: RoutingContext) -> None:
         """The depths say all of it at once."""
         if r > 0 or context.metrics is None:
             return
-        depth = stream.choice
-        fractions = torch.bincount(depth.view(-1), minlength=self.plan.num_recursions).float() / depth.numel()
+        fractions = stream.choice.counts.sum(0).float() / stream.tokens.count
         reaching = fractions.flip(0).cumsum(0).flip(0)
         for r in range(self.plan.num_recursions):
             context.report(DEPTH_FRACTION.format(r), fractions[r])
@@ -174,12 +194,12 @@ class TokenChoice(RoutingMethod):
         context.report(MEAN_DEPTH, reaching.sum())
 
     def _add_losses(
-        self, x: Tensor, logits: Tensor, scores: Tensor, depth: Tensor, stream: Stream, context: RoutingContext
+        self, x: Tensor, logits: Tensor, scores: Tensor, choice: Depths, stream: Stream, context: RoutingContext
     ) -> Tensor:
         settings = self.settings
         if settings.router_balance == "loss":
             per_sequence = settings.router_balance_scope == "sequence"
-            chosen = F.one_hot(depth, self.plan.num_recursions).to(scores.dtype)  # [.., Nr]
+            chosen = F.one_hot(choice.depth, self.plan.num_recursions).to(scores.dtype)  # [.., Nr]
             means = [self.layout.means(values, stream.tokens, per_sequence) for values in (scores, chosen)]
             balance = balance_loss(*means)
             context.report(BALANCE_LOSS, balance)
@@ -194,14 +214,14 @@ class TokenChoice(RoutingMethod):
         """The depths come once, and say how many rows each later recursion has."""
         if r == 0:
             return Incoming(tokens.shape, decides=True)
-        return Incoming((int((choice >= r).sum()), 1), decides=False)
+        return Incoming((sum(choice.lengths(r)), 1), decides=False)
 
     def decision(self, stream: Stream) -> Tensor:
         """The depths."""
-        return stream.choice
+        return stream.choice.depth
 
     def receive(self, r, tokens, choice, decision, context):
         """All tokens pass recursion 0; later ones those that are deep enough."""
         if r == 0:
-            return tokens, decision.round().long()
-        return self.layout.keep(tokens, choice >= r)[0], choice
+            return tokens, self._announced(decision.round().long(), tokens)
+        return self.layout.keep(tokens, choice.depth >= r, choice.lengths(r))[0], choice

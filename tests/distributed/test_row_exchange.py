@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from mor_megatron.distributed.row_exchange import ShardedRows
-from mor_megatron.recursion.dispatch import ActiveTokens, LocalRows, select_mask, select_topk
+from mor_megatron.recursion.dispatch import ActiveTokens, LocalRows, select_topk
 
 SEQ, BATCH, WIDTH = 24, 3, 5
 KEPT = [(15, 7), (1, 1), (24, 2), (17, 16)]
@@ -27,12 +27,12 @@ def _selections(kept: tuple[int, int], ragged: bool) -> tuple[ActiveTokens, torc
     everything = ActiveTokens(SEQ, BATCH)
     scores = torch.rand(SEQ, BATCH, generator=generator)
     if ragged:
-        outer = everything.take(select_mask(scores < kept[0] / SEQ), ragged=True)
-        local = select_mask(torch.rand(outer.shape, generator=generator) < 0.5)
-    else:
-        outer = everything.take(select_topk(scores, kept[0]))
-        local = select_topk(torch.rand(outer.shape, generator=generator), kept[1])
-    return outer, local, outer.take(local, ragged=ragged)
+        outer, _ = LocalRows().keep(everything, scores < kept[0] / SEQ)
+        inner, local = LocalRows().keep(outer, torch.rand(outer.shape, generator=generator) < 0.5)
+        return outer, local, inner
+    outer = everything.take(select_topk(scores, kept[0]))
+    local = select_topk(torch.rand(outer.shape, generator=generator), kept[1])
+    return outer, local, outer.take(local)
 
 
 def moves(kept: tuple[int, int], ragged: bool) -> list[float]:

@@ -16,8 +16,8 @@ from mor_megatron.huggingface.code_mor import write_code
 from mor_megatron.recursion import expert_choice
 
 PACKAGE = Path(code_mor.__file__).parent.parent
-CORE = {"context", "expert_choice", "losses", "methods", "no_routing", "plan", "routers", "routing", "setting"}
-CORE |= {"token_choice"}
+CORE = {"context", "expert_choice", "host", "losses", "methods", "no_routing", "plan", "routers", "routing"}
+CORE |= {"setting", "token_choice"}
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

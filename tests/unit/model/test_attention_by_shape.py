@@ -19,7 +19,7 @@ from mor_megatron.model import attention_by_shape, block_mask, build_model, fram
 from mor_megatron.model.attention_by_shape import AttentionKernels
 from mor_megatron.model.frame import Frame
 from mor_megatron.recursion.context import RoutingContext
-from mor_megatron.recursion.dispatch import ActiveTokens, select_mask
+from mor_megatron.recursion.dispatch import ActiveTokens, LocalRows
 from mor_megatron.recursion.routing import kept
 
 TOL = 1e-5  # fp32 through eight layers: other kernels add up in another order
@@ -198,8 +198,8 @@ def active_sets() -> dict[str, ActiveTokens]:
     everything = ActiveTokens(SEQ, BATCH)
     return {
         "regular": everything.take(regular),
-        "ragged": everything.take(select_mask(torch.rand(SEQ, BATCH) < 0.4), ragged=True),
-        "an empty sequence": everything.take(select_mask(scattered), ragged=True),
+        "ragged": LocalRows().keep(everything, torch.rand(SEQ, BATCH) < 0.4)[0],
+        "an empty sequence": LocalRows().keep(everything, scattered)[0],
         "all": everything,
     }
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mor_megatron.recursion.dispatch import ActiveTokens, combine, gather, select_mask, select_topk, take_rows
+from mor_megatron.recursion.dispatch import ActiveTokens, LocalRows, combine, gather, select_topk, take_rows
 
 S, B, H = 7, 3, 4
 
@@ -54,7 +54,7 @@ def test_nested_selection_keeps_original_rows():
 def test_ragged_rows_are_sequence_after_sequence(hidden):
     mask = torch.zeros(S, B, dtype=torch.bool)
     mask[1, 0] = mask[5, 0] = mask[0, 2] = True
-    active = ActiveTokens(S, B).take(select_mask(mask), ragged=True)
+    active, _ = LocalRows().keep(ActiveTokens(S, B), mask)
     assert active.positions.view(-1).tolist() == [1, 5, 0]
     assert active.sequences.view(-1).tolist() == [0, 0, 2]
     assert torch.equal(active.mask(), mask)
@@ -71,7 +71,7 @@ def test_ragged_rows_are_sequence_after_sequence(hidden):
 def test_combine_and_its_gradient(hidden, ragged, gated):
     if ragged:
         mask = torch.rand(S, B, generator=torch.Generator().manual_seed(2)) > 0.5
-        active = ActiveTokens(S, B).take(select_mask(mask), ragged=True)
+        active, _ = LocalRows().keep(ActiveTokens(S, B), mask)
     else:
         active = ActiveTokens(S, B).take(select_topk(torch.rand(S, B, generator=torch.Generator().manual_seed(3)), 4))
     gate = torch.rand(*active.rows.shape, 1, dtype=torch.float64, requires_grad=True) if gated else None
