@@ -31,7 +31,7 @@ _GROUPS: tuple[tuple[str, str], ...] = (
         """no-masked-softmax-fusion no-bias-gelu-fusion no-bias-swiglu-fusion no-bias-dropout-fusion no-rope-fusion
         apply-rope-fusion no-persist-layer-norm no-gradient-accumulation-fusion cross-entropy-loss-fusion
         cross-entropy-fusion-impl tp-comm-overlap use-ring-exchange-p2p ddp-average-in-collective
-        empty-unused-memory-level manual-gc manual-gc-interval no-manual-gc-eval enable-cuda-graph cuda-graph-scope
+        empty-unused-memory-level manual-gc manual-gc-interval no-manual-gc-eval cuda-graph-scope
         te-rng-tracker rerun-mode fp32-residual-connection fp16-lm-cross-entropy apply-query-key-layer-scaling
         apply-residual-connection-post-layernorm data-parallel-random-init grad-reduce-in-bf16 log-progress
         log-num-zeros-in-grad log-memory-to-tensorboard log-world-size-to-tensorboard tensorboard-queue-size
@@ -42,7 +42,7 @@ _GROUPS: tuple[tuple[str, str], ...] = (
         no-async-tensor-model-parallel-allreduce no-clone-scatter-output-in-embedding standalone-embedding-stage
         defer-embedding-wgrad-compute overlap-p2p-communication-warmup-flush delay-grad-reduce delay-param-gather
         enable-one-logger no-one-logger enable-experimental enable-ft-package config-logger-dir nccl-ub
-        high-priority-stream-groups enable-gloo-process-groups disable-gloo-process-groups external-cuda-graph
+        high-priority-stream-groups enable-gloo-process-groups disable-gloo-process-groups
         use-precision-aware-optimizer train-sync-interval iterations-to-skip legacy-tokenizer vocab-extra-ids
         partition-activations contigious-checkpointing synchronize-each-layer curriculum-learning""",
     ),
@@ -66,6 +66,7 @@ _GROUPS: tuple[tuple[str, str], ...] = (
     ),
     ("reduce_bucket_size in --deepspeed-config", "ddp-bucket-size ddp-num-buckets zero-reduce-bucket-size"),
     ("--optimizer-cpu-offload", "cpu-optimizer optimizer-offload-fraction use-torch-optimizer-for-cpu-offload"),
+    ("--enable-cuda-graph", "cuda-graph-impl external-cuda-graph"),
     ("--recompute-granularity selective", "recompute-activations"),
     (
         "--recompute-granularity full",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
+from mor_megatron.config.cuda_graph import check_cuda_graph
 from mor_megatron.config.deepspeed_settings import check_engine
 from mor_megatron.config.layout import check_batch, check_layout, default_batch
 from mor_megatron.config.run_length import global_batch_size, resolve_length
@@ -62,6 +63,7 @@ def validate_run(config: Config, world_size: int) -> Config:
         check(getattr(config, section.name))
     config = _training(resolve_length(_data(config)), world_size)
     check_engine(config)
+    check_cuda_graph(config)
     _check_faults(config)
     _check_evaluation_alone(config)
     _check_profile(config, world_size)

@@ -14,6 +14,7 @@ from mor_megatron.distributed.cpu import device
 from mor_megatron.model.elementwise import HAND_WRITTEN, implementation
 from mor_megatron.model.kernels import attention_kernels, needs_masks, uses_transformer_engine
 from mor_megatron.pipeline.schedule import overlaps_messages
+from mor_megatron.training.cuda_graph import uses_cuda_graph
 from mor_megatron.training.engine import choose_driver
 from mor_megatron.training.optimizer import uses_fused_adam
 
@@ -45,6 +46,8 @@ def capabilities(config: Config) -> dict[str, str]:
         found["layers"] = f"Transformer Engine {version('transformer-engine')}"
     if training.deterministic_mode:
         found["kernels"] = "deterministic"
+    if uses_cuda_graph(config):
+        found["micro-batches driven by"] = "CUDA graph"
     if config.parallel.pipeline_model_parallel_size > 1:
         found["pipeline messages"] = "overlapped" if overlaps_messages(config) else "waited for"
     return found

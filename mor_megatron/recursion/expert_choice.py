@@ -83,6 +83,11 @@ class ExpertChoice(RoutingMethod):
         return tuple(settings.capacity or default_capacities(num_recursions))
 
     @classmethod
+    def static_from(cls, settings: ExpertChoiceSettings) -> int:
+        """The end of the capacities' warm-up."""
+        return settings.capacity_warmup_iters
+
+    @classmethod
     def warnings(cls, settings: ExpertChoiceSettings) -> list[str]:
         """The threshold may be left untrained."""
         if settings.router_aux_loss_coeff > 0:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.plan import VirtualLayer
-from mor_megatron.recursion.routing import Incoming, RoutingMethod, Stream
+from mor_megatron.recursion.routing import Incoming, NoSettings, RoutingMethod, Stream
 
 
 class NoRouting(RoutingMethod):
@@ -16,6 +16,11 @@ class NoRouting(RoutingMethod):
     about = "no routing: every token passes every recursion"
     routes = False
     weighs = False
+
+    @classmethod
+    def static_from(cls, settings: NoSettings) -> int:
+        """All rows, always."""
+        return 0
 
     def metric_names(self) -> tuple[str, ...]:
         """Nothing is decided, and so nothing is reported."""

@@ -186,6 +186,12 @@ class RoutingMethod(nn.Module):
         return (1.0,) * num_recursions
 
     @classmethod
+    def static_from(cls, settings: Any) -> int | None:
+        """Iteration from which every training pass has the same shapes and leaves nothing to the host, so that a CUDA
+        graph of one micro-batch stands for all; default None: never."""
+        return None
+
+    @classmethod
     def warnings(cls, settings: Any) -> list[str]:
         """Messages about what valid settings leave untrained."""
         return []

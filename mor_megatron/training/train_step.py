@@ -29,6 +29,7 @@ from mor_megatron.distributed.replicated import reduce_replicated
 from mor_megatron.model.mor_model import MoRModel
 from mor_megatron.pipeline.schedule import run_schedule
 from mor_megatron.recursion.context import RoutingContext
+from mor_megatron.training.cuda_graph import MicroBatchGraph
 from mor_megatron.training.engine import Driver, Engine, choose_driver
 from mor_megatron.training.sections import UNTIMED, Sections
 
@@ -98,8 +99,13 @@ def train_step(
     )
 
     if driver == "schedule":
+        graph = _graph(engine, config)
         with sections("forward-backward"):
-            run_schedule(model, micro_batches, forward.context, forward.loss)
+            if graph is not None and graph.is_ready(iteration):
+                for batch in micro_batches:
+                    forward.loss_sum += graph(batch, forward.context(), scale)
+            else:
+                run_schedule(model, micro_batches, forward.context, forward.loss)
         with sections("all-grads-sync"):
             reduce_replicated(engine.gradients(), model.config.sequence_parallel, model.tied_weight)
         healthy = engine.gradients_are_finite()
@@ -117,6 +123,19 @@ def train_step(
     if outcome.applied:
         model.after_step(report.routing, iteration)
     return replace(report, grad_norm=outcome.grad_norm, applied=outcome.applied, overflow=outcome.overflow)
+
+
+def _graph(engine: Engine, config: Config) -> MicroBatchGraph | None:
+    if config.training.enable_cuda_graph and engine.graph is None:
+        engine.graph = MicroBatchGraph(engine.module, partial(_run, engine.module))
+    return engine.graph
+
+
+def _run(model: MoRModel, batch: Batch, context: RoutingContext, scale: Tensor) -> Tensor:
+    """What the schedule does with a micro-batch, for a graph; the sum of its losses."""
+    loss_sum = masked_sum(model(batch, context), batch)
+    (loss_sum * scale).backward()
+    return loss_sum.detach()
 
 
 class _Forward:

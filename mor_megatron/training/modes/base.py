@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mor_megatron.distributed.cpu import device
 from mor_megatron.distributed.replicated import is_counted_here
+from mor_megatron.training.cuda_graph import MicroBatchGraph
 from mor_megatron.training.gradients import Gradients, sum_of_squares
 from mor_megatron.training.modes.slices import ParameterSlice
 from mor_megatron.training.optimizer import set_learning_rate
@@ -48,6 +49,8 @@ class Engine(ABC):
     """The class of DeepSpeed's optimizer in this mode."""
     partitions_state: ClassVar[bool]
     """Whether data-parallel ranks divide the optimizer's state among themselves; else each has all of it."""
+    graph: MicroBatchGraph | None = None
+    """What runs this engine's micro-batches with `--enable-cuda-graph`; `train_step` makes it."""
 
     def __init__(self, deepspeed: DeepSpeedEngine):
         assert isinstance(deepspeed.optimizer, self.wraps), type(deepspeed.optimizer)
