@@ -94,6 +94,7 @@ STAGES: dict[str, Stage] = {
     "attention": Stage("attention backends by shape", "gpu_check_speed:attention", 60),
     "curves": Stage("100 losses in bf16 against those of the CPU", "gpu_check_numbers:curves", 30),
     "tiny": Stage("training steps at 135M", "gpu_check_speed:tiny", 40),
+    "graphs": Stage("training steps at 135M as CUDA graphs", "gpu_check_speed:graphs", 30),
     "decoding": Stage("time per generated token", "gpu_check_speed:decoding", 48),
     "layouts": Stage("several GPUs against one", "gpu_check_numbers:layouts", 60, 10),
 }

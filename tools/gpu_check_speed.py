@@ -257,6 +257,40 @@ def attention(run: Run) -> Iterator[Row]:
         yield row | {"failed": max(row.get("error", 0.0), row.get("gradient_error", 0.0)) > 0.05}
 
 
+def graphs(run: Run) -> Iterator[Row]:
+    """135M with `--enable-cuda-graph` and without: equal losses, and what launches cost."""
+    if run.small:
+        yield {"what": "a CPU has no CUDA graphs"}
+        return
+    for variant, micro_batch in (("mor_expert_nr3", 16), ("mor_expert_nr3", 4), ("vanilla", 4)):
+        runs = [curve(settings(run, "135m", variant, micro_batch, *more)) for more in ((), ("--enable-cuda-graph",))]
+        (eager, eager_time), (replayed, replayed_time) = runs
+        difference = max(abs(a - b) / b for a, b in zip(replayed, eager, strict=True))
+        yield {
+            "model": variant,
+            "micro-batch": micro_batch,
+            "ms/iteration": 1e3 * eager_time,
+            "with graph": 1e3 * replayed_time,
+            "time ratio": replayed_time / eager_time,
+            "loss difference": difference,
+            "failed": not difference < 1e-3,  # kernels that add in any order
+        }
+
+
+def curve(config: Config, steps: int = 10) -> tuple[list[float], float]:
+    """Losses of steps on one batch, and the median seconds of the last five, which a graph replays."""
+    torch.manual_seed(0)
+    engine, batches, losses, times = engine_of(config), random_batches(config), [], []
+    for iteration in range(1, 1 + steps):
+        start = time.perf_counter()
+        losses.append(train_step(engine, batches, config, iteration, lr=1e-4).lm_loss)
+        wait()
+        times.append(time.perf_counter() - start)
+    del engine
+    release()
+    return losses, statistics.median(times[-5:])
+
+
 def decoding(run: Run) -> Iterator[Row]:
     """Time per generated token of exported models, by `benchmarks/generate.py`."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
