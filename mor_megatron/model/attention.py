@@ -109,30 +109,19 @@ class AttentionPattern:
         return self.keys_of_all or self.metadata.document_ids is not None
 
     @cached_property
+    def exact(self) -> Frame:
+        """The rows one after the other."""
+        return self._frame(exact=True)
+
+    @cached_property
     def compact(self) -> Frame:
-        """The rows one after the other in a frame, for attention on a GPU."""
-        return Frame(self.active, self.metadata.document_ids, self.keys_of_all)
+        """The rows one after the other, in one of few shapes."""
+        return self._frame()
 
     @cached_property
     def spread(self) -> Frame:
         """The rows at their positions among all tokens."""
-        return Frame(self.active, self.metadata.document_ids, self.keys_of_all, spread=True)
-
-    @cached_property
-    def mask(self) -> Tensor | None:
-        """Additive mask [B, 1, Q, K]; None where plain causal attention over the rows is the same."""
-        if not self.masked:
-            return None
-        documents = self.metadata.document_ids
-        query_position, query_document = self._coordinates(self.active, documents)
-        key_position, key_document = query_position, query_document
-        if self.keys_of_all:
-            key_position, key_document = self._coordinates(self.metadata.all_tokens, documents)
-        visible = query_position.unsqueeze(2) >= key_position.unsqueeze(1)  # [B or 1, Q, K]
-        if documents is not None:
-            visible = visible & (query_document.unsqueeze(2) == key_document.unsqueeze(1))
-        mask = torch.zeros(visible.shape, dtype=self.metadata.dtype, device=visible.device)
-        return mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
+        return self._frame(spread=True)
 
     @cached_property
     def query_blocks(self) -> list[tuple[int, int, int]]:
@@ -140,39 +129,20 @@ class AttentionPattern:
 
         With one block of a few hundred compact queries against all keys, half the products would be masked away.
         """
-        rows, keys = self.mask.shape[-2:]
+        rows, keys = self.exact.length, self.exact.num_keys
         if not self.keys_of_all or rows < 2 * QUERY_BLOCK:
             return [(0, rows, keys)]
         starts = list(range(0, rows, QUERY_BLOCK))
-        position, _ = self._coordinates(self.active, None)
-        last = position.amax(0).cummax(0).values  # [Q], over the micro-batch
+        _, last = self.exact.visible
+        last = last.where(last >= 0, keys - 1)  # an empty slot: from there on, blocks see all
+        last = last.amax(0).cummax(0).values  # [Q], over the micro-batch
         ends = [min(start + QUERY_BLOCK, rows) for start in starts]
         seen = last[torch.tensor(ends, device=last.device) - 1].add(1).tolist()
         return list(zip(starts, ends, seen, strict=True))
 
-    def _coordinates(self, active: ActiveTokens, documents: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Position and document of each slot, [B or 1, slots]. Padding slots of a ragged set see something harmless."""
-        last = active.seq_length - 1
-        if active.rows is None:
-            device = self.metadata.rotary.cos.device
-            return torch.arange(active.seq_length, device=device).unsqueeze(0), documents
-        position = active.positions
-        document = None if documents is None else documents[active.sequences, position]
-        if not active.ragged:
-            return position.transpose(0, 1), None if document is None else document.transpose(0, 1)
-        # Against all keys, padding queries stand at the last token; among themselves, beyond every real one.
-        fill_position = last if self.keys_of_all else last + 1
-        batch = torch.arange(active.batch_size, device=position.device)
-        slots = active.packing.slots
-        shape = (active.batch_size, active.packing.longest)
-        positions = position.new_full(shape, fill_position).view(-1).index_copy(0, slots, position.view(-1)).view(shape)
-        if document is None:
-            return positions, None
-        if self.keys_of_all:
-            filled = documents[batch, last].unsqueeze(1).expand(shape).reshape(-1)
-        else:
-            filled = documents.new_full(shape, -1).view(-1)
-        return positions, filled.index_copy(0, slots, document.view(-1)).view(shape)
+    def _frame(self, **options: bool) -> Frame:
+        metadata = self.metadata
+        return Frame(self.active, metadata.document_ids, self.keys_of_all, metadata.dtype, **options)
 
 
 @dataclass(frozen=True)
@@ -283,28 +253,22 @@ class CoreAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern) -> Tensor:
         """query [R, C, N, D], key and value [R', C', G, D] -> [R, C, N*D]."""
-        rows, columns = query.shape[:2]
-        active, mask = pattern.active, pattern.mask
-        if active.ragged:
-            packing = active.packing
-            query = packing.pad(query.squeeze(1)).transpose(1, 2)  # [B, N, longest, D]
-            if not pattern.keys_of_all:
-                key, value = (packing.pad(x.squeeze(1)).transpose(0, 1) for x in (key, value))  # [longest, B, G, D]
-        else:
-            query = query.permute(1, 2, 0, 3)  # [B, N, k, D]
-        if mask is None:
+        frame = pattern.exact
+        query = frame.put(query)
+        if not pattern.keys_of_all:
+            key, value = frame.put(key), frame.put(value)
+        query = query.permute(1, 2, 0, 3)  # [B, N, Q, D]
+        if frame.mask is None:
             out = self._attend(query, key, value, None)
         else:
             starts, ends, seen = zip(*pattern.query_blocks, strict=True)
             keys, values = (PrefixesFunction.apply(x, *seen) for x in (key, value))
             blocks = [
-                self._attend(query[:, :, a:b], k, v, mask[:, :, a:b, : len(k)])
+                self._attend(query[:, :, a:b], k, v, frame.mask[:, :, a:b, : len(k)])
                 for a, b, k, v in zip(starts, ends, keys, values, strict=True)
             ]
             out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
-        if active.ragged:
-            return active.packing.unpad(out.transpose(1, 2)).reshape(rows, columns, -1)
-        return out.permute(2, 0, 1, 3).reshape(rows, columns, -1)
+        return frame.take(out.permute(2, 0, 1, 3).flatten(2))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """query [B, N, Q, D], key and value [K, B, G, D], mask [B, 1, Q, K] -> [B, N, Q, D]."""

@@ -1,7 +1,7 @@
-"""Rows of a pass in a tensor whose shape does not depend on how many they are, and what each of them sees.
+"""Rows of a pass laid out for attention, sequence beside sequence, and what each of them sees.
 
-A new shape is dear on a GPU: cuDNN makes a plan for it, FlexAttention compiles a kernel. Nothing here waits for the
-device.
+A new shape is dear on a GPU: cuDNN makes a plan for it, FlexAttention compiles a kernel. There, the length of a frame
+follows from few possible values, and nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ STEP = 256
 class Frame:
     """The active rows in a tensor [length, B, ...].
 
-    In a compact frame, row i of a sequence stands in slot i. In a spread one, it stands at its position, among all
-    tokens: plain causal attention then shows it the keys of all earlier tokens. Every row sees a range of keys, because
-    rows are in causal order and a document's tokens follow each other.
+    In a compact frame, row i of a sequence stands in slot i, and empty slots follow: among the rows, plain causal
+    attention keeps these out of sight. In a spread frame, a row stands at its position, among all tokens, and plain
+    causal attention shows it the keys of all earlier tokens. Every row sees a range of keys, because rows are in causal
+    order and a document's tokens follow each other.
     """
 
     active: ActiveTokens
@@ -38,15 +39,21 @@ class Frame:
     """[B, S]; None: one document."""
     keys_of_all: bool
     """Keys are those of all S tokens, not of the rows."""
+    dtype: torch.dtype = torch.float32
+    """Of the mask."""
     spread: bool = False
+    exact: bool = False
+    """No more slots than the longest sequence has rows."""
 
     @cached_property
     def length(self) -> int:
-        """Slots of a sequence. For ragged rows, as many as a sequence could need: their number is on the device."""
+        """Slots of a sequence."""
         active = self.active
         if self.spread:
             return active.seq_length
-        rows = active.seq_length if active.ragged else active.shape[0]
+        if self.exact:
+            return active.packing.longest if active.ragged else active.shape[0]
+        rows = active.seq_length if active.ragged else active.shape[0]  # ragged: as many as there could be
         return -(-rows // STEP) * STEP
 
     @property
@@ -75,7 +82,7 @@ class Frame:
         """[length, B, W] -> rows [R, C, W]."""
         rows, columns = self.active.shape
         if self._slots is None:
-            return frame[:rows]
+            return frame[:rows] if rows < self.length else frame
         return GatherRows.apply(frame.flatten(0, 1), self._slots).view(rows, columns, -1)
 
     @cached_property
@@ -99,14 +106,16 @@ class Frame:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """True where a slot sees a key, [B, 1, length, keys]; None: plain causal attention is the same."""
-        if self.documents is None:
-            assert self.spread or not self.keys_of_all
+        """Additive mask [B, 1, length, keys]; None: plain causal attention is the same."""
+        if self.documents is None and (self.spread or not self.keys_of_all):
             return None
         first, last = self.visible
         keys = torch.arange(self.num_keys, device=first.device)
-        # An empty slot sees the first key: the softmax of nothing is not a number.
-        return ((first.unsqueeze(2) <= keys) & (keys <= last.clamp(min=0).unsqueeze(2))).unsqueeze(1)
+        seen = keys <= last.clamp(min=0).unsqueeze(2)  # an empty slot sees one key: softmax of nothing is not a number
+        if self.documents is not None:
+            seen &= first.unsqueeze(2) <= keys
+        mask = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device)
+        return mask.masked_fill_(~seen, float("-inf")).unsqueeze(1)
 
     @cached_property
     def block_mask(self) -> BlockMask:
