@@ -107,6 +107,8 @@ def _why_not_regular(name: str, dtype: torch.dtype, heads: int, groups: int, wid
     """Why PyTorch would not, or should not, give plain causal attention to this kernel."""
     if name == "cudnn" and (torch.backends.cudnn.version() or 0) < CUDNN_RIGHT:
         return f"its version {torch.backends.cudnn.version()} is older than {CUDNN_RIGHT}"
+    if name == "cudnn" and torch.are_deterministic_algorithms_enabled():
+        return "its backward pass is not deterministic"
     rows = (torch.empty(250, 2, n, width, dtype=dtype, device="cuda", requires_grad=True) for n in (heads, groups))
     query, key = (x.permute(1, 2, 0, 3) for x in rows)
     parameters = torch.backends.cuda.SDPAParams(query, key, key, None, 0.0, True, heads != groups)

@@ -103,6 +103,14 @@ def test_a_cudnn_with_wrong_gradients_is_not_used(gpu):
         attention_kernels(_config(attention_backend="cudnn"))
 
 
+def test_deterministic_attention_is_flash(gpu, monkeypatch):
+    gpu(HOPPER)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert attention_kernels(_config()).fixed == (FLASH, *OTHERS)
+    with pytest.raises(ValueError, match="attention-backend=cudnn, but its backward pass is not deterministic"):
+        attention_kernels(_config(attention_backend="cudnn"))
+
+
 def test_a_kernel_that_fails_is_replaced_and_reported(gpu, monkeypatch, process_group):
     monkeypatch.setattr(capabilities, "uses_fused_adam", lambda optimizer: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
