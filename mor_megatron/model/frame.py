@@ -51,10 +51,8 @@ class Frame:
         active = self.active
         if self.spread:
             return active.seq_length
-        if self.exact:
-            return active.packing.longest if active.ragged else active.shape[0]
-        rows = active.seq_length if active.ragged else active.shape[0]  # ragged: as many as there could be
-        return -(-rows // STEP) * STEP
+        rows = max(1, *active.lengths) if active.ragged else active.shape[0]
+        return rows if self.exact else -(-rows // STEP) * STEP
 
     @property
     def num_keys(self) -> int:

@@ -63,12 +63,6 @@ class ActiveTokens:
         assert self.rows is not None
         return self.rows % self.batch_size
 
-    @cached_property
-    def packing(self) -> Packing:
-        """How ragged rows lie in a right-padded [B, longest] layout."""
-        assert self.lengths is not None
-        return Packing.from_sequences(self.sequences.view(-1), self.lengths)
-
     @property
     def shape(self) -> tuple[int, int]:
         """Leading dimensions of the rows' tensor: (S, B), (k, B) or (T, 1)."""
@@ -86,35 +80,6 @@ class ActiveTokens:
         the number of them in each sequence."""
         rows = local if self.rows is None else self.rows.view(-1)[local]
         return ActiveTokens(self.seq_length, self.batch_size, rows, lengths)
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Between T packed rows (sequence after sequence) and a right-padded [B, longest] layout.
-
-    Right padding keeps plain causal attention exact: no real token looks at a later slot.
-    """
-
-    batch_size: int
-    longest: int
-    slots: Tensor  # [T] int64, slot b*longest + i of each packed row
-
-    @classmethod
-    def from_sequences(cls, sequences: Tensor, lengths: tuple[int, ...]) -> Packing:
-        """From the sequence index of each packed row, [T], non-decreasing, and the rows of each sequence."""
-        longest, device = max(1, *lengths), sequences.device
-        starts = torch.searchsorted(sequences, torch.arange(len(lengths), device=device))
-        offset = torch.arange(sequences.numel(), device=device) - starts[sequences]
-        return cls(len(lengths), longest, sequences * longest + offset)
-
-    def pad(self, packed: Tensor) -> Tensor:
-        """[T, ...] -> [B, longest, ...], zeros in the padding."""
-        padded = ScatterRows.apply(packed, self.slots, self.batch_size * self.longest)
-        return padded.view(self.batch_size, self.longest, *packed.shape[1:])
-
-    def unpad(self, padded: Tensor) -> Tensor:
-        """[B, longest, ...] -> [T, ...]."""
-        return GatherRows.apply(padded.reshape(-1, *padded.shape[2:]), self.slots)
 
 
 class GatherRows(torch.autograd.Function):
