@@ -45,6 +45,7 @@ def initialize_distributed(config: Config) -> None:
     _choose_kernels(config)
     if torch.cuda.is_available():
         _choose_gpu()
+        _choose_stream(config)
     timeout = timedelta(minutes=config.training.distributed_timeout_minutes)
     joins = not dist.is_initialized() and is_launched()
     with _time_limit(timeout) if joins else contextlib.nullcontext():
@@ -70,6 +71,17 @@ def _choose_kernels(config: Config) -> None:
     if config.parallel.tensor_model_parallel_size > 1:
         # One queue to the GPU: an exchange starts before the product that is to hide it, in the order of the launches.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def _choose_stream(config: Config) -> None:
+    """Leave the default stream where a CUDA graph will be captured.
+
+    Autograd adds a gradient on the stream on which the weight was first used. A capture may depend on any stream but
+    the default one, and so a model must not have been built there.
+    """
+    if config.training.enable_cuda_graph and torch.cuda.current_stream() == torch.cuda.default_stream():
+        torch.cuda.synchronize()
+        torch.cuda.set_stream(torch.cuda.Stream())
 
 
 def _choose_gpu() -> None:

@@ -90,7 +90,7 @@ class MicroBatchGraph:
 def capture(body: Callable[[], None]) -> Callable[[], None]:
     """Record the work that `body` gives to the GPU, without doing it; what is returned does it."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads, such as NCCL's and the loader's, may go on as they like.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # On the stream of the model's gradients. Other threads, such as NCCL's and the loader's, may go on as they like.
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
         body()
     return graph.replay

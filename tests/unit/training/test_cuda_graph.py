@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.validate import validate
+from mor_megatron.distributed.initialize import _choose_stream
 from mor_megatron.recursion.routing import RoutingMethod
 from mor_megatron.training import cuda_graph
 from mor_megatron.training.train_step import train_step
@@ -144,3 +145,18 @@ def test_a_method_must_say_that_its_shapes_stand_still():
 def test_a_machine_without_cuda_is_refused():
     with pytest.raises(ValueError, match="enable-cuda-graph=True, but this machine has no CUDA"):
         cuda_graph.uses_cuda_graph(validate(read_config(GRAPH.split())))
+
+
+@pytest.mark.parametrize(("flags", "moved"), [(GRAPH, 1), (SIZES, 0)])
+def test_a_model_is_built_on_the_stream_on_which_it_is_captured(monkeypatch, flags, moved):
+    """On the default stream, which a capture must not depend on, autograd would add the gradients."""
+    streams = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1] if streams else "default")
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: "default")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "another")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    config = read_config(flags.split())
+    for _ in range(2):
+        _choose_stream(config)
+    assert streams == ["another"] * moved
