@@ -254,9 +254,7 @@ class CoreAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern) -> Tensor:
         """query [R, C, N, D], key and value [R', C', G, D] -> [R, C, N*D]."""
         frame = pattern.exact
-        query = frame.put(query)
-        if not pattern.keys_of_all:
-            key, value = frame.put(key), frame.put(value)
+        query, key, value = frame.inputs(query, key, value)
         query = query.permute(1, 2, 0, 3)  # [B, N, Q, D]
         if frame.mask is None:
             out = self._attend(query, key, value, None)

@@ -16,12 +16,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from inspect import signature
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mor_megatron.model.attention import AttentionPattern, CoreAttention
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 MASKED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """What takes any mask."""
@@ -55,11 +59,8 @@ class AttentionByShape(CoreAttention):
         elif pattern.active.ragged:
             attend = self._varlen if self.kernels.no_varlen is None else self._framed
         else:
-            attend = self._regular
+            return self._sdpa(query, key, value, None)
         return attend(query, key, value, pattern)
-
-    def _regular(self, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern) -> Tensor:
-        return self._sdpa(query, key, value, None)
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern) -> Tensor:
         packed = (x.squeeze(1) for x in (query, key, value))
@@ -68,18 +69,13 @@ class AttentionByShape(CoreAttention):
 
     def _flex(self, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern) -> Tensor:
         frame = pattern.compact
-        query = frame.put(query)
-        if not pattern.keys_of_all:
-            key, value = frame.put(key), frame.put(value)
-        out = flex(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), frame.block_mask, self.softmax_scale)
+        inputs = (x.permute(1, 2, 0, 3) for x in frame.inputs(query, key, value))
+        out = flex(*inputs, frame.block_mask, self.softmax_scale)
         return frame.take(out.permute(2, 0, 1, 3).flatten(2))
 
     def _framed(self, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern) -> Tensor:
         frame = pattern.spread if pattern.keys_of_all else pattern.compact
-        query = frame.put(query)
-        if not pattern.keys_of_all:
-            key, value = frame.put(key), frame.put(value)
-        return frame.take(self._sdpa(query, key, value, frame.mask))
+        return frame.take(self._sdpa(*frame.inputs(query, key, value), frame.mask))
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """query [Q, B, N, D], key and value [K, B, G, D], mask [B, 1, Q, K] -> [Q, B, N*D]."""
@@ -108,7 +104,7 @@ def varlen(
     )
 
 
-def flex(query: Tensor, key: Tensor, value: Tensor, block_mask, scale: float | None = None) -> Tensor:
+def flex(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float | None = None) -> Tensor:
     """Attention under a block mask: query [B, N, Q, D], key and value [B, G, K, D] -> [B, N, Q, D]."""
     grouped = key.shape[1] != query.shape[1]
     return _flex_attention()(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=grouped)

@@ -76,6 +76,12 @@ class Frame:
         frame = ScatterRows.apply(rows.flatten(0, 1), self._slots, self.length * active.batch_size)
         return frame.view(self.length, active.batch_size, *rows.shape[2:])
 
+    def inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of all three -> frames; keys and values of all tokens stay as they are, [S, B, G, D]."""
+        if self.keys_of_all:
+            return self.put(query), key, value
+        return self.put(query), self.put(key), self.put(value)
+
     def take(self, frame: Tensor) -> Tensor:
         """[length, B, W] -> rows [R, C, W]."""
         rows, columns = self.active.shape
