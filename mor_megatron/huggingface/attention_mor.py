@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mor_megatron.recursion.host import on_device
 from mor_megatron.recursion.plan import VirtualLayer
 
 from .cache_mor import MoRCache
@@ -66,7 +67,9 @@ class Visibility:
     @cached_property
     def window(self):
         """Stored rows that are seen: those of this recursion, or of recursion 0."""
-        return self.cache.window(0 if self.reads else self.recursion, self.rows.present, self.device)
+        # flash-attn has no plans, and knows no masks.
+        whole = self.device.type != "cpu" and not self.config._attn_implementation.startswith("flash")
+        return self.cache.window(0 if self.reads else self.recursion, self.rows.present, self.device, whole)
 
     @cached_property
     def is_single(self) -> bool:
@@ -86,17 +89,17 @@ class Visibility:
         if not self.past:
             if not self.reads or self.rows is self.all_rows:
                 return None
-            lengths = tuple(self.all_rows.lengths[b] for b in self.rows.present)
+            shown = max(self.all_rows.lengths[b] for b in self.rows.present)
         else:
-            lengths = self.window.lengths
-            if self.is_single and (self.in_turn or len(set(lengths)) == 1):
+            shown, lengths = self.window.shown, self.window.lengths
+            if self.is_single and (self.in_turn or set(lengths) == {shown}):
                 return None
         if self.reads:
             visible = self.rows.position + 1
         else:
-            visible = torch.tensor(self._before, device=self.device)[self.rows.sequence] + self.rows.offset + 1
+            visible = on_device(self._before, self.device)[self.rows.sequence] + self.rows.offset + 1
         visible = self.rows.pad(visible, fill=1)
-        return (torch.arange(max(lengths), device=self.device) < visible.unsqueeze(2)).unsqueeze(1)
+        return (torch.arange(shown, device=self.device) < visible.unsqueeze(2)).unsqueeze(1)
 
     @cached_property
     def function(self) -> Callable:
@@ -131,7 +134,7 @@ class Visibility:
 
     def _own_lengths(self) -> tuple[int, ...]:
         """Rows of this recursion that are stored already."""
-        if not self.past or self.reads:
+        if not self.past or not self.projects:
             return ()
         return self.cache.counts().get(self.recursion, (0,) * len(self.rows.lengths))
 
@@ -140,13 +143,13 @@ class Visibility:
         if len(self.rows.present) == len(self.all_rows.present):
             return padded
         columns = [self.all_rows.present.index(b) for b in self.rows.present]
-        return padded[columns, :, : max(self.all_rows.lengths[b] for b in self.rows.present)]
+        return padded[on_device(columns, self.device), :, : max(self.all_rows.lengths[b] for b in self.rows.present)]
 
     def _updated(self, seen: Pair, slot: int, own: Pair) -> Pair:
         """sharing_update: a copy in which the active rows are replaced; nothing is written back."""
         column, position = self.rows.column, self.rows.position
         if self.past:
-            source, *old = self.cache.replaced(self.recursion, self.rows.present, self.device)
+            source, *old = self.cache.replaced(self.recursion, self.rows.present, self._before, self.device)
             column, position = torch.cat([old[0], column]), torch.cat([old[1], position])
             own = tuple(torch.cat([b[source], new]) for b, new in zip(self.cache.buffers(slot), own, strict=True))
         heads, width = seen[0].shape[1:3]

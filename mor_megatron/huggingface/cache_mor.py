@@ -17,11 +17,16 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from mor_megatron.recursion.host import OnHost, on_device
+
 from .configuration_mor import MoRConfig
 from .rows_mor import Rows
 
 CHUNK = 32
 """Spare rows that a segment gets when it must grow. More are moved more rarely, and wait longer to be used."""
+STEP = 256
+"""On an accelerator, a segment has a multiple of this many rows, and attention is shown all of them under a mask: its
+kernels plan anew for every new shape."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,12 @@ class Segments:
 
     def places(self, sequence: Tensor, at: Tensor) -> Tensor:
         """Where the heads of the at-th row of a sequence lie: both [...] -> [..., G]."""
-        starts, rooms = torch.tensor([self.starts, self.rooms], device=at.device)[:, sequence].unsqueeze(-1)
+        starts, rooms = on_device([self.starts, self.rooms], at.device)[:, sequence].unsqueeze(-1)
         return starts * self.heads + rooms * torch.arange(self.heads, device=at.device) + at.unsqueeze(-1)
 
     def filled(self, device: torch.device) -> Tensor:
         """Where all rows in use lie, sequence after sequence, [sum of lengths, G]."""
-        counts = torch.tensor(self.lengths, device=device)
+        counts = on_device(self.lengths, device)
         total = sum(self.lengths)
         sequence = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=total)
         return self.places(sequence, torch.arange(total, device=device) - (counts.cumsum(0) - counts)[sequence])
@@ -85,6 +90,13 @@ class Window:
     segments: Segments
     sequences: tuple[int, ...]
     device: torch.device
+    whole: bool = False
+    """Show spare rows as well."""
+
+    @cached_property
+    def shown(self) -> int:
+        """Rows that are shown of each sequence."""
+        return max(self.segments.rooms[b] for b in self.sequences) if self.whole else max(self.lengths)
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -99,16 +111,16 @@ class Window:
 
     @cached_property
     def index(self) -> Tensor:
-        """[sequences, G, longest] places in the buffer; past the end of a sequence stands its last row again."""
-        last = torch.tensor(self.lengths, device=self.device).sub(1).clamp(min=0).unsqueeze(1)
-        at = torch.minimum(torch.arange(max(self.lengths), device=self.device), last)
-        sequence = torch.tensor(self.sequences, device=self.device).unsqueeze(1).expand_as(at)
+        """[sequences, G, shown] places in the buffer; past the end of a sequence stands its last row again."""
+        last = on_device(self.lengths, self.device).sub(1).clamp(min=0).unsqueeze(1)
+        at = torch.minimum(torch.arange(self.shown, device=self.device), last)
+        sequence = on_device(self.sequences, self.device).unsqueeze(1).expand_as(at)
         return self.segments.places(sequence, at).transpose(1, 2)
 
     def read(self, buffer: Tensor) -> Tensor:
-        """[rows * G, D] -> [sequences, G, longest, D], right-padded; copied unless they are even."""
+        """[rows * G, D] -> [sequences, G, shown, D], right-padded; copied unless they are even."""
         if self.is_even:
-            return self._shaped(buffer, len(self.sequences))[:, :, : self.lengths[0]]
+            return self._shaped(buffer, len(self.sequences))[:, :, : self.shown]
         return buffer[self.index]
 
     def each(self, buffer: Tensor) -> list[Tensor]:
@@ -140,8 +152,23 @@ class MoRCache(Cache):
         """[B, columns] int8: recursions that each token passed, -1 for padding."""
         self.lengths: tuple[int, ...] = ()
         """Real tokens of each sequence."""
-        self._segments: dict[int | None, Segments] = {}
+        self.new_are_real = False
+        """No padding is among the tokens to come: `generate` appends them."""
+        self._layouts: dict[int | None, Segments] = {}
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._assumed: dict[int, tuple[int, ...]] = {}
+        self._passed: OnHost | None = None
+
+    @property
+    def _segments(self) -> dict[int | None, Segments]:
+        """Segments of each recursion. A row that was stored before it was known to be active is counted now, if it
+        was."""
+        if self._passed is not None:
+            for group, before in self._assumed.items():
+                lengths = tuple(n + (depth > group) for n, depth in zip(before, self._passed.values, strict=True))
+                self._layouts[group] = replace(self._layouts[group], lengths=lengths)
+            self._assumed, self._passed = {}, None
+        return self._layouts
 
     @property
     def is_empty(self) -> bool:
@@ -166,20 +193,24 @@ class MoRCache(Cache):
         nothing = (0,) * len(rows.lengths)
         old = self._segments.get(group, Segments(nothing, nothing, self.heads))
         lengths = tuple(a + b for a, b in zip(old.lengths, rows.lengths, strict=True))
+        device = rows.sequence.device
+        if rows.live is not None:
+            self._assumed[group] = old.lengths
         if any(length > room for length, room in zip(lengths, old.rooms, strict=True)):
-            self._move(group, old, range(len(lengths)), tuple(length + CHUNK for length in lengths))
+            self._move(group, old, range(len(lengths)), tuple(_room(length, device) for length in lengths))
             old = self._segments[group]
         self._segments[group] = replace(old, lengths=lengths)
         if len(set(old.rooms)) == len(set(old.lengths)) == len(set(rows.lengths)) == 1:
             return Places(None, len(lengths), old.lengths[0])
-        at = torch.tensor(old.lengths, device=rows.sequence.device)[rows.sequence] + rows.offset
+        at = on_device(old.lengths, device)[rows.sequence] + rows.offset
         return Places(old.places(rows.sequence, at), len(lengths), 0)
 
     def write(self, slot: int, places: Places, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [T, G, D] of one position of the network."""
         if slot not in self._buffers:
             total = self._segments[self.plan.layers[slot].recursion].total
-            self._buffers[slot] = tuple(x.new_empty(total * self.heads, x.shape[-1]) for x in (keys, values))
+            # Zeros: what is shown of spare rows has weight 0, which no number undoes, and NaN would.
+            self._buffers[slot] = tuple(x.new_zeros(total * self.heads, x.shape[-1]) for x in (keys, values))
         for buffer, new in zip(self._buffers[slot], (keys, values), strict=True):
             places.write(buffer, new.detach())
 
@@ -187,27 +218,35 @@ class MoRCache(Cache):
         """Keys and values of one position of the network, each [rows * G, D]."""
         return self._buffers[slot]
 
-    def window(self, group: int | None, sequences: tuple[int, ...], device: torch.device) -> Window:
+    def window(
+        self, group: int | None, sequences: tuple[int, ...], device: torch.device, whole: bool = False
+    ) -> Window:
         """The rows of some sequences in the layers of a recursion."""
-        return Window(self._segments[group], sequences, device)
+        return Window(self._segments[group], sequences, device, whole)
 
-    def replaced(self, group: int, sequences: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def replaced(
+        self, group: int, sequences: tuple[int, ...], before: tuple[int, ...], device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """sharing_update: where rows of a recursion, stored before this call, stand among all tokens.
 
+        Args:
+            before: how many there were of each sequence of the batch.
         Returns:
             Places in the recursion's buffers [n, G]; of each row, which of `sequences` and which position, both [n].
         """
-        depths = self.depths[list(sequences)]
-        column, at = (depths > group).nonzero(as_tuple=True)
+        depths = self.depths
+        if len(sequences) < len(depths):
+            depths = depths.index_select(0, on_device(sequences, device))
+        lengths = tuple(n if b in sequences else 0 for b, n in enumerate(before))
+        column, at = torch.nonzero_static(depths > group, size=sum(lengths)).unbind(1)
         positions = (depths >= 0).cumsum(1) - 1
-        before = [0] * len(self.lengths)
-        for b, n in zip(sequences, (depths > group).sum(1).tolist(), strict=True):
-            before[b] = n
-        places = replace(self._segments[group], lengths=tuple(before)).filled(device)
+        places = replace(self._segments[group], lengths=lengths).filled(device)
         return places, column, positions[column, at]
 
     def commit(self, depths: Tensor, lengths: tuple[int, ...]) -> None:
         """End of a call: how deep its columns went [B, S] int8, and how many real tokens each sequence got."""
+        if self._assumed:  # in a call of one column
+            self._passed = OnHost(depths[:, 0])
         if self.depths is None:
             self.depths, self.lengths = depths, lengths
         else:
@@ -243,7 +282,7 @@ class MoRCache(Cache):
         order = indices.tolist()
         for group, segments in list(self._segments.items()):
             self._move(group, segments, order, tuple(segments.rooms[b] for b in order))
-        self.depths = self.depths[order]
+        self.depths = self.depths.index_select(0, indices.to(self.depths.device))
         self.lengths = tuple(self.lengths[b] for b in order)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -253,12 +292,15 @@ class MoRCache(Cache):
             tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
         if tokens_to_remove == 0 or self.depths is None:
             return
-        gone = self.depths[:, tokens_to_remove:]
+        gone = self.depths[:, tokens_to_remove:].tolist()
+
+        def left(lengths: tuple[int, ...], least: int) -> tuple[int, ...]:
+            return tuple(n - sum(depth >= least for depth in row) for n, row in zip(lengths, gone, strict=True))
+
         for group, segments in self._segments.items():
-            removed = (gone > (-1 if group is None else group)).sum(1).tolist()
-            lengths = tuple(a - b for a, b in zip(segments.lengths, removed, strict=True))
+            lengths = left(segments.lengths, 0 if group is None else group + 1)
             self._segments[group] = replace(segments, lengths=lengths)
-        self.lengths = tuple(a - b for a, b in zip(self.lengths, (gone >= 0).sum(1).tolist(), strict=True))
+        self.lengths = left(self.lengths, 0)
         self.depths = self.depths[:, :tokens_to_remove]
         if self.depths.shape[1] == 0:
             self.reset()
@@ -283,18 +325,24 @@ class MoRCache(Cache):
         if not slots:
             return
         device = self._buffers[slots[0]][0].device
-        counts = torch.tensor(new.lengths, device=device)
+        counts = on_device(new.lengths, device)
         total = sum(new.lengths)
-        sequence = torch.tensor(list(order), device=device).repeat_interleave(counts, output_size=total)
-        at = torch.arange(total, device=device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        sequence = on_device(list(order), device).repeat_interleave(counts, output_size=total)
+        starts = (counts.cumsum(0) - counts).repeat_interleave(counts, output_size=total)
+        at = torch.arange(total, device=device) - starts
         source, target = old.places(sequence, at).flatten(), new.filled(device).flatten()
         for slot in slots:
             self._buffers[slot] = tuple(
-                buffer.new_empty(new.total * self.heads, buffer.shape[-1]).index_copy_(
+                buffer.new_zeros(new.total * self.heads, buffer.shape[-1]).index_copy_(
                     0, target.to(buffer.device), buffer[source.to(buffer.device)]
                 )
                 for buffer in self._buffers[slot]
             )
+
+
+def _room(length: int, device: torch.device) -> int:
+    """Rows of a segment that is to take `length` of them and more."""
+    return length + CHUNK if device.type == "cpu" else (length // STEP + 1) * STEP
 
 
 __all__ = ["MoRCache"]

@@ -47,15 +47,15 @@ class Columns:
             ValueError: these do not fit each other.
         """
         batch, columns = shape
-        real = _real_columns(attention_mask, batch, columns)
+        real, lengths = _real_columns(attention_mask, batch, columns)
         past = cache.lengths if cache is not None and not cache.is_empty else (0,) * batch
         if len(past) != batch:
             raise ValueError(f"cache holds {len(past)} sequences and input_ids {batch}: give both the same")
         if real is None:
-            index, lengths = None, (columns,) * batch
+            index = None
             sequence = torch.arange(batch, device=device).repeat_interleave(columns)
         else:
-            index, lengths = real.flatten().nonzero().squeeze(1), tuple(real.sum(1).tolist())
+            index = torch.nonzero_static(real.flatten(), size=sum(lengths)).squeeze(1)
             sequence = index // columns
         rows = Rows.of(sequence, past, lengths)
         if position_ids is not None:
@@ -107,19 +107,19 @@ def predictable(labels: Tensor, real: Tensor, position_ids: Tensor | None) -> Te
     return labels.masked_fill(begins | ~real, -100)
 
 
-def _real_columns(attention_mask: Tensor | None, batch: int, columns: int) -> Tensor | None:
+def _real_columns(attention_mask: Tensor | None, batch: int, columns: int) -> tuple[Tensor | None, tuple[int, ...]]:
+    """Which of the new columns are no padding, None if all are; and how many of each sequence."""
     if attention_mask is None:
-        return None
+        return None, (columns,) * batch
     if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < columns:
         raise ValueError(
             f"attention_mask is {list(attention_mask.shape)}: give [{batch}, {columns} or more], 0 at padding"
         )
     real = attention_mask[:, -columns:].bool()
-    if bool(real.all()):
-        return None
-    if not bool(real.any()):
+    lengths = tuple(real.sum(1).tolist())
+    if not any(lengths):
         raise ValueError("attention_mask has no real token among the new columns: give at least one")
-    return real
+    return (None if min(lengths) == columns else real), lengths
 
 
 def _bounded(rows: Rows, positions: Tensor, past: int) -> Rows:

@@ -308,6 +308,9 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids: Tensor, *arguments, **kwargs) -> dict:
         """Called by `generate` before each step; it also holds what only its stopping criteria read."""
         inputs = super().prepare_inputs_for_generation(input_ids, *arguments, **kwargs)
+        cache = inputs.get(CACHE)
+        if isinstance(cache, MoRCache) and cache.new_are_real:
+            inputs["attention_mask"] = None  # it says so, and the host would wait to read it
         return {name: value for name, value in inputs.items() if name not in ("tokenizer", "cache_position")}
 
     def _prepare_position_ids_for_generation(self, *arguments) -> None:
@@ -320,12 +323,15 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             raise ValueError(f"cache_implementation={kind} cannot hold ragged keys and values: leave it out")
         if generation_config.use_cache and model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = MoRCache(self.config)
+        if model_kwargs.get(CACHE) is not None:
+            model_kwargs[CACHE].new_are_real = False  # there may be padding in the prompt
 
     def _update_model_kwargs_for_generation(self, outputs: MoRHeadOutput, model_kwargs: dict, *rest, **options) -> dict:
         """Called by `generate` after each step."""
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *rest, **options)
         if outputs.cache is not None:
             model_kwargs[CACHE] = outputs.cache
+            outputs.cache.new_are_real = True
         return model_kwargs
 
 

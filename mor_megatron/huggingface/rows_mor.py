@@ -1,13 +1,17 @@
 """Tokens as packed rows: the form in which every layer of the model sees them.
 
 The real tokens of a batch lie one after the other, sequence after sequence, [T, ...]. Padding is nowhere among them:
-it costs nothing, is never routed, and is never stored. This file travels with an exported model.
+it costs nothing, is never routed, and is never stored.
+
+On an accelerator, decoding a batch does not ask which rows go on. All of them do, and what was computed for those that
+do not is dropped (`Rows.live`): the pass costs the same, for few rows read as many weights as many. This file travels
+with an exported model.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -32,6 +36,8 @@ class Rows:
     """[T] places among all rows of the call, ascending; None: these are all."""
     of_call: tuple[int, ...] | None = None
     """Rows of each sequence in the call, where these are not all."""
+    live: Tensor | None = None
+    """[T] bool: which of these rows are active; None: all. Others are computed, and never put back."""
 
     @classmethod
     def of(cls, sequence: Tensor, past: tuple[int, ...], lengths: tuple[int, ...]) -> Rows:
@@ -69,6 +75,8 @@ class Rows:
 
     def put(self, values: Tensor, own: Tensor) -> Tensor:
         """All rows of the call, with these [T, ...] in their places."""
+        if self.live is not None:
+            own = torch.where(self.live.view(-1, *(1,) * (own.ndim - 1)), own, self.take(values))
         return own if self.index is None else values.index_copy(0, self.index, own)
 
     @cached_property
@@ -91,6 +99,12 @@ class Rows:
             return self.sequence
         rank = [sum(length > 0 for length in self.lengths[:b]) for b in range(len(self.lengths))]
         return on_device(rank, self.sequence.device)[self.sequence]
+
+    @cached_property
+    def stays_whole(self) -> bool:
+        """Whether it is cheaper to compute all of these rows than to wait for which are active. One sequence alone is
+        waited for, for no pass needs to run once it has left."""
+        return self.sequence.device.type != "cpu" and self.longest == 1 and len(self) > 1
 
     @cached_property
     def longest(self) -> int:
@@ -162,9 +176,12 @@ class PackedRows:
         self, active: Rows, mask: Tensor, lengths: tuple[int, ...] | None = None, regular: bool = False
     ) -> tuple[Rows, Tensor | None]:
         """The rows where `mask` is true, and their places; None for these: all of them. Without `lengths`, the host
-        waits for them."""
+        waits for them, or all rows stay."""
+        if lengths is None and active.stays_whole:
+            return replace(active, live=mask if active.live is None else active.live & mask), None
         if lengths is None:
-            lengths = tuple(self.counts(mask.long(), active, 2)[:, 1].tolist())
+            kept_rows = active.sequence.new_zeros(len(active.lengths)).index_add_(0, active.sequence, mask.long())
+            lengths = tuple(kept_rows.tolist())
         if sum(lengths) == len(active):
             return active, None
         index = torch.nonzero_static(mask, size=sum(lengths)).squeeze(1)
@@ -184,10 +201,8 @@ class PackedRows:
 
     def mask(self, active: Rows) -> Tensor:
         """True at the active rows, for all rows of the call, [T]."""
-        if active.index is None:
-            return torch.ones_like(active.sequence, dtype=torch.bool)
-        everywhere = active.index.new_zeros(sum(active.of_call), dtype=torch.bool)
-        return everywhere.index_fill(0, active.index, True)
+        everywhere = active.sequence.new_zeros(sum(active.of_call or active.lengths), dtype=torch.bool)
+        return active.put(everywhere, torch.ones_like(active.sequence, dtype=torch.bool))
 
     def means(self, values: Tensor, active: Rows, per_sequence: bool) -> Tensor:
         """Mean of [T, W] over the rows of each present sequence, or over all."""

@@ -40,11 +40,12 @@ class _Stream(BaseStreamer):
 
     def flush(self) -> None:
         """Pass on the tokens that are in the cache."""
-        known = self.cache.get_seq_length()
-        while self.waiting and self.shown < known:
-            token, generated = self.waiting.pop(0)
-            self.show(Token(token, int(self.cache.depths[0, self.shown]), generated))
-            self.shown += 1
+        count = min(len(self.waiting), self.cache.get_seq_length() - self.shown)
+        if count > 0:
+            depths = self.cache.depths[0, self.shown : self.shown + count].tolist()
+            for (token, generated), depth in zip(self.waiting[:count], depths, strict=True):
+                self.show(Token(token, depth, generated))
+            self.waiting, self.shown = self.waiting[count:], self.shown + count
 
 
 @torch.no_grad()
