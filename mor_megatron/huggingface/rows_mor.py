@@ -3,9 +3,9 @@
 The real tokens of a batch lie one after the other, sequence after sequence, [T, ...]. Padding is nowhere among them:
 it costs nothing, is never routed, and is never stored.
 
-On an accelerator, decoding a batch does not ask which rows go on. All of them do, and what was computed for those that
-do not is dropped (`Rows.live`): the pass costs the same, for few rows read as many weights as many. This file travels
-with an exported model.
+Where an accelerator decodes a batch, the host does not wait to know which rows go on. All do, and what is computed for
+those that have left is dropped (`Rows.live`): a pass over few rows reads as many weights as one over more. This file
+travels with an exported model.
 """
 
 from __future__ import annotations

@@ -185,8 +185,9 @@ class _Forward:
         routing = [self.loss_sum.new_zeros(())] * len(names)
         if has_routing:
             routing = [torch.stack([c.metrics[name] for c in self.contexts]).double().mean() for name in names]
-        flags = [healthy and bool(torch.isfinite(self.loss_sum)), has_loss, has_routing]
-        mine = torch.stack([*(self.loss_sum.new_tensor(float(flag)) for flag in flags), self.loss_sum, *routing])
+        is_healthy = (self.loss_sum.isfinite() & healthy).to(self.loss_sum)
+        has = (self.loss_sum.new_full((), float(flag)) for flag in (has_loss, has_routing))
+        mine = torch.stack([is_healthy, *has, self.loss_sum, *routing])
         ranks = [_RankResult(*row[:4], routing=row[4:]) for row in gather_values(mine, dist.group.WORLD)]
         means = torch.tensor([rank.routing for rank in ranks if rank.has_routing], dtype=torch.float64).mean(0)
         return StepReport(
@@ -220,8 +221,9 @@ def masked_sum(losses: Tensor, batch: Batch) -> Tensor:
 
 def count_tokens(batch: Batch) -> Tensor:
     """Tokens of a micro-batch that count in the loss, 0-d fp64."""
-    counted = batch.tokens.numel() if batch.loss_mask is None else batch.loss_mask.sum(dtype=torch.float64)
-    return torch.as_tensor(counted, dtype=torch.float64, device=batch.tokens.device)
+    if batch.loss_mask is not None:
+        return batch.loss_mask.sum(dtype=torch.float64)
+    return torch.full((), batch.tokens.numel(), dtype=torch.float64, device=batch.tokens.device)
 
 
 def gather_values(values: Tensor, group: dist.ProcessGroup) -> list[list[float]]:
