@@ -157,7 +157,7 @@ def _serve(rank: int, connection: Connection, directory: str) -> None:
             # Tensors go as plain bytes: shared memory would tie them to this process's life.
             connection.send_bytes(pickle.dumps(answer))
             del answer
-            gc.collect()  # engines are cycles, and their hooks and buffers would outlive the job
+            release_engines()
 
 
 def form_world(rank: int, world_size: int, store: str) -> None:
@@ -173,7 +173,6 @@ def form_world(rank: int, world_size: int, store: str) -> None:
     Init.param_id = 0
     DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
     if dist.is_initialized():
-        release_engines()
         parallel_state.destroy_model_parallel()
         if deepspeed.comm.comm.cdb is None:  # no engine was built
             dist.destroy_process_group()
@@ -192,7 +191,8 @@ def form_world(rank: int, world_size: int, store: str) -> None:
 def release_engines() -> None:
     """Let go of DeepSpeed's engines, which their hooks on gradient accumulators keep alive for ever.
 
-    With them live their process groups, and each of gloo's has threads that wake a hundred times a second.
+    With them live their process groups, and each of gloo's has threads that wake a hundred times a second; and each
+    further engine collects garbage several times, among all objects of those before.
     """
     import deepspeed
 

@@ -69,7 +69,7 @@ def _settings(config: Config) -> Iterator[tuple[Field, Change, Any]]:
     for section in fields(config):
         part = getattr(config, section.name)
         for entry in fields(part):
-            if is_read(config, entry.name):
+            if is_read(config, section.name, entry):
                 yield entry, rule_of(entry).change or section.metadata[CHANGE], getattr(part, entry.name)
 
 

@@ -13,11 +13,9 @@ from mor_megatron.recursion.setting import rule_of
 logger = logging.getLogger(__name__)
 
 
-def is_read(config: Config, name: str) -> bool:
-    """Whether this configuration reads a field."""
-    return all(
-        _condition(config, section, entry) is None for section, entry, _ in config.settings() if entry.name == name
-    )
+def is_read(config: Config, section: str, entry: Field) -> bool:
+    """Whether this configuration reads a field of one of its sections."""
+    return _condition(config, section, entry) is None
 
 
 def warn_of_unread(config: Config) -> None:

@@ -26,7 +26,8 @@ def test_quickstart_ends_with_a_table_of_what_the_runs_reported(tmp_path, monkey
         assert status == 0, output
 
     monkeypatch.setattr(quickstart, "run", run)
-    flags = "--train-iters 6 --lr-warmup-iters 1 --eval-interval 3 --eval-iters 1 --hidden-size 32"
+    size = "--hidden-size 32 --seq-length 64 --micro-batch-size 4 --global-batch-size 4"
+    flags = f"--train-iters 6 --lr-warmup-iters 1 --eval-interval 3 --eval-iters 1 {size}"
     quickstart.main(["--output", str(tmp_path), "--sources", "cpython", "--flags", *flags.split()])
     printed = capsys.readouterr().out
     rows = dict(re.findall(r"^(.*?)  +(\S+ +\S+)$", printed.partition("== Compare")[2], re.MULTILINE))

@@ -120,9 +120,9 @@ def test_only_settings_that_are_read_count() -> None:
 def test_a_new_field_of_the_model_decides_its_function_unless_it_says_otherwise() -> None:
     shape = model_shape(validate(BASE))
     assert shape["vocab-size"] == 64
-    for section in (ModelConfig, RecursionConfig):
-        for entry in fields(section):
-            if rule_of(entry).change is None and is_read(BASE, entry.name):
+    for section in ("model", "recursion"):
+        for entry in fields(getattr(BASE, section)):
+            if rule_of(entry).change is None and is_read(BASE, section, entry):
                 assert entry.name.replace("_", "-") in shape
     assert "lr" not in shape
 

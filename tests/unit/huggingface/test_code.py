@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked_ranks import run_program
 from models import VOCAB
 from pairs import pair
 
@@ -43,14 +42,17 @@ def test_a_saved_model_needs_no_package_of_ours(tmp_path: Path):
     export.save_pretrained(tmp_path / "model")
     program = f"""
 import sys
-sys.modules["mor_megatron"] = None
+names = {{name for name in sys.modules if name.partition(".")[0] == "mor_megatron"}}
+sys.modules.update(dict.fromkeys(names | {{"mor_megatron"}}))
 import torch, transformers
 model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
 model.save_pretrained({str(tmp_path / "again")!r})
 print(model(torch.arange({VOCAB})[None]).logits.sum().item())
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert float(done.stdout.split()[-1]) != 0.0
+    (tmp_path / "program.py").write_text(program)
+    status, output = run_program(tmp_path / "program.py", [], tmp_path)
+    assert status == 0, output
+    assert float(output.split()[-1]) != 0.0
     first, again = ({p.name: p.read_text() for p in (tmp_path / d).glob("*.py")} for d in ("model", "again"))
     assert again == first, "what was loaded from an export is saved with its code"
 
