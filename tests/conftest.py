@@ -10,6 +10,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from one_event_loop import share_event_loop
 from worker_pool import WorkerPool
 
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # compiling costs more than any test runs
@@ -22,6 +23,7 @@ def process_group():
     from mor_megatron.config.schema import Config
     from mor_megatron.distributed.initialize import initialize_distributed
 
+    share_event_loop()
     initialize_distributed(Config())
 
 

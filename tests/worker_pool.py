@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from forkserver import fork_context
+from one_event_loop import share_event_loop
 
 TIMEOUT = 120.0
 """Seconds until a job counts as hung; the longest takes a few."""
@@ -138,6 +139,7 @@ def _serve(rank: int, connection: Connection, directory: str) -> None:
     import torch
 
     torch.set_num_threads(1)
+    share_event_loop()
     os.environ.update(LOCAL_RANK=str(rank))
     formed = 0
     with _stack_file(directory, rank).open("w") as stack:
