@@ -22,7 +22,7 @@ import statistics
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from parallel_jobs import CLOCK, FOOTPRINT, Layout, Settings, run_ranks
+from parallel_jobs import CLOCK, FOOTPRINT, Layout, Settings, perform, run_ranks
 from schedule_clock import Event, idle_shares, iterations, overruns
 
 LAYOUTS = [
@@ -64,7 +64,7 @@ def measure_footprints(layouts: list[Layout], settings: Settings) -> list[dict]:
     """One row per layout, with lists by rank."""
     rows = []
     for layout in layouts:
-        ranks = run_ranks(FOOTPRINT, layout, settings)
+        ranks = run_ranks(layout.world_size, perform, FOOTPRINT, layout, settings)
         row = {key: [rank[key] for rank in ranks] for key in ranks[0]}
         row["loss"] = row["loss"][0]
         rows.append({"layout": layout.name, **row})
@@ -74,7 +74,7 @@ def measure_footprints(layouts: list[Layout], settings: Settings) -> list[dict]:
 
 def measure_bubble(layout: Layout, settings: Settings) -> tuple[Bubble, list[list[Event]]]:
     """Idle shares of a pipeline, and its events, one list per iteration."""
-    runs = recorded_iterations(run_ranks(CLOCK, layout, settings))
+    runs = recorded_iterations(run_ranks(layout.world_size, perform, CLOCK, layout, settings))
     fitted = [run for run in runs if overruns(run, *settings.clock_seconds(layout)) == 0]
     shares = [idle_shares(run) for run in fitted or runs]
     chunks = 1 if layout.tied else settings.num_recursions

@@ -9,12 +9,12 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -134,9 +134,11 @@ class Settings:
         )
 
 
-def run_ranks(job: str, layout: Layout, settings: Settings) -> list[dict]:
-    """Run a job in new processes, and return what each rank reports, in rank order.
+def run_ranks(world_size: int, work: Callable[..., dict], *arguments: Any) -> list[dict]:
+    """Run `work(*arguments)` in new processes with a process group, and return what each rank reports, in rank order.
 
+    Args:
+        work: a function of a module; its report consists of JSON types.
     Raises:
         torch.multiprocessing.ProcessRaisedException: a rank failed; the others are stopped.
     """
@@ -150,16 +152,16 @@ def run_ranks(job: str, layout: Layout, settings: Settings) -> list[dict]:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        mp.spawn(_rank, (job, layout, settings, directory), nprocs=layout.world_size)
-        files = [Path(directory) / f"{rank}.json" for rank in range(layout.world_size)]
+        mp.spawn(_rank, (world_size, directory, work, arguments), nprocs=world_size)
+        files = [Path(directory) / f"{rank}.json" for rank in range(world_size)]
         return [json.loads(file.read_text()) for file in files]
 
 
-def _rank(rank: int, job: str, layout: Layout, settings: Settings, directory: str) -> None:
+def _rank(rank: int, world_size: int, directory: str, work: Callable[..., dict], arguments: tuple) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(layout.world_size)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     dist.init_process_group("gloo", timeout=TIMEOUT)
-    report = perform(job, layout, settings)
+    report = work(*arguments)
     (Path(directory) / f"{rank}.json").write_text(json.dumps(report))
     dist.barrier()
     dist.destroy_process_group()

@@ -40,10 +40,14 @@ class Activations:
     """Final norm, head and loss; 0 but on the last stage."""
 
 
-def activations(config: Config, pipeline: PipelinePlan, stage: int) -> Activations:
-    """What a micro-batch keeps on each rank of a pipeline stage, with the planned number of tokens a recursion."""
-    rows = _Rows(config)
-    tokens = config.training.micro_batch_size * config.data.seq_length
+def activations(config: Config, pipeline: PipelinePlan, stage: int, cuda: bool) -> Activations:
+    """What a micro-batch keeps on each rank of a pipeline stage, with the planned number of tokens a recursion.
+
+    Args:
+        cuda: whether the rank has a CUDA device; without one, attention to shared keys keeps its mask.
+    """
+    rows = _Rows(config, cuda)
+    tokens = rows.tokens
     fractions, count = planned_fractions(config), config.recursion.num_recursions
     uses: list[Uses] = [[] for _ in range(count)]
     # Without routing, recomputation takes all recursions of a rank as one pass.
@@ -74,8 +78,10 @@ def _recomputes(config: Config) -> str | None:
 class _Rows:
     """Bytes a row on one tensor-parallel rank, by the table above."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, cuda: bool):
         self.config, self.plan, self.training = config, config.plan, config.training
+        self.tokens = self.training.micro_batch_size * config.data.seq_length
+        self.masks = not cuda
         widths, parallel = Widths.of(config), config.parallel
         tp = parallel.tensor_model_parallel_size
         cut = tp if parallel.sequence_parallel else 1
@@ -95,15 +101,25 @@ class _Rows:
         """All of one use."""
         own_keys = 0 if skips_keys(self.plan, layer) else self.keys
         attention = 2 * self.queries + own_keys + self.softmax
-        return rows * (4 * self.stream + self.norms + attention + 3 * self.ffn)
+        replaced = 0.0  # keys of all tokens, in which the layer has put its own
+        if layer.kv_source != layer.index and rows < self.tokens:
+            attention += self.queries if self.masks else 0  # computed in blocks of rows, then put together
+            replaced = self.tokens * self.keys if self.plan.kv_mode == "sharing_update" else 0.0
+        return rows * (4 * self.stream + self.norms + attention + 3 * self.ffn) + replaced
 
     def kept(self, uses: Uses) -> float:
         """What the uses of a recursion keep, as `recompute_granularity` has it."""
+        mask = self.mask(uses)
         if _recomputes(self.config) is None:
             forgotten = self.softmax if self.training.recompute_granularity == "selective" else 0
-            return sum(self.whole(layer, rows) - forgotten * rows for layer, rows in uses)
+            return mask + sum(self.whole(layer, rows) - forgotten * rows for layer, rows in uses)
         stored = sum(rows * self.keys for layer, rows in uses if self.shares and layer.recursion == 0)
-        return stored + sum(self.stream * region[0][1] for region in self._regions(uses))
+        return mask + stored + sum(self.stream * region[0][1] for region in self._regions(uses))
+
+    def mask(self, uses: Uses) -> float:
+        """Which of all keys each row sees, once a pass; a GPU's kernels take ranges instead."""
+        rows = [rows for layer, rows in uses if layer.kv_source != layer.index and rows < self.tokens]
+        return rows[0] * self.config.data.seq_length * self.number if rows and self.masks else 0.0
 
     def working(self, uses: Uses) -> float:
         """The most that the backward pass of a recursion adds, which is in its largest region."""

@@ -70,7 +70,7 @@ def listing(found: list[Candidate], world_size: int, machine: Machine, count: in
         "GB are those of the fullest rank, and those that one rank sends in an iteration. Times are estimates.",
         *_table([HEAD, *(_row(number, one, machine) for number, one in enumerate(worthwhile(fitting)[:count], 1))]),
         "",
-        *_details(fitting[0]),
+        *_details(fitting[0], machine),
     ]
     return "\n".join(lines)
 
@@ -114,13 +114,13 @@ def _recompute(config: Config) -> str:
     return training.recompute_unit if granularity == "full" else granularity or "none"
 
 
-def _details(one: Candidate) -> list[str]:
+def _details(one: Candidate, machine: Machine) -> list[str]:
     """Flags to paste, and what a micro-batch leaves on the first stage by recursion, however it is recomputed."""
     config, pipeline = one.config, pipeline_plan(one.config)
     count = config.recursion.num_recursions
     rows = [("recompute", *(f"recursion {r}" for r in range(count)), "most at once")]
     for choice in RECOMPUTATION:
-        other = activations(replace(config, training=replace(config.training, **choice)), pipeline, 0)
+        other = activations(replace(config, training=replace(config.training, **choice)), pipeline, 0, machine.is_cuda)
         name = _recompute(replace(config, training=replace(config.training, **choice)))
         rows.append((name, *(_gb(size) for size in other.kept), _gb(max(other.working))))
     time = one.time

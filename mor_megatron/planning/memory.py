@@ -124,7 +124,7 @@ def rank_memory(config: Config, pipeline: PipelinePlan, stage: int, world_size: 
         ValueError: too few micro-batches for a ring.
     """
     parameters = rank_parameters(config, pipeline, stage)
-    own = activations(config, pipeline, stage)
+    own = activations(config, pipeline, stage, cuda)
     vocabulary = _vocabulary_bytes(config)
     is_ring, last = pipeline.num_chunks > 1, pipeline.num_stages - 1
     pending = _pending(config, pipeline, stage, vocabulary)
@@ -182,7 +182,6 @@ def _buckets(config: Config, cuda: bool) -> float:
     training = config.training
     if training.zero_stage == 0 or (training.bf16 and training.zero_stage == 1 and not training.optimizer_cpu_offload):
         return 0.0
-    settings = deepspeed_settings(config, cuda)["zero_optimization"]
-    size = settings.get("reduce_bucket_size", 500_000_000)
+    size = deepspeed_settings(config, cuda)["zero_optimization"]["reduce_bucket_size"]
     is_double = training.zero_stage < 3 and overlaps_reduction(config, cuda)
     return 4.0 * size * (2 if is_double else 1)

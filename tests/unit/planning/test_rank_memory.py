@@ -24,7 +24,7 @@ def config_of(flags: str, ranks: int = 1) -> Config:
 
 def kept(flags: str, ranks: int = 1, stage: int = 0) -> tuple[float, ...]:
     config = config_of(flags, ranks)
-    return activations(config, pipeline_plan(config), stage).kept
+    return activations(config, pipeline_plan(config), stage, cuda=True).kept
 
 
 def test_a_layer_by_hand():
@@ -69,7 +69,7 @@ def test_more_stages_ahead_keep_more_micro_batches():
     flags = "--pipeline-model-parallel-size 4 --global-batch-size 64 --micro-batch-size 2"
     config = config_of(f"{flags} --num-layers 4", 4)
     pipeline = pipeline_plan(config)
-    layer = activations(config, pipeline, 0).kept[0]
+    layer = activations(config, pipeline, 0, cuda=True).kept[0]
     held = [rank_memory(config, pipeline, stage, 4, cuda=False).activations for stage in range(3)]
     assert held == [4 * layer, 3 * layer, 2 * layer]
 
