@@ -26,7 +26,7 @@ from mor_megatron.config.layout import data_parallel_size
 from mor_megatron.config.schema import Config
 from mor_megatron.planning.accounting import layer_parameters, padded_vocab_size, router_parameters
 from mor_megatron.planning.activations import activations
-from mor_megatron.planning.communication import message_bytes
+from mor_megatron.planning.communication import LIVE_WEIGHTS, message_bytes
 from mor_megatron.planning.schedule import passes
 from mor_megatron.planning.stages import PipelinePlan
 
@@ -148,7 +148,7 @@ def rank_memory(config: Config, pipeline: PipelinePlan, stage: int, world_size: 
     moments.append(("gradient of the embedding", 0.0, 0.0, vocabulary + pending[0] if stage == 0 else 0.0, 0.0))
     moment, kept, logits, extra, messages = max(moments, key=lambda moment: sum(moment[1:]))
     state = rank_state(config, parameters, world_size)
-    buffers = _buckets(config, cuda)
+    buffers = _buckets(config, cuda) + _gathered(config, parameters)
     return RankMemory(state, buffers, messages, kept, logits, extra, moment, config.training.optimizer_cpu_offload)
 
 
@@ -175,6 +175,13 @@ def _pending(config: Config, pipeline: PipelinePlan, stage: int, vocabulary: flo
     if pipeline.num_chunks == 1 and count > 1:
         block = 4.0 * sum(pipeline.block_layers[stage : stage + 1]) * layer_parameters(config, tp)
     return [embedding + (block if r < count - 1 else 0.0) for r in range(count)]
+
+
+def _gathered(config: Config, parameters: int) -> float:
+    """Weights that ZeRO 3 has gathered: it keeps those that it will use again soon, which is all of a small model."""
+    if config.training.zero_stage < 3:
+        return 0.0
+    return min(parameters, LIVE_WEIGHTS) * (4 if config.training.precision == "fp32" else 2)
 
 
 def _buckets(config: Config, cuda: bool) -> float:

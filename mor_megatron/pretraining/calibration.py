@@ -73,8 +73,11 @@ def _wait() -> None:
 
 
 def _product(dtype: torch.dtype, rows: int, inner: int, columns: int) -> float:
-    a, b = (torch.randn(shape, device=device()).to(dtype) for shape in ((rows, inner), (inner, columns)))
-    return 2 * rows * inner * columns / _seconds(lambda: a @ b)
+    """FLOP/s of a linear layer, forward and backward: its three products."""
+    x, weight, grad = (
+        torch.randn(shape, device=device()).to(dtype) for shape in ((rows, inner), (columns, inner), (rows, columns))
+    )
+    return 3 * 2 * rows * inner * columns / _seconds(lambda: (x @ weight.t(), grad @ weight, grad.t() @ x))
 
 
 def _attention(is_cuda: bool) -> float:
