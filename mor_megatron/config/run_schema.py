@@ -196,6 +196,9 @@ class TrainingConfig:
     """What the backward pass computes again: full: all of a recompute-unit; selective: core attention."""
     recompute_unit: Literal["layer", "recursion"] = setting("layer", read_with=_WITH_FULL_RECOMPUTE)
     """full: keep the input of every layer, or only that of every pass over the layers that a rank holds."""
+    loss_chunk_rows: int | None = setting(None, least=0)
+    """Tokens whose logits are computed at once in head and loss, so that those of a micro-batch are never in memory as
+    a whole; 0: all. Default: as many as make 8 million logits on a CPU, 268 million with CUDA."""
     initial_loss_scale: float = setting(65536.0, least=1, read_with=_WITH_FP16)
     """fp16: loss scale of the first iteration, a power of two."""
     loss_scale_window: int = setting(1000, least=1, read_with=_WITH_FP16)

@@ -167,9 +167,11 @@ class PartialProduct:
     Through the module, so that whoever takes care of weights by their modules (ZeRO 3, offload) sees the use.
     """
 
-    def forward(self, hidden: Tensor, product: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None):
+    def forward(
+        self, hidden: Tensor, product: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None, **options
+    ):
         """As the layer; or `product(hidden, weight, bias)`."""
-        return super().forward(hidden) if product is None else product(hidden, self.weight, self.bias)
+        return super().forward(hidden, **options) if product is None else product(hidden, self.weight, self.bias)
 
 
 class MoRSelfAttention(SelfAttention):

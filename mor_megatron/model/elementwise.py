@@ -9,13 +9,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mor_megatron.model import functional
+
+Result = TypeVar("Result")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -82,11 +84,21 @@ def implementation(device_type: str) -> Elementwise:
     """What a device of this type runs: Triton's kernels on CUDA where they work, else the hand-written passes."""
     if device_type != "cuda":
         return HAND_WRITTEN
-    try:
+
+    def load() -> Elementwise:
         from mor_megatron.model import fused
 
         fused.swiglu(torch.ones(1, 2, device=device_type))  # a compiler may be missing
-    except Exception as error:  # whatever a broken installation raises
-        logging.getLogger(__name__).warning("element-wise work is not fused: %s", str(error).partition("\n")[0])
-        return HAND_WRITTEN
-    return Elementwise(*(getattr(fused, name) for name in Elementwise._fields))
+        return Elementwise(*(getattr(fused, name) for name in Elementwise._fields))
+
+    return tried(load, "element-wise work is not fused") or HAND_WRITTEN
+
+
+def tried(load: Callable[[], Result], otherwise: str) -> Result | None:
+    """What `load` gives; or None, and a warning of what follows and why."""
+    try:
+        return load()
+    except Exception as error:  # a library, a compiler, a driver: each has its own
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        logging.getLogger(__name__).warning("%s: %s", otherwise, reason)
+        return None

@@ -17,7 +17,6 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     gather_from_tensor_model_parallel_region,
-    vocab_parallel_cross_entropy,
 )
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -27,12 +26,14 @@ from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
 from mor_megatron.distributed.cpu import device
 from mor_megatron.distributed.row_exchange import ShardedRows
-from mor_megatron.model.attention import AttentionMetadata, KeyValue, LayerCall, RotaryTable
+from mor_megatron.model.attention import AttentionMetadata, KeyValue, LayerCall, PartialProduct, RotaryTable
 from mor_megatron.model.elementwise import implementation
 from mor_megatron.model.initialization import initialize_weights
 from mor_megatron.model.layer_spec import MoRTransformerLayer, RMSNorm, layer_spec, transformer_config
+from mor_megatron.model.loss import chunked_losses, whole_losses
 from mor_megatron.model.recompute import recompute
 from mor_megatron.planning.accounting import padded_vocab_size
+from mor_megatron.planning.activations import loss_chunk_rows
 from mor_megatron.planning.stages import PipelinePlan, pipeline_plan
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.dispatch import ActiveTokens, LocalRows
@@ -49,6 +50,10 @@ class PhysicalLayers(nn.ModuleDict):
 
     def __getitem__(self, physical: int) -> nn.Module:
         return super().__getitem__(str(physical))
+
+
+class OutputLayer(PartialProduct, ColumnParallelLinear):
+    """The head; or head and loss in one, without logits between them."""
 
 
 class MoRModel(MegatronModule):
@@ -109,7 +114,7 @@ class MoRModel(MegatronModule):
                 weight.sequence_parallel = layer_config.sequence_parallel
         if self.is_last_stage:
             self.final_layernorm = RMSNorm(layer_config, layer_config.hidden_size, layer_config.layernorm_epsilon)
-            self.output_layer = ColumnParallelLinear(
+            self.output_layer = OutputLayer(
                 layer_config.hidden_size,
                 self.padded_vocab_size,
                 config=layer_config,
@@ -146,6 +151,7 @@ class MoRModel(MegatronModule):
     def forward(self, batch: Batch, context: RoutingContext | None = None) -> Tensor:
         """Per-token cross entropy [B, S] fp32, unmasked, or logits [B, S, V] when the batch has no labels.
 
+        The gradient of the losses must be a multiple of the batch's loss mask (`loss.chunked_losses`).
         Router losses, scaled by their coefficients and `context.router_loss_scale`, are attached to the graph; router
         metrics are left in `context.metrics`.
 
@@ -171,7 +177,7 @@ class MoRModel(MegatronModule):
 
         idle = walk_along if self.run_config.training.zero_stage == 3 else None
         stream = run_recursions(self.router, stream, run, context, idle)
-        return self.head(stream.merged(self.rows).hidden, metadata, batch.labels)
+        return self.head(stream.merged(self.rows).hidden, metadata, batch)
 
     def set_input_tensor(self, input_tensor) -> None:
         """Megatron-core's schedules hand over what the previous stage sent; a single stage receives nothing."""
@@ -241,22 +247,27 @@ class MoRModel(MegatronModule):
         metadata.store.update(stored)
         return rows
 
-    def head(self, hidden: Tensor, metadata: AttentionMetadata, labels: Tensor | None) -> Tensor:
+    def head(self, hidden: Tensor, metadata: AttentionMetadata, batch: Batch) -> Tensor:
         """Unique last layers, final norm, head and loss: [S, B, H] -> [B, S] or logits [B, S, V]."""
         hidden = self.run_layers(self.plan.last, hidden, metadata, metadata.all_tokens)
         hidden = self.final_layernorm(hidden)
-        weight = self.embedding.word_embeddings.weight if self.output_layer.weight is None else None
-        logits, _ = self.output_layer(hidden, weight=weight)  # [S, B, V/TP]
-        if labels is None:
+        tied = self.embedding.word_embeddings.weight if self.output_layer.weight is None else None
+        if batch.labels is None:
+            logits, _ = self.output_layer(hidden, weight=tied)  # [S, B, V/TP]
             return gather_from_tensor_model_parallel_region(logits)[..., : self.vocab_size].transpose(0, 1)
-        share = logits.shape[-1]
-        real = min(share, max(0, self.vocab_size - share * parallel_state.get_tensor_model_parallel_rank()))
-        if real < share:
-            # A padding id is no prediction: without this, the loss would depend on how much padding there is.
-            logits = logits.clone()
-            logits[..., real:] = float("-inf")
-        losses = vocab_parallel_cross_entropy(logits.float(), labels.transpose(0, 1).contiguous())
-        return losses.transpose(0, 1)
+        labels = batch.labels.transpose(0, 1).contiguous()
+        chunk = loss_chunk_rows(self.run_config, hidden.is_cuda)
+        if chunk == 0 or (labels.numel() <= chunk and not hidden.is_cuda):
+            logits, _ = self.output_layer(hidden, weight=tied)
+            return whole_losses(logits, labels, self.vocab_size).transpose(0, 1)
+        counted = None if batch.loss_mask is None else batch.loss_mask.transpose(0, 1)
+        sequence_parallel = self.config.sequence_parallel
+
+        def losses(hidden: Tensor, weight: Tensor | None, bias: None) -> Tensor:
+            weight = weight if tied is None else tied
+            return chunked_losses(hidden, weight, labels, counted, chunk, self.vocab_size, sequence_parallel)
+
+        return self.output_layer(hidden, product=losses).transpose(0, 1)
 
 
 def _run_layer(layer: MoRTransformerLayer, rows: Tensor, call: LayerCall) -> tuple[Tensor, KeyValue | None]:

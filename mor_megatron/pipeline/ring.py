@@ -73,7 +73,7 @@ class Chunk(nn.Module):
             stream = replace(stream, rows=model.run_layers(layers, stream.rows, metadata, stream.active))
         if model.is_last_stage and self.is_last_chunk:
             metadata.store.clear()
-            return model.head(stream.merged(model.rows).hidden, metadata, micro.batch.labels)
+            return model.head(stream.merged(model.rows).hidden, metadata, micro.batch)
         message = micro.messages.pack(stream, self.index, to_first=model.is_last_stage)
         return self._keep(micro, stream, message)
 

@@ -17,12 +17,16 @@ back, a layer or a pass at a time.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from mor_megatron.config.schema import Config
 from mor_megatron.planning.accounting import Widths, active_fraction, padded_vocab_size, planned_fractions, skips_keys
 from mor_megatron.planning.stages import PipelinePlan
 from mor_megatron.recursion.plan import VirtualLayer
+
+LOGITS_AT_ONCE = {False: 2**23, True: 2**28}
+"""Logits of a chunk on a CPU, whose caches hold part of them, and with CUDA, where a chunk has to occupy the device."""
 
 Uses = list[tuple[VirtualLayer, float]]
 """Layers in the order of execution, and the rows that each processes."""
@@ -36,8 +40,6 @@ class Activations:
     """Between the forward and the backward pass of each recursion, [Nr]; a unique layer counts to the nearest one."""
     working: tuple[float, ...]
     """The most that the backward pass of each recursion adds, [Nr]."""
-    logits: float
-    """Final norm, head and loss; 0 but on the last stage."""
 
 
 def activations(config: Config, pipeline: PipelinePlan, stage: int, cuda: bool) -> Activations:
@@ -66,8 +68,26 @@ def activations(config: Config, pipeline: PipelinePlan, stage: int, cuda: bool) 
     if rows.shares:  # gradients of the keys of recursion 0, until its own backward pass
         block = len(pipeline.physical_layers(stage))
         working = [size + (tokens * rows.keys * block if r < count - 1 else 0) for r, size in enumerate(working)]
-    logits = rows.head(tokens) if stage == pipeline.num_stages - 1 else 0.0
-    return Activations(tuple(kept), tuple(working), logits)
+    return Activations(tuple(kept), tuple(working))
+
+
+def head_bytes(config: Config, cuda: bool) -> float:
+    """Final norm, head and loss of a micro-batch on the last stage, without the gradient of the head's weight."""
+    rows = _Rows(config)
+    tokens, chunk = config.training.micro_batch_size * config.data.seq_length, loss_chunk_rows(config, cuda)
+    norm = tokens * (2 * rows.stream + rows.norms / 2)
+    if 0 < chunk < tokens:
+        gathered = rows.whole_stream if rows.stream < rows.whole_stream else 0
+        wide = 0 if cuda or rows.number == 4 else 4  # a chunk's logits in fp32, where no kernel reads what it has
+        return norm + tokens * (rows.whole_stream + gathered) + chunk * rows.vocabulary * (rows.number + wide)
+    return norm + tokens * 8 * rows.vocabulary  # fp32 logits and their gradient
+
+
+def loss_chunk_rows(config: Config, cuda: bool) -> int:
+    """Rows of head and loss at once: `loss_chunk_rows`, or about as many as make `LOGITS_AT_ONCE`; 0: all."""
+    if config.training.loss_chunk_rows is not None:
+        return config.training.loss_chunk_rows
+    return 2 ** int(math.log2(max(1, LOGITS_AT_ONCE[cuda] // _Rows(config).vocabulary)))
 
 
 def _recomputes(config: Config) -> str | None:
@@ -155,7 +175,3 @@ class _Rows:
         if self.number < 4:
             candidates += tokens * (fractions[recursion - 1] if recursion > 0 else 1.0) * self.hidden_fp32
         return candidates + (tokens * fractions[recursion] * self.stream if method.weighs else 0.0)
-
-    def head(self, tokens: float) -> float:
-        """Final norm, and fp32 logits with their gradient."""
-        return tokens * (2 * self.stream + self.norms / 2 + 8 * self.vocabulary)

@@ -25,7 +25,7 @@ from mor_megatron.config.deepspeed_settings import deepspeed_settings, overlaps_
 from mor_megatron.config.layout import data_parallel_size
 from mor_megatron.config.schema import Config
 from mor_megatron.planning.accounting import layer_parameters, padded_vocab_size, router_parameters
-from mor_megatron.planning.activations import activations
+from mor_megatron.planning.activations import activations, head_bytes
 from mor_megatron.planning.communication import LIVE_WEIGHTS, message_bytes
 from mor_megatron.planning.schedule import passes
 from mor_megatron.planning.stages import PipelinePlan
@@ -139,7 +139,7 @@ def rank_memory(config: Config, pipeline: PipelinePlan, stage: int, world_size: 
             live += sum(own.kept[r] for r in recursions[chunk])
             messages += sent[chunk]
             if stage == last and chunk == pipeline.num_chunks - 1:
-                moments.append(("head", live, own.logits, vocabulary, messages))
+                moments.append(("head", live, head_bytes(config, cuda), vocabulary, messages))
             continue
         for r in reversed(recursions[chunk]):
             moments.append((f"backward pass of recursion {r}", live, 0.0, working[r], messages))

@@ -44,6 +44,8 @@ class Layout:
     sequence_parallel: bool = False
     pipeline_layers: tuple[int, ...] | None = None
     global_batch: int = GLOBAL_BATCH
+    loss_chunk_rows: int | None = None
+    """Of the 48 of a micro-batch, which one process has as a whole."""
 
     @property
     def world_size(self) -> int:
@@ -64,19 +66,19 @@ ONE = Layout("one")
 LAYOUTS = [
     Layout("dp2", dp=2),
     Layout("dp2-zero0", dp=2, zero=0),
-    Layout("dp2-zero2", dp=2, zero=2),
-    Layout("dp2-zero3", dp=2, zero=3),
-    Layout("tp2", tp=2),
-    Layout("tp2-sp", tp=2, sequence_parallel=True),
-    Layout("pp2", pp=2),
+    Layout("dp2-zero2", dp=2, zero=2, loss_chunk_rows=20),
+    Layout("dp2-zero3", dp=2, zero=3, loss_chunk_rows=20),
+    Layout("tp2", tp=2, loss_chunk_rows=20),
+    Layout("tp2-sp", tp=2, sequence_parallel=True, loss_chunk_rows=20),
+    Layout("pp2", pp=2, loss_chunk_rows=20),
     Layout("pp2-uneven", pp=2, pipeline_layers=(3, 1)),
     Layout("pp2-odd", pp=2, global_batch=10),  # five micro-batches: turns of unequal lengths
-    Layout("pp2-zero0", pp=2, zero=0),
+    Layout("pp2-zero0", pp=2, zero=0, loss_chunk_rows=20),
     Layout("dp4", dp=4, global_batch=16),
     Layout("tp2-dp2", tp=2, dp=2),
     Layout("tp2-dp2-zero2", tp=2, dp=2, zero=2),
     Layout("tp2-dp2-zero3", tp=2, dp=2, zero=3),
-    Layout("tp2-sp-dp2-zero3", tp=2, dp=2, zero=3, sequence_parallel=True),
+    Layout("tp2-sp-dp2-zero3", tp=2, dp=2, zero=3, sequence_parallel=True, loss_chunk_rows=20),
     Layout("tp2-pp2", tp=2, pp=2),
     Layout("tp2-sp-pp2", tp=2, pp=2, sequence_parallel=True),
     Layout("pp2-dp2", pp=2, dp=2, global_batch=16),
@@ -131,6 +133,7 @@ def build_config(model: str, layout: Layout, optimizer: str = "sgd", bf16: bool 
         train_iters=STEPS,
         zero_stage=layout.zero,
         bf16=bf16,
+        loss_chunk_rows=layout.loss_chunk_rows,
     )
     settings = MODELS[model] | changes
     pick = lambda section: {k: v for k, v in settings.items() if hasattr(section, k)}  # noqa: E731

@@ -1,0 +1,186 @@
+"""Head and cross entropy in chunks of rows, so that the logits of a micro-batch are never in memory as a whole.
+
+The gradients of hidden state and weight are computed in the forward pass, while a chunk's logits are there: a backward
+pass that computed them again would cost a third more matrix products. They are those of the sum of the counted
+losses, so all that is left to the backward pass is to multiply them by what that sum weighs in the loss of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    vocab_parallel_cross_entropy,
+)
+from torch import Tensor
+
+from mor_megatron.model.elementwise import tried
+
+CrossEntropy = Callable[[Tensor, Tensor, Tensor | None, int, dist.ProcessGroup], Tensor]
+"""`cross_entropy`, or what is faster and equal to it."""
+
+
+def whole_losses(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
+    """Cross entropy of each token from all logits at once: [S, B, V/TP], [S, B] -> [S, B] fp32."""
+    real = _real(logits.shape[-1], vocab_size)
+    if real < logits.shape[-1]:
+        # A padding id is no prediction: without this, the loss would depend on how much padding there is.
+        logits = logits.clone()
+        logits[..., real:] = float("-inf")
+    return vocab_parallel_cross_entropy(logits.float(), labels)
+
+
+def chunked_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    counted: Tensor | None,
+    chunk: int,
+    vocab_size: int,
+    sequence_parallel: bool,
+) -> Tensor:
+    """Cross entropy of each token, from the head's weight. Its gradient must be a multiple of `counted`.
+
+    Args:
+        hidden: [S, B, H], or this rank's share of the sequence.
+        weight: of the head, this rank's part of the vocabulary, [V/TP, H].
+        labels: [S, B] int64.
+        counted: [S, B], what each token weighs in the loss, 0 for nothing; None: 1.
+        chunk: rows whose logits are computed at once.
+        vocab_size: entries of the vocabulary that are no padding.
+        sequence_parallel: `hidden` is a share.
+    Returns:
+        [S, B] fp32.
+    Raises:
+        RuntimeError: in the backward pass, on the device: the gradient is no multiple of `counted`.
+    """
+    if sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden)
+    else:
+        hidden = copy_to_tensor_model_parallel_region(hidden)
+    counted = torch.ones_like(labels, dtype=torch.float32) if counted is None else counted.float()
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    trains = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    real = _real(len(weight), vocab_size)
+    losses = ChunkedLoss.apply(rows, weight, labels.reshape(-1), counted.reshape(-1), chunk, real, trains)
+    return losses.view(labels.shape)
+
+
+def _real(share: int, vocab_size: int) -> int:
+    """Entries of this rank's part of the vocabulary that are no padding."""
+    return min(share, max(0, vocab_size - share * parallel_state.get_tensor_model_parallel_rank()))
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Losses [n] of rows [n, H]; see `chunked_losses`."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, counted, chunk, real, trains) -> Tensor:
+        cross_entropy, group = implementation(hidden.device.type), parallel_state.get_tensor_model_parallel_group()
+        own = labels - dist.get_rank(group) * len(weight)  # places in this rank's part; outside of it: another rank's
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))
+        if trains:
+            grad_hidden = torch.empty_like(hidden)
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for begin in range(0, len(hidden), chunk):
+            part = slice(begin, begin + chunk)
+            rows = hidden[part]
+            logits = torch.mm(rows, weight.t(), out=buffer[: len(rows)])
+            losses[part] = cross_entropy(logits, own[part], counted[part] if trains else None, real, group)
+            if trains:  # the logits have become their gradient
+                torch.mm(logits, weight, out=grad_hidden[part])
+                add_product(grad_weight, logits.t(), rows)
+        if trains:
+            ctx.save_for_backward(counted, grad_hidden, grad_weight)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        counted, grad_hidden, grad_weight = ctx.saved_tensors
+        place = counted.argmax().view(1)  # no index that the host would have to know
+        scale = grad.gather(0, place) / counted.gather(0, place).clamp(min=torch.finfo(torch.float32).tiny)
+        is_multiple = ((grad - scale * counted).abs() > 1e-5 * scale.abs()).logical_not().all()
+        torch._assert_async(is_multiple, "the gradient of the losses is no multiple of the tokens' weights in the loss")
+        scale = scale.squeeze(0)
+        return grad_hidden.mul_(scale), grad_weight.mul_(scale), *[None] * 5
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, weights: Tensor | None, real: int, group: dist.ProcessGroup
+) -> Tensor:
+    """Cross entropy [n] fp32 over a vocabulary that ranks divide; overwrites the logits.
+
+    Args:
+        logits: [n, V/TP]; become the gradient of the weighted sum of losses, or nothing of use without weights.
+        labels: [n], places in this rank's part of the vocabulary; outside of it: on another rank.
+        weights: [n] fp32.
+        real: places that are no padding. A padding id is no prediction.
+        group: the ranks.
+    """
+    wide = logits.float()
+    wide[:, real:] = float("-inf")
+    largest = wide.amax(-1)
+    _reduce(largest, dist.ReduceOp.MAX, group)
+    wide.sub_(largest.unsqueeze(1))
+    is_here = (labels >= 0) & (labels < real)
+    place = labels.clamp(0, wide.shape[1] - 1).unsqueeze(1)
+    predicted = wide.gather(1, place).squeeze(1).where(is_here, 0.0)
+    total = wide.exp_().sum(-1)
+    both = torch.stack([total, predicted])
+    _reduce(both, dist.ReduceOp.SUM, group)
+    total, predicted = both
+    if weights is not None:
+        wide.mul_((weights / total).unsqueeze(1))
+        wide.scatter_add_(1, place, -(weights * is_here).unsqueeze(1))
+        if wide is not logits:
+            logits.copy_(wide)
+    return total.log() - predicted
+
+
+def _reduce(values: Tensor, op: dist.ReduceOp, group: dist.ProcessGroup) -> None:
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(values, op, group=group)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, where total is fp32 and a and b may have 16 bits."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda and _adds_in_fp32():
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    else:
+        total.add_(a @ b)
+
+
+@cache
+def _adds_in_fp32() -> bool:
+    """Whether CUDA's product of 16-bit matrices adds to an fp32 one: a pass less, and nothing is rounded."""
+
+    def add() -> bool:
+        a, total = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda"), torch.ones(16, 16, device="cuda")
+        return bool((torch.ops.aten.addmm.dtype_out(total, a, a, total.dtype, out=total) == 17.0).all())
+
+    return bool(tried(add, "the gradient of the head is rounded to 16 bits chunk by chunk"))
+
+
+@cache
+def implementation(device_type: str) -> CrossEntropy:
+    """What computes it on a device of this type: Triton's kernels on CUDA where they work."""
+    if device_type != "cuda":
+        return cross_entropy
+    one = torch.zeros(1, 1, device=device_type)
+
+    def load() -> CrossEntropy:
+        from mor_megatron.model import fused_loss
+
+        fused_loss.cross_entropy(one, one.view(1).long(), one.view(1), 1, None)
+        return fused_loss.cross_entropy
+
+    return tried(load, "the loss is not fused") or cross_entropy
