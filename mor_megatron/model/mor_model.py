@@ -79,6 +79,7 @@ class MoRModel(MegatronModule):
         )
         self.model_type = ModelType.encoder_or_decoder
         self.tied = not config.model.untie_embeddings_and_output_weights
+        self.loss_chunk_rows = loss_chunk_rows(config, device().type == "cuda")
         add_rows = implementation(device().type).add_rows
         self.rows = LocalRows(device(), add_rows)
         if layer_config.sequence_parallel:
@@ -256,7 +257,7 @@ class MoRModel(MegatronModule):
             logits, _ = self.output_layer(hidden, weight=tied)  # [S, B, V/TP]
             return gather_from_tensor_model_parallel_region(logits)[..., : self.vocab_size].transpose(0, 1)
         labels = batch.labels.transpose(0, 1).contiguous()
-        chunk = loss_chunk_rows(self.run_config, hidden.is_cuda)
+        chunk = self.loss_chunk_rows
         if chunk == 0 or (labels.numel() <= chunk and not hidden.is_cuda):
             logits, _ = self.output_layer(hidden, weight=tied)
             return whole_losses(logits, labels, self.vocab_size).transpose(0, 1)

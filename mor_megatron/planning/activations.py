@@ -73,8 +73,8 @@ def activations(config: Config, pipeline: PipelinePlan, stage: int, cuda: bool) 
 
 def head_bytes(config: Config, cuda: bool) -> float:
     """Final norm, head and loss of a micro-batch on the last stage, without the gradient of the head's weight."""
-    rows = _Rows(config)
-    tokens, chunk = config.training.micro_batch_size * config.data.seq_length, loss_chunk_rows(config, cuda)
+    rows, chunk = _Rows(config, cuda), loss_chunk_rows(config, cuda)
+    tokens = rows.tokens
     norm = tokens * (2 * rows.stream + rows.norms / 2)
     if 0 < chunk < tokens:
         gathered = rows.whole_stream if rows.stream < rows.whole_stream else 0
@@ -87,7 +87,7 @@ def loss_chunk_rows(config: Config, cuda: bool) -> int:
     """Rows of head and loss at once: `loss_chunk_rows`, or about as many as make `LOGITS_AT_ONCE`; 0: all."""
     if config.training.loss_chunk_rows is not None:
         return config.training.loss_chunk_rows
-    return 2 ** int(math.log2(max(1, LOGITS_AT_ONCE[cuda] // _Rows(config).vocabulary)))
+    return 2 ** int(math.log2(max(1, LOGITS_AT_ONCE[cuda] // _Rows(config, cuda).vocabulary)))
 
 
 def _recomputes(config: Config) -> str | None:
