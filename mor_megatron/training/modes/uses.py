@@ -1,12 +1,14 @@
-"""Gradients of tied weights without a second buffer.
+"""Gradients of tied weights in one place, added where they are.
 
 Autograd adds up the contributions of all uses of a weight, and adds the sum to `.grad` when the last of them has come.
-In the backward pass of a block of Nr recursions, the fp32 sums of the whole block would be alive beside `.grad`. So
-each use of a weight is a leaf of its own, and all of them have the weight's `.grad`: a contribution is added to it as
-soon as it is computed.
+In the backward pass of a block of Nr recursions, the sums of the whole block would be alive beside `.grad`, and each
+addition would fill new memory. So each use of a weight is a leaf of its own, whose gradient is added to the weight's
+`.grad` as soon as it is computed.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +45,21 @@ def _is_trained(weight: Tensor | None) -> bool:
 
 
 def _use(weight: Tensor) -> Tensor:
-    """A leaf that has the weight's storage and the weight's `.grad`."""
-    if weight.grad is None:
-        weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
+    """A leaf with the weight's storage, whose gradient goes to the weight's `.grad`."""
     leaf = weight.detach().requires_grad_()
     leaf.grad_dtype = weight.grad_dtype
-    leaf.grad = weight.grad
+    if weight.grad is not None:
+        leaf.grad = weight.grad  # autograd adds in place
+    else:
+        leaf.register_post_accumulate_grad_hook(partial(_hand_over, weight))
     for hook in (weight._backward_hooks or {}).values():
         leaf.register_hook(hook)
     return leaf
+
+
+def _hand_over(weight: Tensor, leaf: Tensor) -> None:
+    if weight.grad is None:
+        weight.grad = leaf.grad
+    else:
+        weight.grad.add_(leaf.grad)
+    leaf.grad = None
