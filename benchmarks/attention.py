@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import mor_megatron  # noqa: F401  # isort: skip  # before Megatron-core: quiets what it announces
 
 import torch
-from footprint import processor
+from processor import processor
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import xxhash
-from footprint import processor
+from processor import processor
 
 from mor_megatron.checkpointing.engine_state import local_entries
 from mor_megatron.checkpointing.save import Saver

@@ -7,7 +7,6 @@ Bytes sent are counted in the methods of `ProcessGroup`, which every function of
 from __future__ import annotations
 
 import contextlib
-import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -129,11 +128,3 @@ def resident_peak() -> int:
     """VmHWM in bytes; getrusage's value would include the memory of the parent when it started this process."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
-def processor() -> str:
-    """The processor's name, from the system."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    found = [line for line in lines if line.startswith("model name")]
-    return found[0].split(":")[1].strip() if found else platform.processor() or platform.machine()

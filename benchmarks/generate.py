@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from footprint import processor
+from processor import processor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 

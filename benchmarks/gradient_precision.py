@@ -26,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from footprint import processor
+from processor import processor
 from torch import Tensor, nn
 
 from mor_megatron.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, RecursionConfig, TrainingConfig

@@ -19,8 +19,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from footprint import Traffic, gradients, nbytes, optimizer_state, processor, resident_peak, weights
+from footprint import Traffic, gradients, nbytes, optimizer_state, resident_peak, weights
 from megatron.core import parallel_state
+from processor import processor
 from torch import nn
 
 from mor_megatron.config.schema import (

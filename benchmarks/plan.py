@@ -23,10 +23,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from footprint import processor
 from live_bytes import LiveBytes
 from megatron.core import parallel_state
 from parallel_jobs import run_ranks
+from processor import processor
 
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Config

@@ -28,6 +28,8 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+from processor import processor
+
 from mor_megatron.data.preprocess import preprocess
 from mor_megatron.data.tokenizer_training import train_tokenizer
 from mor_megatron.data.tokenizers import build_tokenizer
@@ -152,12 +154,9 @@ def measure(folder: Path, texts: list[str], rounds: int) -> list[dict]:
 
 
 def machine() -> dict:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     packages = ("sentencepiece", "tokenizers", "numpy", "megatron-core")
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
