@@ -14,30 +14,36 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import mor_megatron  # noqa: F401  # isort: skip  # before Megatron-core: quiets what it announces
 
 import torch
 from processor import processor
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
-from mor_megatron.model.attention import AttentionMetadata, AttentionPattern, CoreAttention, RotaryTable
+from mor_megatron.model.attention import AttentionPattern, CoreAttention
 from mor_megatron.model.attention_by_shape import AttentionByShape, AttentionKernels
+from mor_megatron.model.attention_check import (
+    LAYER,
+    Attention,
+    Heads,
+    errors,
+    expected,
+    outputs_and_gradients,
+    random_case,
+)
 from mor_megatron.recursion.dispatch import ActiveTokens, LocalRows
 
 Row = dict[str, object]
-LAYER = (SimpleNamespace(attention_dropout=0.0), 1, None, "self")
-"""What a core attention is built with; it reads no more of the configuration."""
-Attention = Callable[[Tensor, Tensor, Tensor, AttentionPattern], Tensor]
 CUDNN, FLASH, EFFICIENT = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
 
 
 @dataclass(frozen=True)
-class Heads:
+class Size:
     """Core attention of one model, and the micro-batch."""
 
     heads: int
@@ -47,10 +53,10 @@ class Heads:
     batch: int = 4
 
 
-SIZES = {"1.7b": Heads(32, 32), "360m": Heads(15, 5, batch=8), "tiny": Heads(4, 2, 16, 256, 2)}
+SIZES = {"1.7b": Size(32, 32), "360m": Size(15, 5, batch=8), "tiny": Size(4, 2, 16, 256, 2)}
 
 
-def rows_of(size: Heads, device: str) -> Iterator[tuple[str, ActiveTokens, bool, bool]]:
+def rows_of(size: Size, device: str) -> Iterator[tuple[str, ActiveTokens, bool, bool]]:
     """Name, rows, whether they attend to the keys of all tokens, whether within documents; what matters first."""
     generator = torch.Generator().manual_seed(0)
     length, batch = size.length, size.batch
@@ -89,12 +95,12 @@ def kernels_for(pattern: AttentionPattern) -> dict[str, Attention]:
         return AttentionByShape(*LAYER, kernels=AttentionKernels(fixed, lengths, **obstacles))
 
     if pattern.masked:
-        named: dict[str, Attention] = {"flex": by_shape()}
+        named: dict[str, Attention] = {"ranges": by_shape()}
         if pattern.metadata.document_ids is None:
             for name, backend in (("cuDNN", CUDNN), ("flash", FLASH)):
-                named[f"spread, {name}"] = by_shape(backend, no_flex="measured without")
+                named[f"spread, {name}"] = by_shape(backend, no_ranges="measured without")
         else:
-            named["masked"] = by_shape(no_flex="measured without")
+            named["masked"] = by_shape(no_ranges="measured without")
         return named | {"in blocks": plain_attention()}
     if pattern.active.ragged:
         named = {"varlen": by_shape()}
@@ -116,7 +122,7 @@ def measure(budget: float, sizes: list[str], device: str) -> Iterator[Row]:
     for size in sizes:
         for name, active, keys_of_all, documents in rows_of(SIZES[size], device):
             pattern, inputs = _case(SIZES[size], active, keys_of_all, documents, device, dtype)
-            reference = _reference(pattern, inputs)
+            reference = expected(pattern, inputs)
             for kernel, attention in kernels_for(pattern).items():
                 if time.perf_counter() > end:
                     return
@@ -129,67 +135,43 @@ def measure(budget: float, sizes: list[str], device: str) -> Iterator[Row]:
 
 
 def _case(
-    size: Heads, active: ActiveTokens, keys_of_all: bool, documents: bool, device: str, dtype: torch.dtype
+    size: Size, active: ActiveTokens, keys_of_all: bool, documents: bool, device: str, dtype: torch.dtype
 ) -> tuple[AttentionPattern, list[Tensor]]:
     """The pattern, and query, key, value and the gradient of the output."""
-    torch.manual_seed(0)
-    ids = torch.arange(size.length, device=device).div(size.length / 5, rounding_mode="floor")
-    metadata = AttentionMetadata(
-        RotaryTable(size.width, size.length, 1e4).to(device),
-        size.length,
-        size.batch,
-        dtype,
-        document_ids=ids.expand(size.batch, -1) if documents else None,
-    )
-    keys = (size.length, size.batch) if keys_of_all else active.shape
-    shapes = [(*active.shape, size.heads), *[(*keys, size.groups)] * 2]
-    inputs = [torch.randn(*shape, size.width, device=device, dtype=dtype) for shape in shapes]
-    return AttentionPattern(metadata, active, keys_of_all), [*inputs, torch.randn_like(inputs[0]).flatten(2)]
-
-
-def _run(attention: Attention, pattern: AttentionPattern, inputs: list[Tensor]) -> list[Tensor]:
-    """Output, and gradients of query, key and value."""
-    *parts, grad = inputs
-    leaves = [x.detach().requires_grad_() for x in parts]
-    out = attention(*leaves, pattern)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-
-def _reference(pattern: AttentionPattern, inputs: list[Tensor]) -> list[Tensor]:
-    metadata = replace(pattern.metadata, dtype=torch.float32)
-    exact = AttentionPattern(metadata, pattern.active, pattern.keys_of_all)
-    with sdpa_kernel(SDPBackend.MATH):
-        return _run(plain_attention(), exact, [x.float() for x in inputs])
+    ids = torch.arange(size.length, device=device).div(size.length / 5, rounding_mode="floor").expand(size.batch, -1)
+    heads = Heads(size.heads, size.groups, size.width, dtype, device)
+    return random_case(heads, active, keys_of_all, ids if documents else None)
 
 
 def _measured(
     attention: Attention, pattern: AttentionPattern, inputs: list[Tensor], reference: list[Tensor], device: str
 ) -> Row:
     start = time.perf_counter()
-    got = _run(attention, pattern, inputs)
+    found = outputs_and_gradients(attention, pattern, inputs)
     _wait(device)
     first = time.perf_counter() - start
-    errors = torch.stack([(a.float() - b).abs().max() / b.abs().max() for a, b in zip(got, reference, strict=True)])
-    del got
+    error, *of_gradients = errors(found, reference)
+    del found
     with torch.no_grad():
         forward = _milliseconds(lambda: attention(*inputs[:3], pattern), device)
     return {
         "first_s": first,
         "forward_ms": forward,
-        "both_ms": _milliseconds(lambda: _run(attention, pattern, inputs), device),
-        "error": float(errors[0]),
-        "gradient_error": float(errors[1:].max()),
+        "both_ms": _milliseconds(lambda: outputs_and_gradients(attention, pattern, inputs), device),
+        "error": error,
+        "gradient_error": max(of_gradients),
     }
 
 
 def _milliseconds(run: Callable[[], object], device: str, rounds: int = 7) -> float:
-    """Median time of one call."""
+    """Median time of one call; on a GPU, of the device, for which the host is ahead in a training step."""
     for _ in range(2):
         run()
     times = []
     for _ in range(rounds if device == "cuda" else 3):
         if device == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            _keep_busy()
             begin.record()
             run()
             end.record()
@@ -200,6 +182,17 @@ def _milliseconds(run: Callable[[], object], device: str, rounds: int = 7) -> fl
             run()
             times.append(1e3 * (time.perf_counter() - start))
     return statistics.median(times)
+
+
+@cache
+def _long_product() -> Tensor:
+    return torch.zeros(8192, 8192, dtype=torch.bfloat16, device="cuda")
+
+
+def _keep_busy() -> None:
+    """Some milliseconds of work, during which the host launches what is measured."""
+    for _ in range(3):
+        _long_product() @ _long_product()
 
 
 def _wait(device: str) -> None:

@@ -181,7 +181,7 @@ def timed_steps(run: Run, size: str, variant: str, micro_batch: int) -> tuple[Ro
 
 
 KINDS = {
-    "attention": ("fmha", "flash", "attention", "sdpa", "flex", "varlen"),
+    "attention": ("fmha", "flash", "attention", "sdpa", "varlen"),
     "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "aten::mm", "aten::addmm", "splitk"),
     "optimizer": ("multi_tensor", "adam"),
     "copies": ("memcpy", "memset", "copy", "index", "gather", "scatter", "cat", "elementwise_kernel_with_index"),

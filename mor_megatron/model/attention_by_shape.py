@@ -4,10 +4,10 @@
 |---|---|---|
 | as many in every sequence | among themselves | cuDNN or flash, through PyTorch's scaled-dot-product attention |
 | ragged | among themselves | `varlen_attn`: flash on packed rows |
-| any | to the keys of all tokens; within documents | FlexAttention |
+| any | to the keys of all tokens; within documents | range attention, our own |
 
-Without `varlen_attn` or FlexAttention (`model/kernels.py` decides), rows go into a frame for scaled-dot-product
-attention.
+Rows go into a frame for scaled-dot-product attention where one of the last two is not to be used (`model/kernels.py`
+decides), and where nearly all rows attend to the keys of all.
 """
 
 from __future__ import annotations
@@ -16,19 +16,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from inspect import signature
-from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mor_megatron.model.attention import AttentionPattern, CoreAttention
 
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
-
 MASKED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """What takes any mask."""
+SPREAD = 0.75
+"""Share of the tokens from which on it is faster to attend as if the others were active too, without a mask: cuDNN and
+flash need that much less time than range attention for the same work."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,8 @@ class AttentionKernels:
     """Numbers of rows that come back in every micro-batch. Others are not for cuDNN, which makes a plan for each."""
     no_varlen: str | None = None
     """Why `varlen_attn` is not used; None: it is."""
-    no_flex: str | None = None
-    """Why FlexAttention is not used; None: it is."""
+    no_ranges: str | None = None
+    """Why range attention is not used; None: it is."""
 
 
 class AttentionByShape(CoreAttention):
@@ -55,7 +53,7 @@ class AttentionByShape(CoreAttention):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern) -> Tensor:
         """query [R, C, N, D], key and value [R', C', G, D] -> [R, C, N*D]."""
         if pattern.masked:
-            attend = self._flex if self.kernels.no_flex is None else self._framed
+            attend = self._ranges if self.kernels.no_ranges is None and not _nearly_all(pattern) else self._framed
         elif pattern.active.ragged:
             attend = self._varlen if self.kernels.no_varlen is None else self._framed
         else:
@@ -67,11 +65,10 @@ class AttentionByShape(CoreAttention):
         out = varlen(*packed, pattern.compact.cu_seqlens, pattern.active.seq_length, self.softmax_scale)
         return out.view(*query.shape[:2], -1)
 
-    def _flex(self, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern) -> Tensor:
-        frame = pattern.compact
-        inputs = (x.permute(1, 2, 0, 3) for x in frame.inputs(query, key, value))
-        out = flex(*inputs, frame.block_mask, self.softmax_scale)
-        return frame.take(out.permute(2, 0, 1, 3).flatten(2))
+    def _ranges(self, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern) -> Tensor:
+        frame = pattern.exact
+        out = _range_attention()(*frame.inputs(query, key, value), *frame.ranges, self.softmax_scale)
+        return frame.take(out.flatten(2))
 
     def _framed(self, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern) -> Tensor:
         frame = pattern.spread if pattern.keys_of_all else pattern.compact
@@ -104,10 +101,10 @@ def varlen(
     )
 
 
-def flex(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float | None = None) -> Tensor:
-    """Attention under a block mask: query [B, N, Q, D], key and value [B, G, K, D] -> [B, N, Q, D]."""
-    grouped = key.shape[1] != query.shape[1]
-    return _flex_attention()(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=grouped)
+def _nearly_all(pattern: AttentionPattern) -> bool:
+    """Whether to attend as if all tokens were active."""
+    metadata = pattern.metadata
+    return metadata.document_ids is None and pattern.active.count > SPREAD * metadata.seq_length * metadata.batch_size
 
 
 @lru_cache(maxsize=1)
@@ -119,10 +116,7 @@ def _varlen_attn() -> tuple[Callable, dict[str, bool]]:
 
 
 @lru_cache(maxsize=1)
-def _flex_attention() -> Callable:
-    from torch._dynamo import config
-    from torch.nn.attention.flex_attention import flex_attention
+def _range_attention() -> Callable:
+    from mor_megatron.model.range_attention import range_attention  # needs Triton
 
-    # One kernel for each length of a frame, with and without gradients.
-    config.recompile_limit = max(config.recompile_limit, 64)
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return range_attention

@@ -1,24 +1,20 @@
 """Rows of a pass laid out for attention, sequence beside sequence, and what each of them sees.
 
-A new shape is dear on a GPU: cuDNN makes a plan for it, FlexAttention compiles a kernel. There, the length of a frame
-follows from few possible values, and nothing here waits for the device.
+A new shape is dear for cuDNN, which makes a plan for it: the length of a frame follows from few possible values, unless
+it is to be exact. Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mor_megatron.model.block_mask import block_mask
+from mor_megatron.model.ranges import Ranges, ranges
 from mor_megatron.recursion.dispatch import ActiveTokens, GatherRows, ScatterRows
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
 
 STEP = 256
 """A frame's length is a multiple of this."""
@@ -122,9 +118,9 @@ class Frame:
         return mask.masked_fill_(~seen, float("-inf")).unsqueeze(1)
 
     @cached_property
-    def block_mask(self) -> BlockMask:
-        """The same for FlexAttention, with the blocks of keys that it may skip."""
-        return block_mask(*self.visible, self.num_keys)
+    def ranges(self) -> Ranges:
+        """What each slot sees, for range attention."""
+        return ranges(*self.visible, self.num_keys)
 
     @property
     def _device(self) -> torch.device:

@@ -6,7 +6,6 @@ machine with a GPU was at hand. `tools/gpu_check.py` checks it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -14,8 +13,8 @@ from torch.nn.attention import SDPBackend
 
 from mor_megatron.config.schema import Config
 from mor_megatron.distributed.libraries import NAMES, why_not
-from mor_megatron.model.attention_by_shape import AttentionKernels, flex, varlen
-from mor_megatron.model.frame import Frame
+from mor_megatron.model.attention_by_shape import AttentionByShape, AttentionKernels
+from mor_megatron.model.attention_check import LAYER, Heads, errors, expected, outputs_and_gradients, random_case
 from mor_megatron.recursion.dispatch import ActiveTokens
 from mor_megatron.recursion.routing import kept
 
@@ -26,12 +25,15 @@ CUDNN_FIRST = (9, 10)
 """Major compute capabilities, Hopper's and Blackwell's, on which cuDNN is the faster one."""
 CUDNN_RIGHT = 91501
 """Before cuDNN 9.15.1, gradients are wrong where 128 does not divide the number of rows (pytorch issue 169849)."""
+ROUNDING = 0.05
+"""Error of bf16, relative to the largest value, is below 0.01; of an attention that is not the right one, above 0.1."""
 
 
 def attention_kernels(config: Config) -> AttentionKernels | None:
     """What core attention runs on this machine's GPU (`--attention-backend`); None on a CPU, which has one way.
 
-    Every kernel is tried once, forward and backward: a library that fails is then not used, and the reason reported.
+    Every kernel is tried once, forward and backward. One that fails or computes something else is not used, and the
+    reason reported.
 
     Raises:
         ValueError: a kernel is asked for and cannot be had here.
@@ -41,28 +43,28 @@ def attention_kernels(config: Config) -> AttentionKernels | None:
         if wanted in REGULAR:
             raise ValueError(f"attention-backend={wanted}, but this machine has no CUDA: use auto or sdpa")
         return None
-    shape = _head_shape(config)
-    obstacles = {name: _why_not_regular(name, *shape) for name in REGULAR}
+    heads = _heads(config)
+    obstacles = {name: _why_not_regular(name, heads) for name in REGULAR}
     if obstacles.get(wanted) is not None:
         raise ValueError(f"attention-backend={wanted}, but {obstacles[wanted]}: use auto or sdpa")
     taken = [name for name in REGULAR if obstacles[name] is None]
     if wanted == "flash" or (wanted != "cudnn" and torch.cuda.get_device_capability()[0] not in CUDNN_FIRST):
         taken = [name for name in taken if name != "cudnn"]
-    no_varlen = no_flex = None
+    no_varlen = no_ranges = None
     if wanted == "sdpa":
-        no_varlen = no_flex = "attention-backend=sdpa"
+        no_varlen = no_ranges = "attention-backend=sdpa"
     elif config.training.precision == "fp32":
-        no_varlen = no_flex = "fp32"
+        no_varlen = no_ranges = "fp32"
     else:
-        no_varlen = _why_not_varlen(*shape)
+        if config.routing_method.routes:
+            no_varlen = tried("varlen_attn", heads)
         if needs_masks(config):
-            rows = min(kept(capacity, length) for capacity in plan.capacities)
-            no_flex = _why_not_flex(*shape, config.training.micro_batch_size, length, rows)
+            no_ranges = tried("range attention", heads)
     return AttentionKernels(
         fixed=(*(REGULAR[name] for name in taken), *OTHERS),
         rows=frozenset({length, *(kept(capacity, length) for capacity in plan.capacities)}),
         no_varlen=no_varlen,
-        no_flex=no_flex,
+        no_ranges=no_ranges,
     )
 
 
@@ -96,66 +98,59 @@ def _no_transformer_engine(config: Config) -> str | None:
     return None if reason is None else f"{NAMES['transformer_engine']} cannot be imported ({reason})"
 
 
-def _head_shape(config: Config) -> tuple[torch.dtype, int, int, int]:
-    """Type, query heads and key heads of a rank, and their width."""
+def _heads(config: Config) -> Heads:
+    """Core attention of a rank."""
     model, ranks = config.model, config.parallel.tensor_model_parallel_size
-    width = model.kv_channels or model.hidden_size // model.num_attention_heads
-    return config.training.dtype, model.num_attention_heads // ranks, max(1, model.key_value_heads // ranks), width
+    return Heads(
+        model.num_attention_heads // ranks,
+        max(1, model.key_value_heads // ranks),
+        model.kv_channels or model.hidden_size // model.num_attention_heads,
+        config.training.dtype,
+        "cuda",
+    )
 
 
-def _why_not_regular(name: str, dtype: torch.dtype, heads: int, groups: int, width: int) -> str | None:
+def _why_not_regular(name: str, heads: Heads) -> str | None:
     """Why PyTorch would not, or should not, give plain causal attention to this kernel."""
     if name == "cudnn" and (torch.backends.cudnn.version() or 0) < CUDNN_RIGHT:
         return f"its version {torch.backends.cudnn.version()} is older than {CUDNN_RIGHT}"
     if name == "cudnn" and torch.are_deterministic_algorithms_enabled():
         return "its backward pass is not deterministic"
-    rows = (torch.empty(250, 2, n, width, dtype=dtype, device="cuda", requires_grad=True) for n in (heads, groups))
+    rows = (
+        torch.empty(250, 2, n, heads.width, dtype=heads.dtype, device="cuda", requires_grad=True)
+        for n in (heads.heads, heads.groups)
+    )
     query, key = (x.permute(1, 2, 0, 3) for x in rows)
-    parameters = torch.backends.cuda.SDPAParams(query, key, key, None, 0.0, True, heads != groups)
-    if getattr(torch.backends.cuda, f"can_use_{name}_attention")(parameters):
-        return None
-    return f"{torch.cuda.get_device_name()} has none for {heads} heads of width {width} in {dtype}"
+    parameters = torch.backends.cuda.SDPAParams(query, key, key, None, 0.0, True, heads.heads != heads.groups)
+    if not getattr(torch.backends.cuda, f"can_use_{name}_attention")(parameters):
+        words = f"{heads.heads} heads of width {heads.width} in {heads.dtype}"
+        return f"{torch.cuda.get_device_name()} has none for {words}"
+    return tried(name, heads)
 
 
 @lru_cache
-def _why_not_varlen(dtype: torch.dtype, heads: int, groups: int, width: int) -> str | None:
-    def attend() -> None:
-        cu_seqlens = torch.tensor([0, 100, 100, 256], dtype=torch.int32, device="cuda")
-        parts = (
-            torch.randn(256, n, width, dtype=dtype, device="cuda", requires_grad=True) for n in (heads, groups, groups)
-        )
-        varlen(*parts, cu_seqlens, longest=512).sum().backward()
+def tried(name: str, heads: Heads) -> str | None:
+    """What goes wrong where this kernel attends, forward and backward, in one line; or None.
 
-    return _failure("varlen_attn", attend)
-
-
-@lru_cache
-def _why_not_flex(
-    dtype: torch.dtype, heads: int, groups: int, width: int, batch: int, length: int, rows: int
-) -> str | None:
-    """With the model's shapes, so that the first step finds its kernels compiled."""
-
-    def attend() -> None:
-        active = ActiveTokens(length, batch, torch.arange(rows * batch, device="cuda").view(rows, batch))
-        frame = Frame(active, None, keys_of_all=True)
-        parts = (
-            torch.randn(n, batch, h, width, dtype=dtype, device="cuda", requires_grad=True).permute(1, 2, 0, 3)
-            for n, h in ((frame.length, heads), (length, groups), (length, groups))
-        )
-        flex(*parts, frame.block_mask).sum().backward()
-
-    if torch._dynamo.config.disable:
-        return "TORCH_COMPILE_DISABLE is set"
-    return _failure("FlexAttention", attend)
-
-
-def _failure(name: str, attend: Callable[[], None]) -> str | None:
-    """The first line of what goes wrong, or None."""
+    Args:
+        name: cudnn, flash, varlen_attn or range attention.
+    """
+    length, rows = 300, torch.arange(900, device=heads.device).view(300, 3)
+    documents = None
+    if name in REGULAR:
+        active = ActiveTokens(length, 3, rows[:250])
+    else:
+        active = ActiveTokens(length, 3, torch.cat((rows[::3, 0], rows[50:, 2])).unsqueeze(1), (100, 0, 250))
+    masked = name == "range attention"
+    if masked:
+        documents = torch.arange(length, device=heads.device).div(70, rounding_mode="floor").expand(3, -1)
+    kernels = AttentionKernels((REGULAR[name],) if name in REGULAR else (), frozenset({250}))
     try:
-        with torch.enable_grad():
-            attend()
-        torch.cuda.synchronize()
+        pattern, inputs = random_case(heads, active, keys_of_all=masked, documents=documents)
+        found = outputs_and_gradients(AttentionByShape(*LAYER, kernels=kernels), pattern, inputs)
+        off = errors(found, expected(pattern, inputs))
     except Exception as error:  # a compiler, a driver, a library: each has its own
-        reason = next(iter(str(error).splitlines()), "")
-        return f"{name} fails with {type(error).__name__}: {reason}"
-    return None
+        return f"{name} fails with {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    if all(each < ROUNDING for each in off):  # and so no NaN
+        return None
+    return f"{name} is wrong here, by {', '.join(f'{each:.2g}' for each in off)} of the largest value"

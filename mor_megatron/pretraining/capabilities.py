@@ -63,7 +63,7 @@ def _attention(config: Config) -> dict[str, str]:
     if config.routing_method.routes:
         found["attention of ragged rows"] = _or_padded("varlen_attn", kernels.no_varlen)
     if needs_masks(config):
-        found["attention under masks"] = _or_padded("FlexAttention", kernels.no_flex)
+        found["attention under masks"] = _or_padded("range attention", kernels.no_ranges)
     return found
 
 

@@ -32,7 +32,7 @@ MICRO_BATCHES = 2
 ONE = Layout("one", global_batch=4)
 TP2_SP = Layout("tp2-sp", tp=2, sequence_parallel=True, global_batch=4)
 PP2 = Layout("pp2", pp=2, global_batch=4)
-KERNELS = AttentionKernels((SDPBackend.MATH,), frozenset(), no_varlen="not here", no_flex="not here")
+KERNELS = AttentionKernels((SDPBackend.MATH,), frozenset(), no_varlen="not here", no_ranges="not here")
 FULL = {"recompute_granularity": "full"}
 
 

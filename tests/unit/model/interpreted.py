@@ -1,4 +1,4 @@
-"""Runs cases of `test_fused.py` in Triton's interpreter: `interpreted.py FUSED_FILE CASES RESULTS`.
+"""Runs functions of a file of Triton kernels in Triton's interpreter: `interpreted.py FILE CASES RESULTS`.
 
 A process of its own, because Triton decides when it is imported whether it interprets; and without the package, which
 would take longer to import than all cases take.
@@ -15,6 +15,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 
 def outputs_and_gradients(function, inputs: tuple, strided: bool) -> list[Tensor]:
@@ -35,15 +36,25 @@ def outputs_and_gradients(function, inputs: tuple, strided: bool) -> list[Tensor
     return [*(out.detach() for out in outputs), *(x.grad for x in inputs if getattr(x, "requires_grad", False))]
 
 
+def number_from_one_element(tensor, scope, patch=interpreter._patch_lang_tensor) -> None:
+    """The interpreter's numbers are arrays of one element, which NumPy 2.4 converts to no integer by itself."""
+    patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+interpreter._patch_lang_tensor = number_from_one_element
+
+
 def main(source: str, cases: str, results: str) -> None:
     """One result for each case: tensors, or the text of what was raised."""
-    spec = importlib.util.spec_from_file_location("fused", source)
-    fused = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fused)
+    spec = importlib.util.spec_from_file_location("kernels", source)
+    kernels = importlib.util.module_from_spec(spec)
+    sys.modules["kernels"] = kernels
+    spec.loader.exec_module(kernels)
     found = {}
     for key, (name, inputs, strided) in torch.load(cases, weights_only=False).items():
         try:
-            found[key] = outputs_and_gradients(getattr(fused, name), inputs, strided)
+            found[key] = outputs_and_gradients(getattr(kernels, name), inputs, strided)
         except Exception:
             found[key] = traceback.format_exc()
     torch.save(found, results)

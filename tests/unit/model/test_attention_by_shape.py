@@ -1,11 +1,11 @@
 """Attention as a GPU computes it, against the CPU's way: frames, masks, boundaries, and how many shapes there are.
 
-`varlen_attn` has no CPU implementation, and FlexAttention none with a backward pass: plain functions with their
-signatures stand in.
+`varlen_attn` and range attention have no CPU implementation: plain functions with their signatures stand in.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -15,7 +15,7 @@ from models import RECURSIONS, SEQ, random_ids, small_config, training_batch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from mor_megatron.model import attention_by_shape, block_mask, build_model, frame, layer_spec
+from mor_megatron.model import attention_by_shape, attention_check, build_model, frame, layer_spec, ranges
 from mor_megatron.model.attention_by_shape import AttentionKernels
 from mor_megatron.model.frame import Frame
 from mor_megatron.recursion.context import RoutingContext
@@ -27,7 +27,7 @@ BATCH = 3
 HOPPER = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 ROWS = frozenset({SEQ, kept(2 / 3, SEQ), kept(1 / 3, SEQ)})
 BY_SHAPE = AttentionKernels(HOPPER, ROWS)
-SDPA = AttentionKernels(HOPPER, ROWS, no_varlen="forced", no_flex="forced")
+SDPA = AttentionKernels(HOPPER, ROWS, no_varlen="forced", no_ranges="forced")
 DOCUMENTS = torch.arange(SEQ).div(10, rounding_mode="floor").expand(BATCH, SEQ)
 
 
@@ -45,46 +45,18 @@ def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(
     return torch.cat(out)
 
 
-def seen_by(mask) -> Tensor:
-    """What FlexAttention computes under a block mask, [B, Q, K] bool; checks that both directions list the same."""
-    parts = {}
-    for name in ("", "full_"):
-        queries, keys = (
-            listed(getattr(mask, f"{name}{x}_num_blocks"), getattr(mask, f"{name}{x}_indices")) for x in ("kv", "q")
-        )
-        assert torch.equal(queries, keys.transpose(1, 2))
-        parts[name] = queries
-    assert not (parts[""] & parts["full_"]).any()
-    size = block_mask.BLOCK
-    blocks = {name: x.repeat_interleave(size, 1).repeat_interleave(size, 2) for name, x in parts.items()}
-    batch, num_queries, num_keys = mask.kv_num_blocks.shape[0], *mask.seq_lengths
-    b, q, k = torch.meshgrid(*(torch.arange(n) for n in (batch, num_queries, num_keys)), indexing="ij")
-    partial, whole = (blocks[name][:, :, :num_keys] for name in ("", "full_"))
-    return whole | (partial & mask.mask_mod(b, None, q, k))
-
-
-def listed(counts: Tensor, columns: Tensor) -> Tensor:
-    """Index lists of a block mask -> [B, rows, columns] bool."""
-    assert counts.dtype == columns.dtype == torch.int32
-    chosen = torch.arange(columns.shape[-1]) < counts.unsqueeze(-1)
-    return torch.zeros(columns.shape).scatter(-1, columns.long(), chosen.float())[:, 0].bool()
-
-
-def plain_flex(query, key, value, block_mask=None, scale=None, enable_gqa=False) -> Tensor:
-    """flex_attention on its dense mask; a query that sees nothing gives 0."""
-    seen = seen_by(block_mask).unsqueeze(1)
-    some = seen.any(-1, keepdim=True)
-    out = F.scaled_dot_product_attention(query, key, value, seen | ~some, scale=scale, enable_gqa=enable_gqa)
-    return out * some
+def plain_ranges(query, key, value, first, last, queries, block, scale=None) -> Tensor:
+    """`range_attention` through the whole matrix of scores."""
+    assert queries.shape == (4, key.shape[1], -(-len(key) // block))
+    return ranges.attend(query, key, value, first, last, scale)
 
 
 @pytest.fixture(autouse=True)
 def plain_kernels(monkeypatch):
-    """Stand-ins, and small frames and blocks so that a short sequence has several."""
+    """Stand-ins, and small frames so that a short sequence has several lengths."""
     monkeypatch.setattr(attention_by_shape, "_varlen_attn", lambda: (plain_varlen, {}))
-    monkeypatch.setattr(attention_by_shape, "_flex_attention", lambda: plain_flex)
+    monkeypatch.setattr(attention_by_shape, "_range_attention", lambda: plain_ranges)
     monkeypatch.setattr(frame, "STEP", 8)
-    monkeypatch.setattr(block_mask, "BLOCK", 4)
 
 
 def build(config, kernels: AttentionKernels | None, monkeypatch):
@@ -122,11 +94,11 @@ def test_recomputed(process_group, monkeypatch):
 
 
 class Spy:
-    """What reaches the kernels that make something for every new shape."""
+    """What reaches the kernels, and the shapes that reach cuDNN, which makes a plan for each."""
 
     def __init__(self, monkeypatch):
-        self.keys: dict[str, set] = {"cudnn": set(), "flex": set()}
-        self.calls = {"cudnn": 0, "varlen": 0, "flex": 0, "other": 0}
+        self.shapes: set = set()
+        self.calls = {"cudnn": 0, "varlen": 0, "ranges": 0, "other": 0}
         self.backends: list[SDPBackend] = []
         chosen, attend = attention_by_shape.sdpa_kernel, attention_by_shape.AttentionByShape._attend
 
@@ -138,9 +110,9 @@ class Spy:
             self.record("cudnn" if self.backends[0] == SDPBackend.CUDNN_ATTENTION else "other", query, key)
             return attend(module, query, key, value, mask)
 
-        def flex(query, key, value, **options):
-            self.record("flex", query, key)
-            return plain_flex(query, key, value, **options)
+        def by_range(query, key, value, *arguments):
+            self.record("ranges", query, key)
+            return plain_ranges(query, key, value, *arguments)
 
         def varlen(query, key, value, *arguments, **options):
             self.record("varlen", query, key)
@@ -148,13 +120,13 @@ class Spy:
 
         monkeypatch.setattr(attention_by_shape, "sdpa_kernel", choose)
         monkeypatch.setattr(attention_by_shape.AttentionByShape, "_attend", sdpa)
-        monkeypatch.setattr(attention_by_shape, "_flex_attention", lambda: flex)
+        monkeypatch.setattr(attention_by_shape, "_range_attention", lambda: by_range)
         monkeypatch.setattr(attention_by_shape, "_varlen_attn", lambda: (varlen, {}))
 
     def record(self, kernel: str, query: Tensor, key: Tensor) -> None:
         self.calls[kernel] += 1
-        if kernel in self.keys:
-            self.keys[kernel].add((query.shape, query.stride(), key.shape, key.stride(), query.dtype))
+        if kernel == "cudnn":
+            self.shapes.add((query.shape, query.stride(), key.shape, key.stride(), query.dtype))
 
 
 @pytest.mark.parametrize(
@@ -164,11 +136,11 @@ class Spy:
         ("recursive", "capacity", {"cudnn"}, 1),
         ("expert", "capacity", {"cudnn", "other"}, 3),
         ("expert", "threshold", {"cudnn", "varlen"}, 1),
-        ("expert_sharing", "capacity", {"cudnn", "flex"}, 1 + SEQ // 8),
-        ("expert_sharing_update", "capacity", {"cudnn", "flex"}, 1 + SEQ // 8),
-        ("expert_sharing", "threshold", {"cudnn", "flex"}, 1 + SEQ // 8),
+        ("expert_sharing", "capacity", {"cudnn", "ranges"}, 1),
+        ("expert_sharing_update", "capacity", {"cudnn", "ranges"}, 1),
+        ("expert_sharing", "threshold", {"cudnn", "ranges"}, 1),
         ("token", "capacity", {"cudnn", "varlen"}, 1),
-        ("token_sharing", "capacity", {"cudnn", "flex"}, 1 + SEQ // 8),
+        ("token_sharing", "capacity", {"cudnn", "ranges"}, 1),
     ],
 )
 @pytest.mark.parametrize("documents", [False, True])
@@ -182,11 +154,10 @@ def test_few_shapes_over_many_micro_batches(process_group, monkeypatch, name, se
         with torch.no_grad():
             model(batch, RoutingContext(selection=selection, iteration=step + 1))
     if documents:
-        assert {kernel for kernel, calls in spy.calls.items() if calls} == {"flex"}
-        assert len(spy.keys["flex"]) <= SEQ // 8 * (1 if "sharing" not in name else 2)
+        assert {kernel for kernel, calls in spy.calls.items() if calls} == {"ranges"}
     else:
         assert {kernel for kernel, calls in spy.calls.items() if calls} == kernels
-        assert sum(map(len, spy.keys.values())) <= shapes
+        assert len(spy.shapes) <= shapes
 
 
 def active_sets() -> dict[str, ActiveTokens]:
@@ -206,14 +177,15 @@ def active_sets() -> dict[str, ActiveTokens]:
 
 @pytest.mark.parametrize("rows", active_sets())
 @pytest.mark.parametrize("keys_of_all", [False, True])
-def test_block_mask_shows_each_row_what_it_sees(rows, keys_of_all):
+def test_each_row_has_the_range_that_it_sees(rows, keys_of_all):
     active = active_sets()[rows]
     if active.is_all and keys_of_all:
         return
     for documents in (torch.zeros_like(DOCUMENTS), DOCUMENTS):
-        compact = Frame(active, documents, keys_of_all)
-        seen = seen_by(compact.block_mask)
-        assert not seen[compact.visible[1] < 0].any()
+        laid = Frame(active, documents, keys_of_all)
+        first, last = (x.unsqueeze(2) for x in laid.visible)
+        keys = torch.arange(laid.num_keys)
+        seen = (first <= keys) & (keys <= last)
         # The same of each token by its position, in a plain loop.
         taken = [[int(t) for t, b in zip(*places(active), strict=True) if b == column] for column in range(BATCH)]
         for b, positions in enumerate(taken):
@@ -221,12 +193,27 @@ def test_block_mask_shows_each_row_what_it_sees(rows, keys_of_all):
             for i, t in enumerate(positions):
                 expected = [j for j, s in enumerate(keys) if s <= t and documents[b, s] == documents[b, t]]
                 assert seen[b, i].nonzero().view(-1).tolist() == expected
-        blocks = seen.view(BATCH, -1, block_mask.BLOCK, compact.num_keys).any(2)
-        assert torch.equal(blocks.any(-1), compact.block_mask.kv_num_blocks[:, 0] + full(compact) > 0)
+            assert not seen[b, len(positions) :].any()
+        for block in (3, 8, 64):
+            found = ranges.ranges(*laid.visible, laid.num_keys, block)
+            for b, start in itertools.product(range(BATCH), range(0, laid.num_keys, block)):
+                part = seen[b, :, start : start + block]
+                whole = part.all(1) if part.shape[1] == block else torch.zeros(len(part), dtype=torch.bool)
+                bounds = found.queries[:, b, start // block].tolist()
+                assert torch.arange(len(part))[slice(*bounds[:2])].tolist() == part.any(1).nonzero().view(-1).tolist()
+                assert torch.arange(len(part))[slice(*bounds[2:])].tolist() == whole.nonzero().view(-1).tolist()
 
 
-def full(compact: Frame) -> Tensor:
-    return compact.block_mask.full_kv_num_blocks[:, 0]
+@pytest.mark.parametrize(("kept_rows", "kernel"), [(SEQ * 2 // 3, "ranges"), (SEQ - 1, "cudnn")])
+def test_nearly_all_rows_attend_among_all_tokens(monkeypatch, kept_rows, kernel):
+    spy = Spy(monkeypatch)
+    rows = torch.arange(SEQ * BATCH).view(SEQ, BATCH)[-kept_rows:]
+    heads = attention_check.Heads(4, 2, 16, torch.float32, "cpu")
+    pattern, inputs = attention_check.random_case(heads, ActiveTokens(SEQ, BATCH, rows), keys_of_all=True)
+    attention = attention_by_shape.AttentionByShape(*attention_check.LAYER, kernels=BY_SHAPE)
+    found = attention_check.outputs_and_gradients(attention, pattern, inputs)
+    assert {name for name, calls in spy.calls.items() if calls} == {kernel}
+    assert max(attention_check.errors(found, attention_check.expected(pattern, inputs))) < TOL
 
 
 def test_frames():
@@ -256,21 +243,6 @@ def places(active: ActiveTokens) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize("keys_of_all", [False, True])
-def test_flex_attention_itself_agrees(monkeypatch, keys_of_all):
-    """Its forward pass runs on a CPU, with blocks of its own size."""
-    flex_attention = pytest.importorskip("torch.nn.attention.flex_attention")
-    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    monkeypatch.setattr(frame, "STEP", 256)
-    monkeypatch.setattr(block_mask, "BLOCK", 128)
-    compact = Frame(active_sets()["ragged"], DOCUMENTS, keys_of_all)
-    query = torch.randn(BATCH, 4, compact.length, 16)
-    key, value = (torch.randn(BATCH, 2, compact.num_keys, 16) for _ in range(2))
-    got = flex_attention.flex_attention(query, key, value, block_mask=compact.block_mask, enable_gqa=True)
-    expected = plain_flex(query, key, value, compact.block_mask, enable_gqa=True)
-    torch.testing.assert_close(got, expected, rtol=0, atol=TOL)
-
-
-@pytest.mark.parametrize("keys_of_all", [False, True])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_nothing_is_read_from_the_device(ragged, keys_of_all):
     """Tensors on "meta" have no values: reading one is an error."""
@@ -282,6 +254,6 @@ def test_nothing_is_read_from_the_device(ragged, keys_of_all):
         laid = Frame(active, documents, keys_of_all, spread=spread)
         assert laid.take(laid.put(query).flatten(2)).shape == (*rows.shape, 32)
         assert laid.mask.shape == (BATCH, 1, laid.length, laid.num_keys)
-        assert spread or laid.block_mask.seq_lengths == (laid.length, laid.num_keys)
+        assert laid.ranges.queries.shape == (4, BATCH, -(-laid.num_keys // ranges.BLOCK))
     if ragged:
         assert laid.cu_seqlens.shape == (BATCH + 1,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from types import ModuleType
@@ -12,8 +13,9 @@ from models import SEQ, small_config
 from torch.nn.attention import SDPBackend
 
 from mor_megatron.config.schema import Config
-from mor_megatron.model import build_model, kernels, layer_spec
+from mor_megatron.model import attention_by_shape, build_model, kernels, layer_spec, ranges
 from mor_megatron.model.attention_by_shape import AttentionByShape
+from mor_megatron.model.attention_check import Heads
 from mor_megatron.model.kernels import attention_kernels, uses_transformer_engine
 from mor_megatron.pretraining import capabilities
 
@@ -44,8 +46,8 @@ def gpu(monkeypatch):
         return empty(*shape, device="meta" if device == "cuda" else device, **options)
 
     def pretend(capability, *installed: str, takes=("cudnn", "flash"), broken: str = "", cudnn=91501) -> None:
-        def fail(name: str):
-            return lambda *shape: f"{name} fails with RuntimeError: no compiler" if name in broken else None
+        def tried(name: str, heads: Heads) -> str | None:
+            return f"{name} fails with RuntimeError: no compiler" if name in broken else None
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
@@ -60,8 +62,7 @@ def gpu(monkeypatch):
                 f"can_use_{name}_attention",
                 lambda dtype, can=can: can and dtype != torch.float32,
             )
-        monkeypatch.setattr(kernels, "_why_not_varlen", fail("varlen_attn"))
-        monkeypatch.setattr(kernels, "_why_not_flex", fail("FlexAttention"))
+        monkeypatch.setattr(kernels, "tried", tried)
         for name in ("transformer_engine", "transformer_engine.pytorch"):
             # None in sys.modules makes an import fail as if the package were absent.
             monkeypatch.setitem(sys.modules, name, ModuleType(name) if name in installed else None)
@@ -93,7 +94,7 @@ def test_regular_rows(gpu, capability, backend, expected):
     chosen = attention_kernels(_config(attention_backend=backend))
     assert chosen.fixed == (*expected, *OTHERS)
     assert chosen.rows == {SEQ, int(SEQ * 2 / 3), int(SEQ / 3)}
-    assert (chosen.no_varlen is None) == (chosen.no_flex is None) == (backend != "sdpa")
+    assert (chosen.no_varlen is None) == (chosen.no_ranges is None) == (backend != "sdpa")
 
 
 def test_a_cudnn_with_wrong_gradients_is_not_used(gpu):
@@ -118,29 +119,43 @@ def test_a_kernel_that_fails_is_replaced_and_reported(gpu, monkeypatch, process_
     found = capabilities.capabilities(_config("expert_sharing"))
     assert found["attention"] == "cuDNN"
     assert found["attention of ragged rows"] == "varlen_attn"
-    assert found["attention under masks"] == "FlexAttention"
-    gpu(HOPPER, broken="FlexAttention")
+    assert found["attention under masks"] == "range attention"
+    gpu(HOPPER, broken="range attention")
     found = capabilities.capabilities(_config("expert_sharing"))
     assert found["attention of ragged rows"] == "varlen_attn"
-    assert "FlexAttention fails with RuntimeError: no compiler" in found["attention under masks"]
+    assert "range attention fails with RuntimeError: no compiler" in found["attention under masks"]
     # What no row of the model needs is neither tried nor reported.
     found = capabilities.capabilities(_config("vanilla"))
     assert "attention of ragged rows" not in found
     assert "attention under masks" not in found
 
 
-def test_the_reason_of_a_failure_is_one_line():
-    def attend() -> None:
-        raise RuntimeError("no compiler\nat line 3")
+def test_what_fails_or_computes_something_else_is_found(monkeypatch):
+    heads = Heads(4, 2, 16, torch.float32, "cpu")
+    tried = kernels.tried.__wrapped__
+    assert tried("flash", heads) is None
+    assert re.fullmatch(r"varlen_attn fails with \w+: .*", tried("varlen_attn", heads))  # not on a CPU
+    monkeypatch.setattr(attention_by_shape, "_range_attention", lambda: by_range)
 
-    assert kernels._failure("FlexAttention", attend) == "FlexAttention fails with RuntimeError: no compiler"
+    def by_range(query, key, value, first, last, queries, block, scale):
+        return ranges.attend(query, key, value, first, last, scale)
+
+    assert tried("range attention", heads) is None
+
+    def without_gradients_of_keys(query, key, value, first, last, *others):
+        return ranges.attend(query, key.detach() + 0 * key, value, first, last)
+
+    monkeypatch.setattr(attention_by_shape, "_range_attention", lambda: without_gradients_of_keys)
+    assert re.fullmatch(
+        r"range attention is wrong here, by .*, 1, .* of the largest value", tried("range attention", heads)
+    )
 
 
 def test_fp32_stays_in_fp32(gpu):
     gpu(HOPPER, *TRANSFORMER_ENGINE)
     chosen = attention_kernels(_config(bf16=False))
     assert chosen.fixed == tuple(OTHERS)
-    assert chosen.no_varlen == chosen.no_flex == "fp32"
+    assert chosen.no_varlen == chosen.no_ranges == "fp32"
     assert not uses_transformer_engine(_config(bf16=False))
     assert attention_kernels(_config(bf16=False, fp16=True)).no_varlen is None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import attention as benchmark
 import pytest
 
-SHORT = benchmark.Heads(heads=4, groups=2, width=16, length=48, batch=2)
+SHORT = benchmark.Size(heads=4, groups=2, width=16, length=48, batch=2)
 
 
 def test_each_kind_of_rows_is_compared_with_fp32(monkeypatch):
@@ -15,7 +15,7 @@ def test_each_kind_of_rows_is_compared_with_fp32(monkeypatch):
     assert right == {name for name, *_ in benchmark.rows_of(SHORT, "cpu")}
     for row in rows:
         if "refused" in row:
-            assert row["kernel"] in ("varlen", "flex", "efficient") or "cuDNN" in row["kernel"]
+            assert row["kernel"] in ("varlen", "ranges", "efficient") or "cuDNN" in row["kernel"]
             assert "\n" not in row["refused"]
         else:
             assert max(row["error"], row["gradient_error"]) < 1e-5, row  # fp32 in another order of summation
