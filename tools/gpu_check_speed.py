@@ -240,8 +240,14 @@ def syncs(run: Run) -> Iterator[Row]:
 
 
 def fused(run: Run) -> Iterator[Row]:
-    """Element-wise kernels of a layer against plain PyTorch."""
-    yield from ()
+    """Element-wise kernels of a layer, head and loss, against plain PyTorch, by `benchmarks/fused.py`."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import fused as benchmark
+
+    for row in benchmark.measure(run.device, ["tiny"] if run.small else ["1.7b", "135m"]):
+        # Rounding to 8 bits, relative to the largest value; plain PyTorch rounds more often.
+        right = all(row.get(error, 0.0) <= 0.02 for error in ("error", "gradient_error"))
+        yield row | {"failed": row["by"] == "chosen" and ("refused" in row or not right)}
 
 
 def attention(run: Run) -> Iterator[Row]:

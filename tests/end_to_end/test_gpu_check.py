@@ -21,7 +21,7 @@ gpu_check = importlib.import_module("gpu_check")
 numbers = importlib.import_module("gpu_check_numbers")
 speed = importlib.import_module("gpu_check_speed")
 
-SOON = [name for name in gpu_check.STAGES if name not in ("medium", "tiny", "layouts", "fused")]
+SOON = [name for name in gpu_check.STAGES if name not in ("medium", "tiny", "layouts")]
 """Two stages differ from `large` by a preset only on the CPU; `layouts` starts processes."""
 
 
