@@ -21,7 +21,7 @@ import mor_megatron  # noqa: F401  # isort: skip  # before Megatron-core: quiets
 
 import torch
 from attention import _milliseconds as milliseconds
-from footprint import processor
+from processor import processor
 from torch import Tensor
 
 from mor_megatron.config.schema import Config
