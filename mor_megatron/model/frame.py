@@ -141,7 +141,7 @@ class Frame:
         active = self.active
         if active.rows is not None and self.spread:
             return active.rows.view(-1)
-        if active.ragged:
+        if active.ragged and active.batch_size > 1:
             return (self._offsets * active.batch_size + active.sequences).view(-1)
         return None
 

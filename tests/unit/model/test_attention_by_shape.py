@@ -236,6 +236,16 @@ def test_frames():
             assert torch.equal(laid.take(laid.put(rows).flatten(2)), flat)
 
 
+@pytest.mark.parametrize("count", [0, 3])
+def test_rows_of_a_single_sequence_are_not_copied(count):
+    active = ActiveTokens(SEQ, 1, torch.tensor([[1], [4], [9]])[:count], (count,))
+    rows = torch.randn(count, 1, 2, 4)
+    laid = Frame(active, DOCUMENTS[:1], False, exact=True)
+    assert count == 0 or laid.put(rows) is rows
+    assert torch.equal(laid.take(laid.put(rows).flatten(2)), rows.flatten(2))
+    assert laid.visible[1].tolist() == [list(range(count)) or [-1]]
+
+
 def places(active: ActiveTokens) -> tuple[list[int], list[int]]:
     """Positions and sequences of the active tokens."""
     rows = torch.arange(SEQ * BATCH) if active.is_all else active.rows.view(-1)
