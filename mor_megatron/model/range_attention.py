@@ -48,7 +48,7 @@ class Tiles(NamedTuple):
 TILES = {
     32: Tiles(Tile(64, 32, 4, 3), Tile(64, 32, 4, 3), Tile(32, 128, 4, 3)),
     64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3)),
 }
 """By the largest width of a head. A search at the start of a run would cost minutes."""
 LN_2 = tl.constexpr(math.log(2))
@@ -231,22 +231,25 @@ def _range_attention_backward_query(
 
 @triton.jit
 def _grad_key_queries(
-    grad_key, grad_value, k, v, key_place, query, grad, log_sum, delta, first, last, query_row, out_row,
-    num_queries, num_keys, scale, begin, end, whole_begin, whole_end,
-    MASKED: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr,
+    grad_key, grad_value, k, v, key_place, query, grad, log_sum, delta, first, last, query_row, query_head, out_row,
+    out_head, num_queries, num_keys, scale, begin, end, whole_begin, whole_end,
+    MASKED: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the queries from `begin` to `end` contribute. Scores are transposed, keys x queries."""
-    for step in range(begin, end, QUERIES):
-        start = _start(step, whole_begin, whole_end, MASKED)
-        q = _load(query, start, query_row, num_queries, MASKED, QUERIES, WIDTH)
-        g = _load(grad, start, out_row, num_queries, MASKED, QUERIES, WIDTH)
+    """Adds what the queries from `begin` to `end` of all heads contribute. Scores are transposed, keys x queries."""
+    tiles = tl.cdiv(end - begin, QUERIES)
+    for index in range(0, tiles * GROUP):  # not two loops, which would need more registers than there are
+        head = index // tiles
+        start = _start(begin + index % tiles * QUERIES, whole_begin, whole_end, MASKED)
+        q = _load(query + head * query_head, start, query_row, num_queries, MASKED, QUERIES, WIDTH)
+        g = _load(grad + head * out_head, start, out_row, num_queries, MASKED, QUERIES, WIDTH)
         place = start + tl.arange(0, QUERIES)
+        number = head * num_queries + place
         if MASKED:
-            sums = tl.load(log_sum + place, mask=place < num_queries, other=0.0)
-            along = tl.load(delta + place, mask=place < num_queries, other=0.0)
+            sums = tl.load(log_sum + number, mask=place < num_queries, other=0.0)
+            along = tl.load(delta + number, mask=place < num_queries, other=0.0)
         else:
-            sums = tl.load(log_sum + place)
-            along = tl.load(delta + place)
+            sums = tl.load(log_sum + number)
+            along = tl.load(delta + number)
         weight = tl.exp2(tl.dot(k, tl.trans(q)) * scale - sums[None, :])
         if MASKED:
             low, high = _load_ranges(first, last, start, num_queries, num_keys, QUERIES)
@@ -269,8 +272,12 @@ def _range_attention_backward_key(
     plane, block = tl.program_id(0).to(tl.int64), tl.program_id(1)  # the first keys are seen most: they begin first
     groups = heads // GROUP
     batch, group = plane // groups, plane % groups
+    query += batch * query_batch + group * GROUP * query_head
+    grad += batch * out_batch + group * GROUP * out_head
     key += batch * key_batch + group * key_head
     value += batch * key_batch + group * key_head
+    log_sum += plane * GROUP * num_queries
+    delta += plane * GROUP * num_queries
     first += batch * num_queries
     last += batch * num_queries
     queries += batch * tl.num_programs(1) + block
@@ -283,21 +290,15 @@ def _range_attention_backward_key(
     place = (start + tl.arange(0, KEYS))[:, None]
     sum_key = tl.zeros([KEYS, WIDTH], tl.float32)
     sum_value = tl.zeros([KEYS, WIDTH], tl.float32)
-    for each in range(GROUP):
-        head = group * GROUP + each
-        q = query + batch * query_batch + head * query_head
-        g = grad + batch * out_batch + head * out_head
-        sums = log_sum + (batch * heads + head) * num_queries
-        along = delta + (batch * heads + head) * num_queries
-        sum_key, sum_value = _grad_key_queries(
-            sum_key, sum_value, k, v, place, q, g, sums, along, first, last, query_row, out_row,
-            num_queries, num_keys, scale, whole_begin, whole_end, 0, 0, False, QUERIES, WIDTH,
-        )  # fmt: skip
-        sum_key, sum_value = _grad_key_queries(
-            sum_key, sum_value, k, v, place, q, g, sums, along, first, last, query_row, out_row,
-            num_queries, num_keys, scale, begin, end - (whole_end - whole_begin), whole_begin, whole_end,
-            True, QUERIES, WIDTH,
-        )  # fmt: skip
+    sum_key, sum_value = _grad_key_queries(
+        sum_key, sum_value, k, v, place, query, grad, log_sum, delta, first, last, query_row, query_head, out_row,
+        out_head, num_queries, num_keys, scale, whole_begin, whole_end, 0, 0, False, GROUP, QUERIES, WIDTH,
+    )  # fmt: skip
+    sum_key, sum_value = _grad_key_queries(
+        sum_key, sum_value, k, v, place, query, grad, log_sum, delta, first, last, query_row, query_head, out_row,
+        out_head, num_queries, num_keys, scale, begin, end - (whole_end - whole_begin), whole_begin, whole_end,
+        True, GROUP, QUERIES, WIDTH,
+    )  # fmt: skip
     to = batch * to_batch + group * to_head
     _store(grad_key + to, start, to_row, num_keys, sum_key * (scale * LN_2), KEYS, WIDTH)
     _store(grad_value + to, start, to_row, num_keys, sum_value, KEYS, WIDTH)
