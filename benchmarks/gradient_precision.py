@@ -103,7 +103,7 @@ def accumulate(engine: Engine, config: Config, batch: Batch) -> None:
         return losses.mean(dtype=torch.float64)
 
     if choose_driver(config) == "schedule":
-        run_schedule(engine.module, [batch], RoutingContext, loss)
+        run_schedule(engine.module, [batch], 1, RoutingContext, loss)
     else:
         engine.backward(loss(engine.forward(batch, RoutingContext()), batch))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,5 +27,12 @@ class Batch:
     """[B] int64, the corpus of a blend that each sample is from; None: there is only one."""
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
-        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in vars(self).values()))
+        """The same batch on another device; from pinned memory, the host does not wait for the copy."""
+        return self._map(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in pinned memory; PyTorch's DataLoader calls this."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(*(None if x is None else change(x) for x in vars(self).values()))

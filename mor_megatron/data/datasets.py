@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from mor_megatron.data.fingerprint import check_corpora
 from mor_megatron.data.gpt_dataset import EpochDataset, EpochDatasetConfig
 from mor_megatron.data.indexed import Index, read_index, read_tokens
 from mor_megatron.data.tokenizers import Tokenizer
+from mor_megatron.data.workers import number_of_workers, serve
 
 # Tokens at the start of a corpus that are compared with the vocabulary: enough to catch data of another tokenizer.
 _PROBE = 1 << 20
@@ -123,7 +124,7 @@ def build_batches(
     global_batch_size: int,
     data: DataConfig | None = None,
     eod: int | None = None,
-) -> Iterator[Batch]:
+) -> Iterable[Batch]:
     """This rank's micro-batches from `consumed_samples` on, until the dataset ends.
 
     Micro-batch m of an iteration covers micro_batch_size * data_parallel_size consecutive samples of the global batch,
@@ -141,7 +142,8 @@ def build_batches(
         data: reset_position_ids, reset_attention_mask, eod_mask_loss and num_workers are read; default: all off.
         eod: end-of-document id; required if one of the first three is set.
     Returns:
-        Iterator of `Batch`, tensors [B, S] on the CPU.
+        `Batch`es, tensors [B, S] on the CPU, in pinned memory if there is CUDA. Worker processes start with the first
+        iteration, and stay for later ones.
     Raises:
         ValueError: the sizes do not divide, or a required eod is missing.
     """
@@ -154,15 +156,20 @@ def build_batches(
         )
     if eod is None and (data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss):
         raise ValueError(_NEEDS_EOD)
-    loader = DataLoader(
+    workers = number_of_workers(data)
+    return DataLoader(
         dataset,
         batch_sampler=_MicroBatches(len(dataset), consumed_samples, micro_batch_size, data_parallel_rank, stride),
         collate_fn=partial(make_batch, data=data, eod=eod),
-        num_workers=data.num_workers,
+        num_workers=workers,
+        # They share what the rank has read of the corpora. It has threads by now: what these lock, workers do not use.
+        multiprocessing_context="fork" if workers else None,
+        persistent_workers=workers > 0,
+        worker_init_fn=partial(serve, os.getpid()),
+        pin_memory=torch.cuda.is_available(),
         # The loader draws a seed for its workers; drawn from the global generator, it would change the model's dropout.
         generator=torch.Generator(),
     )
-    return iter(loader)
 
 
 class _MicroBatches:
@@ -192,7 +199,7 @@ def make_batch(samples: Sequence[dict], data: DataConfig, eod: int | None) -> Ba
     return Batch(
         tokens=tokens,
         labels=labels,
-        loss_mask=1.0 - ends.float() if data.eod_mask_loss else torch.ones(tokens.shape),
+        loss_mask=1.0 - ends.float() if data.eod_mask_loss else None,
         position_ids=_positions(ends) if data.reset_position_ids else None,
         document_ids=_documents(ends) if data.reset_attention_mask else None,
         corpus_ids=torch.tensor([int(s["dataset_id"]) for s in samples]) if "dataset_id" in samples[0] else None,

@@ -102,7 +102,9 @@ class IndexedPieces:
 
     def __getitem__(self, index: int) -> Piece:
         batch = make_batch([self.samples[index]], self.data, self.eod)
-        labels = batch.labels.masked_fill(batch.loss_mask == 0, IGNORED)
+        labels = batch.labels
+        if batch.loss_mask is not None:
+            labels = labels.masked_fill(batch.loss_mask == 0, IGNORED)
         return Piece(batch.tokens[0], labels[0])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from megatron.core import parallel_state
@@ -26,20 +26,25 @@ Loss = Callable[[Tensor, Batch], Tensor]
 
 
 def run_schedule(
-    model: MoRModel, micro_batches: list[Batch], make_context: MakeContext, loss: Loss, forward_only: bool = False
+    model: MoRModel,
+    micro_batches: Iterable[Batch],
+    count: int,
+    make_context: MakeContext,
+    loss: Loss,
+    forward_only: bool = False,
 ) -> None:
     """Run micro-batches forward and backward; collective over the pipeline.
 
     Args:
         model: the bare model; DeepSpeed's wrapper would add hooks for a backward that it does not run.
-        micro_batches: of this rank; all ranks of a pipeline and of a tensor-parallel group pass the same.
+        micro_batches: of this rank, on its device; all ranks of a pipeline and of a tensor-parallel group pass the
+            same. Without a pipeline, each is asked for when the one before has been computed.
+        count: how many there are.
         make_context: makes the routing options of a micro-batch; called once for each, on every rank.
         loss: per-token losses [B, S] and their batch -> the scalar to call backward on, used as it is. Called where
             the head is.
         forward_only: no backward pass.
     """
-    rows, columns = micro_batches[0].tokens.shape
-    sizes = {"num_microbatches": len(micro_batches), "seq_length": columns, "micro_batch_size": rows}
     if model.pipeline.num_stages == 1:
 
         def whole_step(iterator: Iterator[Batch], model: MoRModel):
@@ -51,11 +56,14 @@ def run_schedule(
             data_iterator=iter(micro_batches),
             model=model,
             forward_only=forward_only,
-            **sizes,
+            num_microbatches=count,
+            seq_length=0,  # these two are not read without a pipeline
+            micro_batch_size=0,
         )
         return
 
     micros = [MicroBatch.start(model, batch, make_context()) for batch in micro_batches]
+    rows, columns = micros[0].batch.tokens.shape
     chunks = [Chunk(model, chunk) for chunk in range(model.pipeline.num_chunks)]
     config = _pipeline_config(model, len(micros))
     for chunk in chunks:
@@ -73,7 +81,9 @@ def run_schedule(
         forward_only=forward_only,
         p2p_communicator=MessageCommunicator(config, model, micros),
         pg_collection=_process_groups(),
-        **sizes,
+        num_microbatches=count,
+        seq_length=columns,
+        micro_batch_size=rows,
     )
 
 

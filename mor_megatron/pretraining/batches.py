@@ -70,11 +70,11 @@ def build_data(config: Config, tokenizer: Tokenizer | None) -> Batches:
         end = progress.consumed_samples + samples_left(config, progress)
         if end > len(dataset):  # samples were left out, or the global batch was larger once
             dataset, _, _ = build((end, 0, 0))
-        return deal(dataset, progress.consumed_samples)
+        return iter(deal(dataset, progress.consumed_samples))
 
     blends = read_blends(config.data)[1:]
     validation, test = (
-        None if dataset is None else Evaluated(partial(deal, dataset, 0), tuple(blend.names()))
+        None if dataset is None else Evaluated(partial(iter, deal(dataset, 0)), tuple(blend.names()))
         for dataset, blend in zip(others, blends, strict=True)
     )
     return Batches(remaining, validation, test)

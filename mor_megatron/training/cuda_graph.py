@@ -60,8 +60,8 @@ class MicroBatchGraph:
             self._eager_steps += 1
         return self._eager_steps > EAGER_STEPS
 
-    def __call__(self, batch: Batch, context: RoutingContext, scale: float) -> Tensor:
-        """As `run`; `scale` is the factor of the loss. The sum that is returned holds until the next call."""
+    def __call__(self, batch: Batch, context: RoutingContext, scale: Tensor) -> Tensor:
+        """As `run`. The sum that is returned holds until the next call."""
         key = tuple(None if x is None else (x.shape, x.dtype) for x in vars(batch).values()), context.router_loss_scale
         if key != self._key:
             self._capture(batch, context, scale)
@@ -69,15 +69,15 @@ class MicroBatchGraph:
         for buffer, value in zip(vars(self._batch).values(), vars(batch).values(), strict=True):
             if buffer is not None:
                 buffer.copy_(value, non_blocking=True)
-        self._scale.fill_(scale)
+        self._scale.copy_(scale)
         self._replay()
         context.metrics = {name: value.clone() for name, value in self._metrics.items()}
         return self._loss_sum
 
-    def _capture(self, batch: Batch, context: RoutingContext, scale: float) -> None:
+    def _capture(self, batch: Batch, context: RoutingContext, scale: Tensor) -> None:
         self._replay = self._loss_sum = self._metrics = None  # an older graph's memory is free for the new one
         self._batch = Batch(*(None if x is None else x.clone() for x in vars(batch).values()))
-        self._scale = torch.full((), scale, dtype=torch.float64, device=batch.tokens.device)
+        self._scale = scale.clone()
         own = replace(context, metrics={})
 
         def body() -> None:

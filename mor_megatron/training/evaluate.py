@@ -103,4 +103,4 @@ def _add_losses(model: MoRModel, micro_batches: list[Batch], make_context: MakeC
         sums.add_parts(losses, batch)
         return total
 
-    run_schedule(model, micro_batches, make_context, add, forward_only=True)
+    run_schedule(model, micro_batches, len(micro_batches), make_context, add, forward_only=True)

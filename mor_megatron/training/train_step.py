@@ -6,6 +6,9 @@ Two drivers run the micro-batches, and give equal results where both can:
 
 Nothing depends on how a global batch is cut into micro-batches and ranks: loss and gradient are sums over all its
 tokens divided by their number, counted before the first forward; router losses are means over micro-batches and ranks.
+
+The host waits for the device twice: for the report, one copy of all that the ranks exchange, and for the norm. In some
+modes, DeepSpeed's step looks at the norm once or twice more.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -74,7 +78,7 @@ def train_step(
 
     Args:
         engine: from `build_engine`, in training mode.
-        batches: this rank's micro-batches; `num_microbatches(config)` are taken.
+        batches: this rank's micro-batches, on the CPU; `num_microbatches(config)` are taken, each when it is needed.
         iteration: number of this iteration, from 1.
         lr: its learning rate.
         driver: who runs the micro-batches; default `choose_driver(config)`.
@@ -85,15 +89,16 @@ def train_step(
     driver, model = driver or choose_driver(config), engine.module
     count = num_microbatches(config)
     with sections("batch-generator"):
-        micro_batches = [next(batches).to(device()) for _ in range(count)]
-    tokens = _global_token_count(micro_batches)
-    scale = parallel_state.get_data_parallel_world_size() / tokens
+        taken, counted = _counted(batches, count)
+    tokens = _global_token_count(counted)
+    ranks = tokens.new_full((), parallel_state.get_data_parallel_world_size())
+    micro_batches = _on_device(taken, sections)
     every = config.parallel.check_routing_consistency
     forward = _Forward(
         model,
         iteration,
         count=count,
-        gradient_scale=scale,
+        gradient_scale=ranks / tokens,
         loss_scale=engine.loss_scale,
         checks_routing=every is not None and iteration % every == 0,
     )
@@ -103,9 +108,9 @@ def train_step(
         with sections("forward-backward"):
             if graph is not None and graph.is_ready(iteration):
                 for batch in micro_batches:
-                    forward.loss_sum += graph(batch, forward.context(), scale)
+                    forward.loss_sum += graph(batch, forward.context(), forward.gradient_scale)
             else:
-                run_schedule(model, micro_batches, forward.context, forward.loss)
+                run_schedule(model, micro_batches, count, forward.context, forward.loss)
         with sections("all-grads-sync"):
             reduce_replicated(engine.gradients(), model.config.sequence_parallel, model.tied_weight)
         healthy = engine.gradients_are_finite()
@@ -147,7 +152,7 @@ class _Forward:
         iteration: int,
         *,
         count: int,
-        gradient_scale: float,
+        gradient_scale: Tensor,
         loss_scale: float,
         checks_routing: bool,
     ):
@@ -174,7 +179,7 @@ class _Forward:
         self.loss_sum += loss_sum.detach()
         return loss_sum * self.gradient_scale
 
-    def reduce(self, tokens: int, healthy: bool) -> StepReport:
+    def reduce(self, tokens: Tensor, healthy: Tensor | bool) -> StepReport:
         """Gather every rank's sums, so that all ranks see the same numbers and know whose are not finite.
 
         Losses are known to the last ranks of the pipelines, router metrics to the first ones.
@@ -185,17 +190,17 @@ class _Forward:
         routing = [self.loss_sum.new_zeros(())] * len(names)
         if has_routing:
             routing = [torch.stack([c.metrics[name] for c in self.contexts]).double().mean() for name in names]
-        is_healthy = (self.loss_sum.isfinite() & healthy).to(self.loss_sum)
-        has = (self.loss_sum.new_full((), float(flag)) for flag in (has_loss, has_routing))
-        mine = torch.stack([is_healthy, *has, self.loss_sum, *routing])
-        ranks = [_RankResult(*row[:4], routing=row[4:]) for row in gather_values(mine, dist.group.WORLD)]
-        means = torch.tensor([rank.routing for rank in ranks if rank.has_routing], dtype=torch.float64).mean(0)
+        is_healthy = (self.loss_sum.isfinite() & healthy).double()
+        flags = (self.loss_sum.new_full((), flag) for flag in (has_loss, has_routing))
+        mine = torch.stack([is_healthy, *flags, tokens, self.loss_sum, *routing])
+        ranks = [_RankResult(*row[:5], routing=row[5:]) for row in gather_values(mine, dist.group.WORLD)]
+        columns = list(zip(*(rank.routing for rank in ranks if rank.has_routing), strict=True))
         return StepReport(
-            lm_loss=sum(rank.loss_sum for rank in ranks if rank.has_loss) / tokens,
+            lm_loss=sum(rank.loss_sum for rank in ranks if rank.has_loss) / ranks[0].tokens,
             grad_norm=math.inf,
             applied=False,
             faulty_ranks=tuple(number for number, rank in enumerate(ranks) if not rank.is_healthy),
-            routing=dict(zip(names, means.tolist(), strict=True)),
+            routing={name: sum(column) / len(column) for name, column in zip(names, columns, strict=True)},
             loss_scale=self.loss_scale,
         )
 
@@ -207,6 +212,8 @@ class _RankResult(NamedTuple):
     """Its loss, and its gradient where that is its own, are finite."""
     has_loss: float
     has_routing: float
+    tokens: float
+    """Of the global batch, the same on all."""
     loss_sum: float
     routing: list[float]
     """Router metrics, means over its micro-batches."""
@@ -233,7 +240,29 @@ def gather_values(values: Tensor, group: dist.ProcessGroup) -> list[list[float]]
     return torch.stack(rows).tolist()
 
 
-def _global_token_count(micro_batches: list[Batch]) -> float:
-    local = torch.stack([count_tokens(batch) for batch in micro_batches]).sum()
+def _counted(batches: Iterator[Batch], count: int) -> tuple[Iterator[Batch], float]:
+    """The next micro-batches, and their tokens that count. All are fetched here only if masks decide which do."""
+    first = next(batches)
+    if first.loss_mask is None:
+        return chain([first], islice(batches, count - 1)), first.tokens.numel() * count
+    taken = [first, *islice(batches, count - 1)]
+    return iter(taken), sum(float(count_tokens(batch)) for batch in taken)
+
+
+def _on_device(batches: Iterator[Batch], sections: Sections) -> Iterator[Batch]:
+    """Micro-batches on the device. From pinned memory, a copy is enqueued behind the micro-batch that computes."""
+    while True:
+        with sections("batch-generator"):
+            batch = next(batches, None)
+            if batch is None:
+                return
+            batch = batch.to(device())
+        yield batch
+
+
+def _global_token_count(counted: float) -> Tensor:
+    """The sum of what data-parallel ranks have counted, 0-d fp64."""
+    total = torch.full((), counted, dtype=torch.float64, device=device())
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     # At least one: an iteration whose every token is masked has loss 0 and gradient 0.
-    return max(1.0, sum(row[0] for row in gather_values(local.view(1), parallel_state.get_data_parallel_group())))
+    return total.clamp_(min=1.0)

@@ -77,7 +77,7 @@ def run_case(path: Path, layout: str) -> Numbers:
         losses.append(per_token[:, :-1].sum() / ids.numel() / count)
         return losses[-1]
 
-    run_schedule(model, [Batch(ids, labels=ids.roll(-1, dims=1))] * count, make_context, loss)
+    run_schedule(model, [Batch(ids, labels=ids.roll(-1, dims=1))] * count, count, make_context, loss)
     gradients = [(p, p.grad) for p in model.parameters() if p.grad is not None]
     reduce_replicated(gradients, model.config.sequence_parallel, model.tied_weight)
     gradients = gradients_of(case, gather_gradients(model), model)

@@ -88,11 +88,11 @@ class Engine(ABC):
         """`gradients` in as few tensors as there are; they may end in padding of zeros."""
         return [gradient for _, gradient in self.gradients()]
 
-    def gradients_are_finite(self) -> bool:
-        """Whether every accumulated gradient of this rank is finite; only where the schedule drives."""
+    def gradients_are_finite(self) -> Tensor:
+        """Whether every accumulated gradient of this rank is finite, 0-d bool; only where the schedule drives."""
         # A sum runs at memory speed, and is finite if its terms are, or so close to overflow that it hardly matters.
-        gradients = self.flat_gradients()
-        return not gradients or all(torch.stack([gradient.sum() for gradient in gradients]).isfinite().tolist())
+        sums = [gradient.sum() for gradient in self.flat_gradients()] or [torch.zeros((), device=device())]
+        return torch.stack(sums).isfinite().all()
 
     def discard(self) -> None:
         """Forget the accumulated gradients; weights, optimizer state and loss scale stay as they are."""

@@ -258,3 +258,32 @@ def test_an_iteration_without_counted_tokens_does_nothing_harmful():
     empty = Batch(batch.tokens, batch.labels, torch.zeros_like(batch.loss_mask))
     report = train_step(engine, cut(empty, 2), config, 1, 0.1)
     assert (report.lm_loss, report.grad_norm, report.applied) == (0.0, 0.0, True)
+
+
+def test_each_micro_batch_is_fetched_when_it_is_needed():
+    config = make_config()
+    engine, order = make_engine(config), []
+    engine.module.register_forward_hook(lambda *call: order.append("computed"))
+
+    def batches():
+        for batch in cut(global_batch(), 2):
+            order.append("fetched")
+            yield replace(batch, loss_mask=None)
+
+    train_step(engine, batches(), config, 1, 0.1)
+    assert order == ["fetched", "computed"] * 2
+
+
+@pytest.mark.parametrize(("mode", "by_deepspeed"), [((False, 0), 0), ((False, 1), 2), ((True, 1), 1)])
+def test_the_host_reads_the_device_for_the_report_and_for_the_norm(monkeypatch, mode, by_deepspeed):
+    """And where DeepSpeed looks at the norm once more. The model has no routing, whose reads are counted elsewhere."""
+    config = make_config(mode, RECURSIVE, clip_grad=0.1)
+    engine, reads = make_engine(config), []
+    batches = [replace(batch, loss_mask=None) for batch in cut(global_batch(), 2)]
+    train_step(engine, iter(batches), config, 1, 0.1)
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero"):
+        read = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *a, name=name, read=read: reads.append(name) or read(*a))
+    train_step(engine, iter(batches), config, 2, 0.1)
+    assert reads[:2] == ["tolist", "__float__"]
+    assert len(reads) == 2 + by_deepspeed
