@@ -6,12 +6,14 @@ that divide the vocabulary exchange three numbers a row. Stands alone and needs 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
 
+Merge = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 BLOCK = 4096
 """Logits of a row per program, or per step of one: 16 a thread."""
 
@@ -64,28 +66,16 @@ def _gradient(logits, labels, log_total, weights, width, real, SIZE: tl.constexp
     tl.store(place, change, mask=column < width)
 
 
-def cross_entropy(
-    logits: Tensor, labels: Tensor, weights: Tensor | None, real: int, group: dist.ProcessGroup | None
-) -> Tensor:
-    """As `loss.cross_entropy`; without a group, one rank has the whole vocabulary."""
+def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None, real: int, merge: Merge) -> Tensor:
+    """As `loss.cross_entropy`."""
     rows, width = logits.shape
     largest, total, predicted = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
-    if rows == 0:
-        return total
     size = min(BLOCK, triton.next_power_of_2(width))
     options = {"SIZE": size, "num_warps": max(1, size // 512)}
-    lowest = torch.finfo(torch.float32).min
-    _statistics[(rows,)](
-        logits, labels, largest, total, predicted, width, real, lowest, PARTS=triton.cdiv(width, size), **options
-    )
-    if group is not None and dist.get_world_size(group) > 1:
-        highest = largest.clone()
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
-        both = torch.stack([total * (largest - highest).exp(), predicted])
-        dist.all_reduce(both, group=group)
-        largest, (total, predicted) = highest, both
+    lowest, parts = torch.finfo(torch.float32).min, triton.cdiv(width, size)
+    _statistics[(rows,)](logits, labels, largest, total, predicted, width, real, lowest, parts, **options)
+    largest, total, predicted = merge(largest, total, predicted)
     log_total = total.log()
     if weights is not None:
-        grid = rows, triton.cdiv(width, size)
-        _gradient[grid](logits, labels, largest + log_total, weights, width, real, **options)
+        _gradient[(rows, parts)](logits, labels, largest + log_total, weights, width, real, **options)
     return log_total - (predicted - largest)

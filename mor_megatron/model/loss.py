@@ -8,7 +8,7 @@ losses, so all that is left to the backward pass is to multiply them by what tha
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,9 @@ from torch import Tensor
 
 from mor_megatron.model.elementwise import tried
 
-CrossEntropy = Callable[[Tensor, Tensor, Tensor | None, int, dist.ProcessGroup], Tensor]
+Merge = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""From what each rank has of a row to what all have: `over_ranks`."""
+CrossEntropy = Callable[[Tensor, Tensor, Tensor | None, int, Merge], Tensor]
 """`cross_entropy`, or what is faster and equal to it."""
 
 
@@ -83,6 +85,7 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, counted, chunk, real, trains) -> Tensor:
         cross_entropy, group = implementation(hidden.device.type), parallel_state.get_tensor_model_parallel_group()
+        merge = partial(over_ranks, group)
         own = labels - dist.get_rank(group) * len(weight)  # places in this rank's part; outside of it: another rank's
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))
@@ -93,7 +96,7 @@ class ChunkedLoss(torch.autograd.Function):
             part = slice(begin, begin + chunk)
             rows = hidden[part]
             logits = torch.mm(rows, weight.t(), out=buffer[: len(rows)])
-            losses[part] = cross_entropy(logits, own[part], counted[part] if trains else None, real, group)
+            losses[part] = cross_entropy(logits, own[part], counted[part] if trains else None, real, merge)
             if trains:  # the logits have become their gradient
                 torch.mm(logits, weight, out=grad_hidden[part])
                 add_product(grad_weight, logits.t(), rows)
@@ -112,9 +115,7 @@ class ChunkedLoss(torch.autograd.Function):
         return grad_hidden.mul_(scale), grad_weight.mul_(scale), *[None] * 5
 
 
-def cross_entropy(
-    logits: Tensor, labels: Tensor, weights: Tensor | None, real: int, group: dist.ProcessGroup
-) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None, real: int, merge: Merge) -> Tensor:
     """Cross entropy [n] fp32 over a vocabulary that ranks divide; overwrites the logits.
 
     Args:
@@ -122,31 +123,41 @@ def cross_entropy(
         labels: [n], places in this rank's part of the vocabulary; outside of it: on another rank.
         weights: [n] fp32.
         real: places that are no padding. A padding id is no prediction.
-        group: the ranks.
+        merge: over the ranks.
     """
     wide = logits.float()
     wide[:, real:] = float("-inf")
-    largest = wide.amax(-1)
-    _reduce(largest, dist.ReduceOp.MAX, group)
-    wide.sub_(largest.unsqueeze(1))
     is_here = (labels >= 0) & (labels < real)
     place = labels.clamp(0, wide.shape[1] - 1).unsqueeze(1)
-    predicted = wide.gather(1, place).squeeze(1).where(is_here, 0.0)
-    total = wide.exp_().sum(-1)
-    both = torch.stack([total, predicted])
-    _reduce(both, dist.ReduceOp.SUM, group)
-    total, predicted = both
+    own_largest = wide.amax(-1).clamp(min=torch.finfo(torch.float32).min)  # finite, also where all is padding
+    own_predicted = wide.gather(1, place).squeeze(1).where(is_here, 0.0)
+    own_total = wide.sub_(own_largest.unsqueeze(1)).exp_().sum(-1)
+    largest, total, predicted = merge(own_largest, own_total, own_predicted)
     if weights is not None:
-        wide.mul_((weights / total).unsqueeze(1))
+        wide.mul_((weights * (own_largest - largest).exp() / total).unsqueeze(1))
         wide.scatter_add_(1, place, -(weights * is_here).unsqueeze(1))
         if wide is not logits:
             logits.copy_(wide)
-    return total.log() - predicted
+    return total.log() - (predicted - largest)
 
 
-def _reduce(values: Tensor, op: dist.ReduceOp, group: dist.ProcessGroup) -> None:
-    if dist.get_world_size(group) > 1:
-        dist.all_reduce(values, op, group=group)
+def over_ranks(
+    group: dist.ProcessGroup, largest: Tensor, total: Tensor, predicted: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of a whole vocabulary that the ranks of `group` divide.
+
+    Args:
+        largest: logit of each row, [n].
+        total: sum of exponentials relative to it, [n].
+        predicted: logit of the label, [n]; 0 where it is another rank's.
+    """
+    if dist.get_world_size(group) == 1:
+        return largest, total, predicted
+    highest = largest.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+    sums = torch.stack([total * (largest - highest).exp(), predicted])
+    dist.all_reduce(sums, group=group)
+    return highest, *sums
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -180,7 +191,7 @@ def implementation(device_type: str) -> CrossEntropy:
     def load() -> CrossEntropy:
         from mor_megatron.model import fused_loss
 
-        fused_loss.cross_entropy(one, one.view(1).long(), one.view(1), 1, None)
+        fused_loss.cross_entropy(one, one.view(1).long(), one.view(1), 1, lambda *own: own)
         return fused_loss.cross_entropy
 
     return tried(load, "the loss is not fused") or cross_entropy

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mor_megatron.model import elementwise
 
-FUSED = Path(elementwise.__file__).with_name("fused.py")
+MODEL = Path(elementwise.__file__).parent
 INTERPRETER = Path(__file__).with_name("interpreted.py")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}  # against fp64; of the largest; bf16 has 8 bits
 
@@ -58,6 +58,10 @@ CASES: dict[str, tuple[str, tuple]] = {
     "add without gate": ("add_rows", (learned(7, 20), learned(3, 20), None, some(4, 0, 6))),
     "add all": ("add_rows", (learned(7, 20), learned(7, 20), learned(7, 1), None)),
     "add all without gate": ("add_rows", (learned(7, 20), learned(7, 20), None, None)),
+    "loss": ("cross_entropy", (learned(5, 64), some(0, 57, 60, 3, 9), learned(5), 61)),
+    "loss over several blocks": ("cross_entropy", (learned(3, 9000), some(8999, 0, 5000), learned(3), 9000)),
+    "loss of another rank's labels": ("cross_entropy", (learned(4, 64), some(-9, 64, 61, 7), learned(4), 61)),
+    "loss without weights": ("cross_entropy", (learned(5, 64), some(0, 57, 60, 3, 9), None, 64)),
     "add nothing": ("add_rows", (learned(7, 20), learned(0, 20), learned(0, 1), some())),
 }
 
@@ -85,7 +89,7 @@ def found(tmp_path_factory) -> dict[tuple[str, torch.dtype], list[Tensor] | str]
         for dtype in TOLERANCE
     }
     torch.save(each, cases)
-    subprocess.run([sys.executable, INTERPRETER, FUSED, cases, results], check=True, timeout=300)
+    subprocess.run([sys.executable, INTERPRETER, MODEL, cases, results], check=True, timeout=300)
     return torch.load(results)
 
 
@@ -95,12 +99,26 @@ def test_kernels(found, case, dtype):
     ours = found[case, dtype]
     assert not isinstance(ours, str), ours
     name, inputs = CASES[case]
-    plain = getattr(elementwise.PLAIN, name)
     rounded = cast(cast(inputs, dtype), torch.float64)
-    for a, b in zip(ours, outputs_and_gradients(plain, rounded, "turned" in case), strict=True):
-        assert a.dtype == dtype
+    if name == "cross_entropy":
+        ours, expected = ours[: 1 if inputs[2] is None else 2], exact_loss(*rounded)
+    else:
+        expected = outputs_and_gradients(getattr(elementwise.PLAIN, name), rounded, "turned" in case)
+        assert all(a.dtype == dtype for a in ours)
+    for a, b in zip(ours, expected, strict=True):
         scale = max([1.0, *b.abs().flatten().tolist()])
         torch.testing.assert_close(a.double(), b, rtol=0, atol=TOLERANCE[dtype] * scale)
+
+
+def exact_loss(logits: Tensor, labels: Tensor, weights: Tensor | None, real: int) -> list[Tensor]:
+    """Losses, and the gradient of the logits for the weighted sum; of a label elsewhere, the part that is here."""
+    logits = torch.nn.functional.pad(logits[:, :real], (0, logits.shape[1] - real), value=-torch.inf)
+    at_label = torch.arange(logits.shape[1]) == labels.where(labels < real, -1).unsqueeze(1)
+    predicted = logits.where(at_label, 0.0).sum(1)
+    losses = logits.logsumexp(1) - predicted
+    if weights is None:
+        return [losses.detach()]
+    return [losses.detach(), (weights.unsqueeze(1) * (logits.softmax(1) - at_label.double())).detach()]
 
 
 def test_which_is_chosen(caplog):
