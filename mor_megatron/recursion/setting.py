@@ -78,9 +78,11 @@ def rule_of(entry: Field) -> Rule:
 _NO_RULE = Rule()
 
 
-def check(settings: Any) -> None:
+def check(settings: Any, dashes: bool = True) -> None:
     """Check every field of a dataclass by itself.
 
+    Args:
+        dashes: messages name a field as its flag is spelled.
     Raises:
         ValueError: a number is out of range, or a value is none of the choices of its `Literal`.
     """
@@ -89,7 +91,7 @@ def check(settings: Any) -> None:
         value, rule, hint = getattr(settings, entry.name), rule_of(entry), hints[entry.name]
         kinds = (hint, *get_args(hint))  # X, or the parts of X | None
         choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-        shown = f"{entry.name.replace('_', '-')}={value}"
+        shown = f"{entry.name.replace('_', '-') if dashes else entry.name}={value}"
         if choices and value is not None and value not in choices:
             raise ValueError(f"{shown} is unknown: use one of {', '.join(map(str, choices))}")
         if isinstance(value, int | float) and not rule.allows(value):

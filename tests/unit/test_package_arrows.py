@@ -22,6 +22,7 @@ FROM_THE_BOTTOM = (
     "pretraining",
     "huggingface",
     "inference",
+    "serving",
     "evaluation",
     "scaling",
 )

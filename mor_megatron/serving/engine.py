@@ -1,0 +1,343 @@
+"""The engine: requests in, events out, one step at a time.
+
+A *turn* runs the layers outside the shared block, for all sequences whose rows have left the block. Between turns,
+passes of the block take the rows of all others one recursion further, each at its own. `turn_at` sequences must wait
+before a turn runs: 1 is purely depth-wise, all lanes is lock-step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
+from mor_megatron.huggingface.options_mor import check_options
+from mor_megatron.inference.loading import StreamDecoder
+from mor_megatron.recursion.setting import check, setting
+from mor_megatron.serving.kernel import choose
+from mor_megatron.serving.pages import build_store
+from mor_megatron.serving.prefix import PrefixCache
+from mor_megatron.serving.request import Event, FinishReason, Logprob, Request, SamplingParams
+from mor_megatron.serving.runner import Runner
+from mor_megatron.serving.sampling import logprobs_of, sample
+from mor_megatron.serving.scheduler import Scheduler
+from mor_megatron.serving.text import Text
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Settings of an engine.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    lanes: int = setting(32, least=1)
+    """Sequences that run at a time."""
+    turn_at: int | None = setting(None, least=1)
+    """Sequences that must have left the block before the layers around it run; default half the lanes."""
+    max_length: int | None = setting(None, least=2)
+    """Most tokens of a sequence, prompt and continuation; default the model's max_position_embeddings."""
+    chunk: int = setting(256, least=1)
+    """Most rows of prompts inside the model at a time. Longer prompts enter in parts."""
+    page_size: int = setting(16, least=1)
+    """Rows of a page of keys and values."""
+    kv_bytes: int | None = setting(None, least=1)
+    """Memory for keys and values; default enough for all lanes at max_length."""
+    prefix_cache: bool = True
+    """Keep keys and values of prompts for others that begin alike, as long as there is room."""
+    attention: Literal["auto", "native", "torch"] = "auto"
+    """Attention of single rows on a CPU: by a kernel that is compiled on first use, or by PyTorch alone."""
+
+    def __post_init__(self):
+        check(self, dashes=False)
+
+
+class Engine:
+    """Continues many prompts at once.
+
+    `add` and `cancel` may be called from any thread, everything else from the one that calls `step`.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: gives the text of tokens; None: their numbers.
+        options: of the engine.
+    Raises:
+        ValueError: the model or an option does not fit.
+    """
+
+    def __init__(
+        self,
+        model: MoRForCausalLM,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        options: EngineOptions | None = None,
+    ):
+        _check_model(model)
+        self.model, self.tokenizer, self.options = model, tokenizer, options or EngineOptions()
+        options, config, plan = self.options, model.config, model.model.plan
+        self.max_length = options.max_length or config.max_position_embeddings
+        if self.max_length > config.max_position_embeddings:
+            raise ValueError(
+                f"max_length={self.max_length} exceeds the model's max_position_embeddings="
+                f"{config.max_position_embeddings}: use at most that"
+            )
+        self.turn_at = options.turn_at or max(1, options.lanes // 2)
+        recursions = plan.num_recursions if config.kv_mode == "caching" else 1
+        self.store = build_store(
+            {use.physical for use in (*plan.first, *plan.last)},
+            {use.physical for use in plan.pass_layers(0)},
+            recursions,
+            model.model.router.planned_fractions(),
+            options.lanes,
+            self.max_length,
+            options.page_size,
+            options.kv_bytes,
+            torch.empty(1, config.num_key_value_heads, config.head_dim, dtype=model.dtype, device=model.device),
+        )
+        kernel = choose(options.attention, model.dtype, model.device)
+        self.prefixes = PrefixCache(self.store) if options.prefix_cache else None
+        self.runner = Runner(model, self.store, self.max_length, kernel)
+        self.scheduler = Scheduler(self.runner, self.prefixes, options.lanes, options.chunk)
+        ends = model.generation_config.eos_token_id
+        self.ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        self._inbox: deque[Request] = deque()
+        self._cancelled: deque[Request] = deque()
+        self._ids = itertools.count()
+        self._closed = False
+        self._arrived = threading.Event()
+
+    # From any thread.
+
+    def add(
+        self,
+        prompt: list[int],
+        params: SamplingParams | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        request_id: str | None = None,
+    ) -> Request:
+        """A request, which the next steps run.
+
+        Args:
+            prompt: ids.
+            on_event: called in the engine's thread for every event; it must neither block nor raise.
+            request_id: default a number.
+        Raises:
+            ValueError: the request does not fit the model or the engine; or the engine has been closed.
+        """
+        params = params or SamplingParams()
+        if self._closed:
+            raise ValueError("the engine is closed: it takes no more requests")
+        self._check(prompt, params)
+        config = self.model.config
+        request = Request(
+            id=str(next(self._ids)) if request_id is None else request_id,
+            prompt=list(prompt),
+            params=params,
+            depth=config.depth if params.depth is None else params.depth,
+            threshold=config.router_threshold if params.router_threshold is None else params.router_threshold,
+            on_event=on_event,
+            text=Text(StreamDecoder(self.tokenizer), params.stop),
+        )
+        self._inbox.append(request)
+        self._arrived.set()
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """End a request at the next step, unless it has ended by itself."""
+        self._cancelled.append(request)
+        self._arrived.set()
+
+    def close(self) -> None:
+        """Take no more requests. Those that are there go on (`drain`)."""
+        self._closed = True
+        self._arrived.set()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until there is something to do, or the engine is closed."""
+        if not self.has_work and not self._closed:
+            self._arrived.wait(timeout)
+        self._arrived.clear()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there are requests."""
+        scheduler = self.scheduler
+        return bool(self._inbox or self._cancelled or scheduler.waiting or scheduler.running)
+
+    # From the engine's thread.
+
+    def drain(self) -> None:
+        """Run all requests to their ends."""
+        while self.has_work:
+            self.step()
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """A turn if one is due, and a pass of the block."""
+        self._read_inbox()
+        finished = self.scheduler.finished()
+        is_due = len(finished) + self.scheduler.arrivals() >= self.turn_at
+        if is_due or not self.runner.is_open:
+            self._turn(finished)
+        self.scheduler.reserve_pass()
+        if self.runner.is_open:
+            self.runner.advance()
+
+    def _read_inbox(self) -> None:
+        while self._inbox:
+            request = self._inbox.popleft()
+            self.scheduler.waiting.append(request)
+            if request.params.max_tokens == 0 and request.params.prompt_logprobs is None:
+                self._end(request, "length")
+        while self._cancelled:
+            request = self._cancelled.popleft()
+            if request.finish_reason is None or request.slot >= 0:
+                self._end(request, request.finish_reason or "cancelled")
+
+    def _turn(self, finished: list[Request]) -> None:
+        """Layers around the block: last layers and sampling for what has left it, first layers for what enters."""
+        if finished:
+            self._leave(finished)
+        self.scheduler.admit()
+        rows = self.scheduler.entering()
+        if rows.ids:
+            self.runner.enter(rows)
+
+    def _leave(self, finished: list[Request]) -> None:
+        finished = sorted(finished, key=lambda request: request.slot)
+        wanted = {request.slot: self._wanted(request) for request in finished}
+        left = self.runner.leave([request.slot for request in finished], wanted)
+        for request in finished:
+            request.depths[request.done : request.fed] = left.depths[request.slot]
+        targets = self._report_prompts(finished, left.logits, wanted)
+        for request in finished:
+            request.done = request.fed
+            if self.prefixes is not None:
+                self.prefixes.publish(request)
+        chosen = [request for request in targets if request.finish_reason is None and request.params.max_tokens > 0]
+        if chosen:
+            logits = left.logits[torch.tensor([targets[request] for request in chosen], device=left.logits.device)]
+            tokens = sample(logits, chosen, self.ends)
+            reports = logprobs_of(logits, tokens, [request.params.logprobs for request in chosen])
+            for request, token, report in zip(chosen, tokens, reports, strict=True):
+                self._accept(request, token, report)
+        for request in finished:
+            is_over = request.finish_reason is not None or request.params.max_tokens == 0
+            if request.slot >= 0 and is_over and request.done == len(request.tokens):
+                self._end(request, request.finish_reason or "length")
+
+    def _wanted(self, request: Request) -> int:
+        """Of how many of the last rows of a request in flight logits are needed."""
+        if request.params.prompt_logprobs is not None and len(request.prompt_logprobs) < len(request.prompt):
+            return request.in_flight
+        return int(request.fed == len(request.tokens) and request.finish_reason is None)
+
+    def _report_prompts(self, finished: list[Request], logits, wanted: dict[int, int]) -> dict[Request, int]:
+        """Log-probabilities of prompts; and for each request that is to be continued, its row of the logits."""
+        row, targets = 0, {}
+        for request in finished:
+            count = wanted[request.slot]
+            if request.params.prompt_logprobs is not None and len(request.prompt_logprobs) < len(request.prompt):
+                following = request.prompt[request.fed - count + 1 : request.fed + 1]
+                known = logits[row : row + len(following)]
+                depth = [request.params.prompt_logprobs] * len(following)
+                new = logprobs_of(known, following, depth)
+                done = len(request.prompt_logprobs) - 1
+                request.prompt_logprobs += ([None] if done < 0 else []) + new[max(0, done - (request.fed - count)) :]
+            row += count
+            if count and request.fed == len(request.tokens):
+                targets[request] = row - 1
+        return targets
+
+    def _accept(self, request: Request, token: int, logprob: Logprob | None) -> None:
+        """A new token, and whether it is the last one."""
+        params = request.params
+        request.tokens.append(token)
+        if logprob is not None:
+            request.logprobs.append(logprob)
+        generated = len(request.tokens) - len(request.prompt)
+        is_end = token in params.stop_token_ids or (token in self.ends and not params.ignore_eos)
+        text = "" if is_end else request.text.next(token)
+        reason: FinishReason | None = None
+        if is_end or request.text.found is not None:
+            reason, request.stopped_by = "stop", token if is_end else request.text.found
+        elif generated >= params.max_tokens or len(request.tokens) >= self.max_length:
+            reason = "length"
+        request.finish_reason = reason
+        if reason is not None and not params.last_depth:
+            self._end(request, reason, token, text, logprob)
+        else:
+            self._tell(request, token, text, logprob, None)
+
+    def _end(
+        self,
+        request: Request,
+        reason: FinishReason,
+        token: int | None = None,
+        text: str = "",
+        logprob: Logprob | None = None,
+    ) -> None:
+        """The last event; all that a request holds is given back."""
+        self.scheduler.remove(request)
+        request.finish_reason = reason
+        self._tell(request, token, text + request.text.rest(), logprob, reason)
+
+    def _tell(
+        self, request: Request, token: int | None, text: str, logprob: Logprob | None, reason: FinishReason | None
+    ) -> None:
+        request.shown += text
+        if request.on_event is not None:
+            before = len(request.tokens) - (1 if token is None else 2)
+            depth = request.depths[before] if 0 <= before < len(request.depths) else None
+            request.on_event(Event(request, token, text, logprob, depth, reason))
+
+    def _check(self, prompt: list[int], params: SamplingParams) -> None:
+        config, size = self.model.config, len(prompt)
+        depth = config.depth if params.depth is None else params.depth
+        threshold = config.router_threshold if params.router_threshold is None else params.router_threshold
+        check_options(config, depth, threshold, "threshold")
+        if not prompt:
+            raise ValueError("prompt is empty: give at least one token")
+        wrong = next((token for token in (*prompt, *params.stop_token_ids) if not 0 <= token < config.vocab_size), None)
+        if wrong is not None:
+            raise ValueError(f"token {wrong} is not an id: use numbers from 0 to {config.vocab_size - 1}")
+        if size + min(1, params.max_tokens) > self.max_length:
+            raise ValueError(
+                f"prompt of {size} tokens leaves no room for another within max_length={self.max_length}: shorten it"
+            )
+        longest = min(size + params.max_tokens, self.max_length)
+        needs = [
+            pages.needed(longest) * n for pages, n in zip(self.store.kinds, (1, self.store.recursions), strict=True)
+        ]
+        if any(need > pages.count for need, pages in zip(needs, self.store.kinds, strict=True)):
+            raise ValueError(
+                f"prompt of {size} tokens and max_tokens={params.max_tokens} may need {sum(needs)} pages of keys and "
+                f"values, and there are {sum(pages.count for pages in self.store.kinds)}: use fewer tokens, or more "
+                "kv_bytes"
+            )
+
+
+def _check_model(model: MoRForCausalLM) -> None:
+    config, plan = model.config, model.model.plan
+    if model.training:
+        raise ValueError("the model is in training mode: call eval()")
+    if config.kv_mode == "sharing_update" and plan.num_recursions > 1:
+        raise ValueError(
+            "kv_mode=sharing_update replaces keys of recursion 0 by those of later ones for single tokens, which pages "
+            "cannot express: use generate(), or train with caching or sharing"
+        )
+    if not plan.is_cyclic:
+        raise ValueError(
+            f"sharing_strategy={plan.strategy} does not repeat one block, so there is nothing to batch by depth: "
+            "export the model with --as llama, or use generate()"
+        )
+
+
+__all__ = ["Engine", "EngineOptions"]

@@ -1,0 +1,133 @@
+"""Which requests run, what enters the model next, and who makes room when pages run out."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from mor_megatron.serving.pages import Pages
+from mor_megatron.serving.prefix import PrefixCache
+from mor_megatron.serving.request import Request
+from mor_megatron.serving.runner import Entering, Runner
+
+
+class Scheduler:
+    """Requests, waiting and running.
+
+    Args:
+        runner: of the model.
+        prefixes: None: prompts share nothing.
+        lanes: sequences that run at a time.
+        chunk: most rows of prompts inside the model at a time.
+    """
+
+    def __init__(self, runner: Runner, prefixes: PrefixCache | None, lanes: int, chunk: int):
+        self.runner, self.store, self.prefixes, self.chunk = runner, runner.store, prefixes, chunk
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        """The oldest first."""
+        self.slots = list(range(lanes - 1, -1, -1))
+        self.preemptions = 0
+        self._fractions = runner.method.planned_fractions()
+
+    def finished(self) -> list[Request]:
+        """Running requests whose rows have all passed the block."""
+        open_slots = self.runner.open_slots()
+        return [request for request in self.running if request.in_flight and request.slot not in open_slots]
+
+    def arrivals(self) -> int:
+        """Waiting requests that a turn could let in."""
+        return min(len(self.waiting), len(self.slots)) if self.waiting and self._fits(self.waiting[0]) else 0
+
+    def admit(self) -> None:
+        """Start waiting requests, in order, as long as there are slots and pages for them."""
+        while self.waiting and self.slots and self._fits(self.waiting[0]):
+            request = self.waiting.popleft()
+            request.slot = self.slots.pop()
+            self.running.append(request)
+            if self.prefixes is not None and request.params.prompt_logprobs is None:
+                chain = self.prefixes.find(request)
+                if chain:
+                    self.prefixes.attach(request, chain)
+                if request.preemptions == 0:
+                    request.cached = request.done
+
+    def entering(self) -> Entering:
+        """Rows that enter the model now, with pages for them: a token of each request that decodes, and as much of
+        the prompts of others as a chunk allows. A request has one chunk in the model at a time."""
+        room = self.chunk - sum(request.in_flight for request in self.running if request.in_flight > 1)
+        counts: dict[Request, int] = {}
+        for request in self.running:
+            count = len(request.tokens) - request.fed
+            if request.in_flight == 0 and count > 0:
+                if count > 1:
+                    count = min(count, max(0, room))
+                    room -= count
+                if count:
+                    counts[request] = count
+        self.reserve(self.store.ends, {(request, request.slot): count for request, count in counts.items()})
+        rows = Entering()
+        for request in sorted((r for r in counts if r.slot >= 0), key=lambda request: request.slot):
+            places = range(request.fed, request.fed + counts[request])
+            rows.slot += [request.slot] * len(places)
+            rows.position += places
+            rows.ids += request.tokens[places.start : places.stop]
+            # What was decided once stays so: a request that comes back follows its own depths.
+            known = request.depths[places.start : places.stop]
+            depths = known + [request.depth] * (len(places) - len(known))
+            rows.options += [(depth, request.threshold) for depth in depths]
+            request.fed = places.stop
+        return rows
+
+    def reserve_pass(self) -> None:
+        """Pages for the next pass of the block."""
+        running = {request.slot: request for request in self.running}
+        demand = self.runner.demand()
+        self.reserve(self.store.block, {(running[slot], table): rows for (slot, table), rows in demand.items()})
+
+    def reserve(self, pages: Pages, demand: dict[tuple[Request, int], int]) -> None:
+        """Pages for more rows.
+
+        If there are not enough, blocks that only the prefix cache has are forgotten, and then the youngest requests are
+        preempted, who need not be among those that `demand`, and whose rows are dropped.
+
+        Args:
+            demand: (request, table) -> rows.
+        """
+        while True:
+            wanted = {key: rows for key, rows in demand.items() if key[0].slot >= 0}
+            missing = sum(pages.missing(table, rows) for (_, table), rows in wanted.items())
+            if missing <= len(pages.free) or (self.prefixes is not None and self.prefixes.evict(pages, missing)):
+                break
+            self.preempt(self.running[-1])
+        for (_, table), rows in wanted.items():
+            pages.grow(table, rows)
+
+    def preempt(self, request: Request) -> None:
+        """Give up a running request's pages. It will be computed again, first among those that wait."""
+        self.remove(request)
+        request.fed = request.done = 0
+        request.preemptions += 1
+        self.preemptions += 1
+        self.waiting.appendleft(request)
+
+    def remove(self, request: Request) -> None:
+        """Take out a request, whether it runs or waits."""
+        if request.slot < 0:
+            self.waiting.remove(request)
+            return
+        self.running.remove(request)
+        self.runner.forget(request.slot)
+        self.store.release(request.slot)
+        self.slots.append(request.slot)
+        request.slot = -1
+        request.chain = []
+
+    def _fits(self, request: Request) -> bool:
+        """Whether pages are there for what a request will probably have when its tokens are in. One that would be
+        alone always fits: `Engine.add` has seen to it."""
+        if not self.running:
+            return True
+        rows = len(request.tokens)
+        block = sum(self.store.block.needed(int(f * rows) + 1) for f in self._fractions[: self.store.recursions])
+        wanted = ((self.store.ends, self.store.ends.needed(rows + 1)), (self.store.block, block))
+        return all(count <= len(pages.free) + pages.reclaimable() for pages, count in wanted)
