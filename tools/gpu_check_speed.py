@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -73,10 +73,11 @@ def ceilings(run: Run) -> Iterator[Row]:
     yield {"what": line.removeprefix("using ")}
 
 
-def settings(run: Run, size: str, variant: str, micro_batch: int, *more: str) -> Config:
-    """The configuration of a timed run: presets of `examples/configs`, bf16."""
-    presets = ["--config", str(CONFIGS / f"{size}.yaml"), str(CONFIGS / f"{variant}.yaml")]
-    words = [*presets, "--micro-batch-size", str(micro_batch), *more]
+def settings(run: Run, size: str, variant: str, micro_batch: int) -> Config:
+    """The configuration of a timed run: presets of `examples/configs` and perhaps flags, bf16."""
+    preset, *flags = variant.split()
+    presets = ["--config", str(CONFIGS / f"{size}.yaml"), str(CONFIGS / f"{preset}.yaml"), *flags]
+    words = [*presets, "--micro-batch-size", str(micro_batch)]
     words += ["--global-batch-size", str(micro_batch * (1 if run.small else MICRO_BATCHES))]
     words += ["--no-bf16", "--vocab-size", "512", "--seq-length", "64"] if run.small else ["--bf16"]
     return validate(read_config(words))
@@ -267,33 +268,47 @@ def graphs(run: Run) -> Iterator[Row]:
     if run.small:
         yield {"what": "a CPU has no CUDA graphs"}
         return
-    for variant, micro_batch in (("mor_expert_nr3", 16), ("mor_expert_nr3", 4), ("vanilla", 4)):
-        runs = [curve(settings(run, "135m", variant, micro_batch, *more)) for more in ((), ("--enable-cuda-graph",))]
-        (eager, eager_time), (replayed, replayed_time) = runs
-        difference = max(abs(a - b) / b for a, b in zip(replayed, eager, strict=True))
+    for variant in ("mor_expert_nr3", "mor_expert_nr3_kv_sharing", "vanilla"):
+        eager, replayed = (curve(settings(run, "135m", variant + flag, 16)) for flag in ("", " --enable-cuda-graph"))
+        difference = max(abs(a - b) / b for a, b in zip(replayed.losses, eager.losses, strict=True))
         yield {
             "model": variant,
-            "micro-batch": micro_batch,
-            "ms/iteration": 1e3 * eager_time,
-            "with graph": 1e3 * replayed_time,
-            "time ratio": replayed_time / eager_time,
+            "ms/iteration": 1e3 * eager.seconds,
+            "MFU": eager.mfu,
+            "with graph": 1e3 * replayed.seconds,
+            "MFU with graph": replayed.mfu,
+            "time ratio": replayed.seconds / eager.seconds,
             "loss difference": difference,
             "failed": not difference < 1e-3,  # kernels that add in any order
         }
 
 
-def curve(config: Config, steps: int = 10) -> tuple[list[float], float]:
-    """Losses of steps on one batch, and the median seconds of the last five, which a graph replays."""
+class Curve(NamedTuple):
+    """A short run on one batch."""
+
+    losses: list[float]
+    seconds: float
+    """Of a step, median of the last three, which a graph replays."""
+    mfu: float
+
+
+def curve(config: Config, steps: int = 7) -> Curve:
+    """Losses, and how fast the last steps are."""
     torch.manual_seed(0)
     engine, batches, losses, times = engine_of(config), random_batches(config), [], []
     for iteration in range(1, 1 + steps):
         start = time.perf_counter()
-        losses.append(train_step(engine, batches, config, iteration, lr=1e-4).lm_loss)
+        report = train_step(engine, batches, config, iteration, lr=1e-4)
+        losses.append(report.lm_loss)
         wait()
         times.append(time.perf_counter() - start)
+    fractions = measured_fractions(report.routing, config.recursion.num_recursions)
+    flops = 3.0 * executed_flops_per_token(config, fractions) * config.training.global_batch_size
+    flops *= config.data.seq_length
+    seconds = statistics.median(times[-3:])
     del engine
     release()
-    return losses, statistics.median(times[-5:])
+    return Curve(losses, seconds, flops / seconds / 1e12 / device_peak(config)[0])
 
 
 def decoding(run: Run) -> Iterator[Row]:

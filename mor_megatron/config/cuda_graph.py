@@ -25,8 +25,6 @@ def _obstacle(config: Config) -> str | None:
     method = method_of(routing)
     if method.static_from(config.recursion) is None:
         return f"routing={routing}, which runs another number of tokens in each micro-batch: use expert_choice or none"
-    if method.routes and config.plan.kv_mode != "caching":
-        return f"kv-mode={config.plan.kv_mode}, whose keys are cut where the tokens of a micro-batch end: use caching"
     if config.data.reset_attention_mask:
         return "reset-attention-mask=True, whose masks depend on the documents of a micro-batch: drop it"
     if training.zero_stage != 1 or not training.bf16 or training.optimizer_cpu_offload:

@@ -21,7 +21,6 @@ SIZES = "--num-layers 8 --num-recursions 3 --vocab-size 64"
 GRAPH = f"{SIZES} --enable-cuda-graph --bf16"
 REFUSED = {
     "--routing token_choice": "routing=token_choice, which runs another number of tokens",
-    "--routing expert_choice --kv-mode sharing": "kv-mode=sharing, ",
     "--pipeline-model-parallel-size 2": "pipeline-model-parallel-size=2, ",
     "--tensor-model-parallel-size 2": "tensor-model-parallel-size=2, ",
     "--zero-stage 3": "zero-stage=3 and precision bf16, ",
