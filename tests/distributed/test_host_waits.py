@@ -11,6 +11,7 @@ from functools import partial
 from unittest.mock import patch
 
 import pytest
+import table
 import torch
 from accelerator import Accelerator
 from layout_runs import my_batches
@@ -28,10 +29,9 @@ from mor_megatron.pipeline.schedule import run_schedule
 from mor_megatron.recursion.context import RoutingContext, Selection
 from mor_megatron.training.train_step import masked_sum
 
-MICRO_BATCHES = 2
-ONE = Layout("one", global_batch=4)
-TP2_SP = Layout("tp2-sp", tp=2, sequence_parallel=True, global_batch=4)
-PP2 = Layout("pp2", pp=2, global_batch=4)
+ONE = Layout("one", global_batch=table.MICRO_BATCH)
+TP2_SP = Layout("tp2-sp", tp=2, sequence_parallel=True, global_batch=table.MICRO_BATCH)
+PP2 = Layout("pp2", pp=2, global_batch=2 * table.MICRO_BATCH)
 KERNELS = AttentionKernels((SDPBackend.MATH,), frozenset(), no_varlen="not here", no_ranges="not here")
 FULL = {"recompute_granularity": "full"}
 
@@ -88,11 +88,13 @@ def run_twice(config: Config, selection: Selection = "capacity") -> list[str]:
 
 def waits_of(processes: WorkerPool, layout: Layout, model: str, selection: Selection = "capacity", **changes) -> int:
     """Waits for each micro-batch, the same on every rank."""
-    config = build_config(model, layout, "adam", **changes)
+    with patch.object(table, "BLOCK", 2):
+        config = build_config(model, layout, "adam", **changes)
     found = processes.run(layout.world_size, layout.groups, run_twice, config, selection)
     (count,) = {len(waits) for waits in found}
-    assert count % MICRO_BATCHES == 0, found
-    return count // MICRO_BATCHES
+    micro_batches = layout.global_batch // table.MICRO_BATCH
+    assert count % micro_batches == 0, found
+    return count // micro_batches
 
 
 @pytest.mark.parametrize(
@@ -102,9 +104,9 @@ def waits_of(processes: WorkerPool, layout: Layout, model: str, selection: Selec
         ("middle-sequence", {}),
         ("expert-nr3", FULL),
         ("expert-sharing", FULL | {"recompute_unit": "layer"}),
-        ("expert-sharing-update", {}),
-        ("expert-aux-router", {"recompute_granularity": "selective"}),
-        ("expert-gqa", {}),
+        ("expert-sharing-update", {"recompute_granularity": "selective"}),
+        pytest.param("expert-aux-router", {"recompute_granularity": "selective"}, marks=pytest.mark.slow),
+        pytest.param("expert-gqa", {}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -114,7 +116,11 @@ def test_capacities_are_known_to_the_host(processes, model, changes):
 
 @pytest.mark.parametrize(
     ("model", "changes"),
-    [("token-balance", FULL), ("token-loss-free", {}), ("token-sharing", FULL | {"recompute_unit": "layer"})],
+    [
+        ("token-balance", FULL),
+        pytest.param("token-loss-free", {}, marks=pytest.mark.slow),
+        ("token-sharing", FULL | {"recompute_unit": "layer"}),
+    ],
     ids=str,
 )
 def test_depths_come_to_the_host_once(processes, model, changes):

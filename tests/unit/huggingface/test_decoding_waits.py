@@ -26,7 +26,8 @@ PROMPTS = (3, 9, 1, 7)
 STEP = 8
 """Rows of a segment, so that segments grow during the test."""
 TOKENS = 12
-KINDS = ["vanilla", "recursive_sharing", "expert", "expert_sharing_update", "token", "token_sharing_update"]
+KINDS = ["recursive_sharing", "expert", "expert_sharing_update", "token"]
+KINDS += [pytest.param(name, marks=pytest.mark.slow) for name in ("vanilla", "token_sharing_update")]
 
 
 @pytest.fixture(scope="module")
