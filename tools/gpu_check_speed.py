@@ -9,6 +9,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -217,7 +218,7 @@ def where_the_time_goes(step: Callable[[], object], seconds: float) -> Row:
 
 
 def syncs(run: Run) -> Iterator[Row]:
-    """For each kind of model, the places where the second iteration waits for the device."""
+    """For each kind of model, where the second iteration, and a token of its export, wait for the device."""
     from gpu_check_numbers import MODELS, config_of, walk
 
     for model in list(MODELS)[:1] if run.small else MODELS:
@@ -226,18 +227,44 @@ def syncs(run: Run) -> Iterator[Row]:
         engine = engine_of(config)
         batch = walk(1).to(device())
         train_step(engine, iter([batch]), config, 1, lr=1e-6)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            if torch.cuda.is_available():
-                torch.cuda.set_sync_debug_mode("warn")
-            train_step(engine, iter([batch]), config, 2, lr=1e-6)
-            if torch.cuda.is_available():
-                torch.cuda.set_sync_debug_mode("default")
-        found = [w for w in caught if "synchroniz" in str(w.message)]
-        sites = Counter(f"{'/'.join(Path(w.filename).parts[-2:])}:{w.lineno}" for w in found)
-        yield {"model": model, "waits": len(found), "sites": "; ".join(f"{n} x {s}" for s, n in sites.most_common())}
+        yield {"model": model} | waits_of(partial(train_step, engine, iter([batch]), config, 2, lr=1e-6))
         del engine
         release()
+    yield from decoding_waits(run)
+
+
+def decoding_waits(run: Run) -> Iterator[Row]:
+    """Where a decoded token of one sequence or eight waits, without transformers' own loop."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import generate
+
+    sizes = "--prompt 40 --new 8 --hidden-size 128 --ffn-hidden-size 256 --num-layers 8 --vocab-size 512"
+    args = generate.parse([*sizes.split(), "--device", device().type, "--clock", "wall"])
+    ids = torch.randint(0, 512, (8, 40), generator=torch.Generator().manual_seed(0)).to(device())
+    for name in list(generate.MODELS)[:1] if run.small else generate.MODELS:
+        model = generate.build(name, args, ids).model
+        for batch in (1, 8):
+            with torch.no_grad():
+                cache = model(ids[:batch, :-2], use_cache=True).cache
+                model(ids[:batch, -2:-1], cache=cache)
+                found = waits_of(partial(model, ids[:batch, -1:], cache=cache))
+            yield {"model": f"{name}, token of {batch}"} | found
+
+
+def waits_of(function: Callable[[], object]) -> Row:
+    """How often a call waits for the device, and where."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            function()
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.set_sync_debug_mode("default")
+    found = [w for w in caught if "synchroniz" in str(w.message)]
+    sites = Counter(f"{'/'.join(Path(w.filename).parts[-2:])}:{w.lineno}" for w in found)
+    return {"waits": len(found), "sites": "; ".join(f"{n} x {s}" for s, n in sites.most_common())}
 
 
 def fused(run: Run) -> Iterator[Row]:
