@@ -21,7 +21,7 @@ from small_runs import SMALL_MODEL, assert_same_checkpoint, read_metrics
 
 from mor_megatron.checkpointing.directory import PARTIAL
 
-ITERATIONS = 12
+ITERATIONS = 8
 FLAGS = f"""{SMALL_MODEL} --num-layers 6 --num-recursions 2
     --train-iters {ITERATIONS} --lr-warmup-iters 2 --eval-interval 4 --eval-iters 1
     --log-interval 1 --save-interval 1 --keep-last 3 --distributed-timeout-minutes 0.5""".split()
