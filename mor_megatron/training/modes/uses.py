@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
 
@@ -27,11 +28,13 @@ def accumulate_each_use(model: nn.Module) -> None:
 
 def _own_leaf_in_each_call(module: nn.Module) -> None:
     weights: list[dict[str, nn.Parameter | None]] = []  # those of the calls under way
+    once = isinstance(module, (ColumnParallelLinear, RowParallelLinear))
 
     def begin(module: nn.Module, args: tuple) -> None:
         weights.append(dict(module._parameters))
         if torch.is_grad_enabled():
-            module._parameters.update({name: _use(w) for name, w in weights[-1].items() if _is_trained(w)})
+            uses = {name: _use(w, once) for name, w in weights[-1].items() if _is_trained(w)}
+            module._parameters.update(uses)
 
     def end(module: nn.Module, args: tuple, output: object) -> None:
         module._parameters.update(weights.pop())
@@ -44,12 +47,18 @@ def _is_trained(weight: Tensor | None) -> bool:
     return weight is not None and weight.requires_grad
 
 
-def _use(weight: Tensor) -> Tensor:
-    """A leaf with the weight's storage, whose gradient goes to the weight's `.grad`."""
+def _use(weight: Tensor, once: bool) -> Tensor:
+    """A leaf with the weight's storage, whose gradient goes to the weight's `.grad`.
+
+    Args:
+        once: a single operation reads the leaf, so that its 16-bit gradient can be added as it is. Several would be
+            summed first, which takes fp32.
+    """
     leaf = weight.detach().requires_grad_()
-    leaf.grad_dtype = weight.grad_dtype
-    if weight.grad is not None:
-        leaf.grad = weight.grad  # autograd adds in place
+    in_place = weight.grad is not None
+    leaf.grad_dtype = None if once and in_place else weight.grad_dtype
+    if in_place:
+        leaf.grad = weight.grad
     else:
         leaf.register_post_accumulate_grad_hook(partial(_hand_over, weight))
     for hook in (weight._backward_hooks or {}).values():

@@ -47,13 +47,15 @@ def bf16_engine(zero: int):
 
 @pytest.mark.parametrize("zero", [0, 1])
 def test_a_tied_block_has_one_buffer_of_gradients(zero):
-    """Beside it, the contribution that is being added. A sum over recursions would be a second one."""
+    """A sum over recursions would be a second one. Where the buffer is there before the first contribution, those of
+    linear layers are added as they are, and only the embedding's is cast before."""
     engine = bf16_engine(zero)
     with Live() as live:
         for batch in cut(global_batch(), 1):
             engine.module(batch, RoutingContext()).sum().backward()
     sizes = [4 * weight.numel() for weight in engine.module.parameters() if weight.numel() >= LEAST]
-    assert sum(sizes) <= live.peak <= 1.01 * (sum(sizes) + max(sizes))
+    beside = 4 * engine.module.embedding.word_embeddings.weight.numel() if zero == 1 else max(sizes)
+    assert sum(sizes) <= live.peak <= 1.01 * (sum(sizes) + beside)
 
 
 def test_gradients_are_reduced_where_they_are():
