@@ -12,9 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from mor_megatron.config.schema import Config
 from mor_megatron.distributed.cpu import device
+from mor_megatron.distributed.initialize import initialize_distributed
+from mor_megatron.distributed.launch import launched_world_size
 from mor_megatron.files import write_whole
-from mor_megatron.planning.machines import GB
+from mor_megatron.planning.machines import GB, MACHINES
 
 SHAPES = ((2048, 2048, 2048), (4096, 2048, 8192), (4096, 8192, 2048))
 """Products on a GPU: rows, inner width, columns; a quarter of each on a CPU."""
@@ -23,29 +26,46 @@ SHAPES = ((2048, 2048, 2048), (4096, 2048, 8192), (4096, 8192, 2048))
 def calibrate(output: Path) -> None:
     """Measure products, attention, copies and, in a launched run of several ranks, an all-reduce; write a YAML file.
 
-    Under torchrun every rank calls it; rank 0 writes.
+    Of a known GPU, the peak stays that of its data sheet, so that utilisation keeps its meaning. Under torchrun every
+    rank calls it; rank 0 writes.
     """
-    is_cuda = torch.cuda.is_available()
-    values: dict[str, object] = {"base": "H100" if is_cuda else "CPU", "name": _device_name(), "product-share": 1.0}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        rates = [_product(dtype, *(size if is_cuda else size // 4 for size in shape)) for shape in SHAPES]
-        values[f"{name}-tflops"] = round(sum(rates) / len(rates) / 1e12, 4)
-        print(f"{name} products, TFLOP/s: " + ", ".join(f"{rate / 1e12:.4g}" for rate in rates))
-    values["attention-share"] = round(
-        _attention(is_cuda) / (values["bf16-tflops" if is_cuda else "fp32-tflops"] * 1e12), 3
-    )
-    values["copy-gbs"], values["copy-share"] = round(_copy(is_cuda) / GB, 2), 1.0
-    values["operator-us"] = round(1e6 * _operator(), 2)
-    if is_cuda:
-        values["memory-gb"] = round(torch.cuda.get_device_properties(device()).total_memory / GB, 1)
-    else:
-        values["memory-gb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB, 1)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        values["link-gbs"], values["link-share"] = round(_all_reduce() / GB, 3), 1.0
+    is_distributed = (launched_world_size() or 1) > 1
+    if is_distributed:
+        initialize_distributed(Config())
+    values = {"name": _device_name(), **(_gpu() if torch.cuda.is_available() else _cpu())}
+    values |= {"copy-gbs": round(_copy() / GB, 2), "copy-share": 1.0, "operator-us": round(1e6 * _operator(), 2)}
+    if is_distributed:
+        values |= {"link-gbs": round(_all_reduce() / GB, 3), "link-share": 1.0}
         values["node-size"] = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        write_whole(output, "".join(f"{name}: {value}\n" for name, value in values.items()))
-        print(f"wrote {output}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
+    if not is_distributed or dist.get_rank() == 0:
+        text = "".join(f"{name}: {value}\n" for name, value in values.items())
+        write_whole(output, text)
+        print(f"{output}:\n{text}", end="")
+    if is_distributed:
+        dist.destroy_process_group()
+
+
+def _gpu() -> dict[str, object]:
+    known = next((machine for name, machine in MACHINES.items() if name in _device_name()), MACHINES["H100"])
+    peak = known.bf16_tflops * 1e12
+    return {
+        "base": known.name,
+        "memory-gb": round(torch.cuda.get_device_properties(device()).total_memory / GB, 1),
+        "product-share": round(_products(torch.bfloat16) / peak, 3),
+        "attention-share": round(_attention((4, 16, 2048, 64), torch.bfloat16) / peak, 3),
+    }
+
+
+def _cpu() -> dict[str, object]:
+    fp32 = _products(torch.float32)
+    return {
+        "base": "CPU",
+        "memory-gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB, 1),
+        "bf16-tflops": round(_products(torch.bfloat16) / 1e12, 4),
+        "fp32-tflops": round(fp32 / 1e12, 4),
+        "product-share": 1.0,
+        "attention-share": round(_attention((1, 8, 1024, 64), torch.float32) / fp32, 3),
+    }
 
 
 def _seconds(work: Callable[[], object], least: float = 0.2) -> float:
@@ -72,29 +92,32 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _product(dtype: torch.dtype, rows: int, inner: int, columns: int) -> float:
-    """FLOP/s of a linear layer, forward and backward: its three products."""
-    x, weight, grad = (
-        torch.randn(shape, device=device()).to(dtype) for shape in ((rows, inner), (columns, inner), (rows, columns))
-    )
-    return 3 * 2 * rows * inner * columns / _seconds(lambda: (x @ weight.t(), grad @ weight, grad.t() @ x))
+def _products(dtype: torch.dtype) -> float:
+    """FLOP/s of linear layers of several shapes, forward and backward: three products each. The mean."""
+    rates = []
+    for shape in SHAPES:
+        rows, inner, columns = (size if torch.cuda.is_available() else size // 4 for size in shape)
+        sizes = ((rows, inner), (columns, inner), (rows, columns))
+        x, weight, grad = (torch.randn(size, device=device()).to(dtype) for size in sizes)
+        seconds = _seconds(lambda x=x, weight=weight, grad=grad: (x @ weight.t(), grad @ weight, grad.t() @ x))
+        rates.append(3 * 2 * rows * inner * columns / seconds)
+    return sum(rates) / len(rates)
 
 
-def _attention(is_cuda: bool) -> float:
-    """FLOP/s of causal attention, forward and backward; pairs counted once, three times the forward pass in all."""
-    batch, heads, length, width = (4, 16, 2048, 64) if is_cuda else (1, 8, 1024, 64)
-    dtype = torch.bfloat16 if is_cuda else torch.float32
-    inputs = [torch.randn(batch, heads, length, width, device=device(), dtype=dtype, requires_grad=True) for _ in "qkv"]
+def _attention(shape: tuple[int, int, int, int], dtype: torch.dtype) -> float:
+    """FLOP/s of causal attention [B, heads, S, D], forward and backward; counted as `planning.accounting` does."""
+    batch, heads, length, width = shape
+    inputs = [torch.randn(shape, device=device(), dtype=dtype, requires_grad=True) for _ in "qkv"]
 
     def both() -> None:
         F.scaled_dot_product_attention(*inputs, is_causal=True).sum().backward()
 
-    return 3 * batch * heads * length * length * width * 2 / _seconds(both)
+    return 3 * 2 * batch * heads * length * length * width / _seconds(both)
 
 
-def _copy(is_cuda: bool) -> float:
+def _copy() -> float:
     """Bytes a second read and written, of a tensor that no cache holds."""
-    source = torch.zeros(2**28 if is_cuda else 2**25, device=device())
+    source = torch.zeros(2**28 if torch.cuda.is_available() else 2**25, device=device())
     target = torch.empty_like(source)
     return 2 * source.nbytes / _seconds(lambda: target.copy_(source))
 
