@@ -127,7 +127,7 @@ def memory_row(name: str, config: Config, ranks: int) -> dict:
                 "predicted": planned.total,
                 "measured": report["peak"],
                 "ratio": planned.total / report["peak"],
-                "moment": planned.moment,
+                "moment": planned.peak.name,
             }
         )
     return max(rows, key=lambda row: abs(row["ratio"] - 1))

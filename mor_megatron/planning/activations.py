@@ -76,11 +76,17 @@ def head_bytes(config: Config, cuda: bool) -> float:
     rows, chunk = _Rows(config, cuda), loss_chunk_rows(config, cuda)
     tokens = rows.tokens
     norm = tokens * (2 * rows.stream + rows.norms / 2)
-    if 0 < chunk < tokens:
+    if chunk > 0 and (cuda or chunk < tokens):
         gathered = rows.whole_stream if rows.stream < rows.whole_stream else 0
-        wide = 0 if cuda or rows.number == 4 else 4  # a chunk's logits in fp32, where no kernel reads what it has
-        return norm + tokens * (rows.whole_stream + gathered) + chunk * rows.vocabulary * (rows.number + wide)
-    return norm + tokens * 8 * rows.vocabulary  # fp32 logits and their gradient
+        at_once = min(chunk, tokens)
+        wide = 0.0
+        if (
+            rows.number < 4 and not cuda
+        ):  # no kernel reads 16 bits: a chunk's logits in fp32, or its part of the gradient
+            wide = rows.vocabulary * max(4.0 * at_once, rows.number * config.model.hidden_size)
+        return norm + tokens * (rows.whole_stream + gathered) + at_once * rows.vocabulary * rows.number + wide
+    in_16_bits = rows.number if rows.number < 4 else 0
+    return norm + tokens * rows.vocabulary * (4 + in_16_bits)  # fp32 logits become their gradient in place
 
 
 def loss_chunk_rows(config: Config, cuda: bool) -> int:

@@ -82,10 +82,10 @@ def _row(number: int, one: Candidate, machine: Machine) -> tuple[str, ...]:
         memory.state.gradients,
         memory.state.optimizer,
         memory.buffers,
-        memory.messages,
-        memory.activations,
-        memory.logits,
-        memory.working,
+        memory.peak.messages,
+        memory.peak.activations,
+        memory.peak.logits,
+        memory.peak.working,
         memory.total,
     )
     return (
@@ -135,7 +135,7 @@ def _details(one: Candidate, machine: Machine) -> list[str]:
     return [
         "layout 1:",
         f"  {one.flags()}",
-        f"  its memory peaks at: {one.memory.moment}",
+        f"  its memory peaks at: {one.memory.peak.name}",
         "  seconds of an iteration: " + ", ".join(f"{name} {seconds:.3g}" for name, seconds in parts.items()),
         "  GB of activations that a micro-batch leaves on the first stage:",
         *(f"    {line}" for line in _table(rows)),

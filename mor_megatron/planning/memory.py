@@ -19,7 +19,9 @@ workspace of libraries, the context of a GPU, nor what its allocator loses to fr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mor_megatron.config.deepspeed_settings import deepspeed_settings, overlaps_reduction
 from mor_megatron.config.layout import data_parallel_size
@@ -85,6 +87,24 @@ def rank_state(config: Config, parameters: int, world_size: int) -> RankState:
     )
 
 
+class Moment(NamedTuple):
+    """What is there beside the state, in bytes, at a moment of an iteration at which it may be most."""
+
+    name: str
+    messages: float
+    """Sent and received in a pipeline, and kept until the backward pass."""
+    activations: float
+    logits: float
+    """Final norm, head and loss."""
+    working: float
+    """Gradients of activations and weights that are being computed, and what recomputation has brought back."""
+
+    @property
+    def total(self) -> float:
+        """Bytes of all."""
+        return self.messages + self.activations + self.logits + self.working
+
+
 @dataclass(frozen=True)
 class RankMemory:
     """What one rank holds at its peak, in bytes."""
@@ -92,26 +112,14 @@ class RankMemory:
     state: RankState
     buffers: float
     """Of DeepSpeed: gradients on their way to other ranks, and weights that ZeRO 3 has gathered."""
-    messages: float
-    """Sent and received in a pipeline, and kept until the backward pass."""
-    activations: float
-    logits: float
-    working: float
-    """Gradients of activations and weights that are being computed."""
-    moment: str
-    """When the peak is."""
+    peak: Moment
     is_offloaded: bool = False
     """The optimizer's state is in CPU memory, and not in `total`."""
 
     @property
-    def passing(self) -> float:
-        """What comes and goes with micro-batches."""
-        return self.messages + self.activations + self.logits + self.working
-
-    @property
     def total(self) -> float:
         """Bytes on the device."""
-        return self.state.total - (self.state.optimizer if self.is_offloaded else 0) + self.buffers + self.passing
+        return self.state.total - (self.state.optimizer if self.is_offloaded else 0) + self.buffers + self.peak.total
 
 
 def rank_memory(config: Config, pipeline: PipelinePlan, stage: int, world_size: int, cuda: bool) -> RankMemory:
@@ -123,33 +131,10 @@ def rank_memory(config: Config, pipeline: PipelinePlan, stage: int, world_size: 
     Raises:
         ValueError: too few micro-batches for a ring.
     """
-    parameters = rank_parameters(config, pipeline, stage)
-    own = activations(config, pipeline, stage, cuda)
-    vocabulary = _vocabulary_bytes(config)
-    is_ring, last = pipeline.num_chunks > 1, pipeline.num_stages - 1
-    pending = _pending(config, pipeline, stage, vocabulary)
-    working = [size + extra for size, extra in zip(own.working, pending, strict=True)]
-    moments = []
-    live = messages = 0.0
-    sent = message_bytes(config, pipeline, stage) if pipeline.num_stages > 1 else [0.0]
-    recursions = [[r] for r in range(len(own.kept))] if is_ring else [list(range(len(own.kept)))]
-    for step in passes(pipeline, stage, num_microbatches(config, world_size)):
-        chunk = step if step >= 0 else ~step
-        if step >= 0:
-            live += sum(own.kept[r] for r in recursions[chunk])
-            messages += sent[chunk]
-            if stage == last and chunk == pipeline.num_chunks - 1:
-                moments.append(("head", live, head_bytes(config, cuda), vocabulary, messages))
-            continue
-        for r in reversed(recursions[chunk]):
-            moments.append((f"backward pass of recursion {r}", live, 0.0, working[r], messages))
-            live -= own.kept[r]
-        messages -= sent[chunk]
-    moments.append(("gradient of the embedding", 0.0, 0.0, vocabulary + pending[0] if stage == 0 else 0.0, 0.0))
-    moment, kept, logits, extra, messages = max(moments, key=lambda moment: sum(moment[1:]))
-    state = rank_state(config, parameters, world_size)
-    buffers = _buckets(config, cuda) + _gathered(config, parameters)
-    return RankMemory(state, buffers, messages, kept, logits, extra, moment, config.training.optimizer_cpu_offload)
+    state = rank_state(config, rank_parameters(config, pipeline, stage), world_size)
+    peak = max(_moments(config, pipeline, stage, world_size, cuda), key=lambda moment: moment.total)
+    buffers = _reduction_buffers(config, state, cuda) + _gathered_weights(config, state, world_size)
+    return RankMemory(state, buffers, peak, config.training.optimizer_cpu_offload)
 
 
 def num_microbatches(config: Config, world_size: int) -> int:
@@ -158,37 +143,73 @@ def num_microbatches(config: Config, world_size: int) -> int:
     return training.global_batch_size // (training.micro_batch_size * data_parallel_size(config, world_size))
 
 
-def _vocabulary_bytes(config: Config) -> float:
-    """Gradient of embedding or head while it is computed: in the type of the run, then in fp32."""
+def _moments(config: Config, pipeline: PipelinePlan, stage: int, world_size: int, cuda: bool) -> Iterator[Moment]:
+    """The passes of a rank, as the schedule has them."""
+    own, waiting = activations(config, pipeline, stage, cuda), _waiting_gradients(config, pipeline, stage)
+    has_head, vocabulary = stage == pipeline.num_stages - 1, _vocabulary_weights(config)
+    head = head_bytes(config, cuda) if has_head else 0.0
+    sent = message_bytes(config, pipeline, stage) if pipeline.num_stages > 1 else (0.0,)
+    everything = range(config.recursion.num_recursions)
+    live = messages = 0.0
+    for step in passes(pipeline, stage, num_microbatches(config, world_size)):
+        chunk = max(step, ~step)
+        recursions = [chunk] if pipeline.is_ring else everything
+        if step >= 0:
+            live += sum(own.kept[r] for r in recursions)
+            messages += sent[chunk]
+            if has_head and chunk == pipeline.num_chunks - 1:
+                yield Moment("head and loss", messages, live, head, 4.0 * vocabulary)
+            continue
+        for r in reversed(recursions):
+            yield Moment(f"backward pass of recursion {r}", messages, live, 0.0, own.working[r] + waiting[r])
+            live -= own.kept[r]
+        messages -= sent[chunk]
+    if stage == 0:
+        own = vocabulary * (4 if config.training.precision == "fp32" else 6)  # in 16 bits, then in fp32
+        waits = 8 * vocabulary if waiting[-1] else 0  # the head's gradient, and its sum with the embedding's
+        yield Moment("gradient of the embedding", 0.0, 0.0, 0.0, waits + own)
+
+
+def _vocabulary_weights(config: Config) -> int:
+    """Weights of embedding or head on one tensor-parallel rank."""
     tp = config.parallel.tensor_model_parallel_size
     padded = padded_vocab_size(config.model.vocab_size, config.model.make_vocab_size_divisible_by, tp)
-    return padded // tp * config.model.hidden_size * (4 if config.training.precision == "fp32" else 6)
+    return padded // tp * config.model.hidden_size
 
 
-def _pending(config: Config, pipeline: PipelinePlan, stage: int, vocabulary: float) -> list[float]:
-    """Sums of gradients that wait for the other uses of a weight, beside those of the iteration, by recursion."""
-    count, tp = config.recursion.num_recursions, config.parallel.tensor_model_parallel_size
-    if config.training.bf16 and config.training.zero_stage <= 1:
-        return [0.0] * count  # each use adds to the iteration's sums by itself
-    embedding = vocabulary if pipeline.num_stages == 1 and not config.model.untie_embeddings_and_output_weights else 0.0
-    block = 0.0
-    if pipeline.num_chunks == 1 and count > 1:
-        block = 4.0 * sum(pipeline.block_layers[stage : stage + 1]) * layer_parameters(config, tp)
-    return [embedding + (block if r < count - 1 else 0.0) for r in range(count)]
-
-
-def _gathered(config: Config, parameters: int) -> float:
-    """Weights that ZeRO 3 has gathered: it keeps those that it will use again soon, which is all of a small model."""
-    if config.training.zero_stage < 3:
-        return 0.0
-    return min(parameters, LIVE_WEIGHTS) * (4 if config.training.precision == "fp32" else 2)
-
-
-def _buckets(config: Config, cuda: bool) -> float:
-    """Buffers in which DeepSpeed collects fp32 gradients before it reduces them."""
+def _adds_each_use(config: Config) -> bool:
+    """Whether each use of a weight adds to the iteration's gradient by itself (training/modes/uses.py)."""
     training = config.training
-    if training.zero_stage == 0 or (training.bf16 and training.zero_stage == 1 and not training.optimizer_cpu_offload):
+    return training.bf16 and training.zero_stage <= 1 and not training.optimizer_cpu_offload
+
+
+def _waiting_gradients(config: Config, pipeline: PipelinePlan, stage: int) -> list[float]:
+    """fp32 sums that wait for further uses of their weights, while the backward pass of each recursion runs."""
+    count = config.recursion.num_recursions
+    if _adds_each_use(config):
+        return [0.0] * count
+    is_tied = pipeline.num_stages == 1 and not config.model.untie_embeddings_and_output_weights
+    head = 4.0 * _vocabulary_weights(config) if is_tied else 0.0
+    layers = pipeline.block_layers[stage] if not pipeline.is_ring else 0  # a ring's passes are whole backward passes
+    block = 4.0 * layers * layer_parameters(config, config.parallel.tensor_model_parallel_size)
+    return [head + (block if r < count - 1 else 0.0) for r in range(count)]
+
+
+def _gathered_weights(config: Config, state: RankState, world_size: int) -> float:
+    """Those of ZeRO 3, which keeps what it will use again soon: all of a small model."""
+    if config.training.zero_stage < 3 or data_parallel_size(config, world_size) == 1:
+        return 0.0
+    return min(state.parameters, LIVE_WEIGHTS) * (4 if config.training.precision == "fp32" else 2)
+
+
+def _reduction_buffers(config: Config, state: RankState, cuda: bool) -> float:
+    """Where DeepSpeed collects fp32 gradients before it reduces them."""
+    training = config.training
+    if training.zero_stage == 0 or _adds_each_use(config):
         return 0.0
     size = deepspeed_settings(config, cuda)["zero_optimization"]["reduce_bucket_size"]
     is_double = training.zero_stage < 3 and overlaps_reduction(config, cuda)
-    return 4.0 * size * (2 if is_double else 1)
+    reduced = (
+        state.gradients if training.zero_stage == 2 and training.precision == "fp32" else 0
+    )  # before they are added
+    return 4.0 * size * (2 if is_double else 1) + reduced

@@ -89,7 +89,7 @@ def _stages(config: Config, world_size: int, pipeline: PipelinePlan, cuda: bool)
 def _memory_cells(memory: RankMemory) -> tuple[str, ...]:
     state = memory.state
     parts = (state.weights, state.gradients, state.optimizer, state.total)
-    return (f"{state.parameters:,}", *map(_bytes, (*parts, memory.buffers, memory.passing, memory.total)))
+    return (f"{state.parameters:,}", *map(_bytes, (*parts, memory.buffers, memory.peak.total, memory.total)))
 
 
 def _holds(config: Config, pipeline: PipelinePlan, stage: int) -> str:

@@ -70,7 +70,7 @@ def test_more_stages_ahead_keep_more_micro_batches():
     config = config_of(f"{flags} --num-layers 4", 4)
     pipeline = pipeline_plan(config)
     layer = activations(config, pipeline, 0, cuda=True).kept[0]
-    held = [rank_memory(config, pipeline, stage, 4, cuda=False).activations for stage in range(3)]
+    held = [rank_memory(config, pipeline, stage, 4, cuda=False).peak.activations for stage in range(3)]
     assert held == [4 * layer, 3 * layer, 2 * layer]
 
 
