@@ -180,17 +180,15 @@ class Evaluation:
         machine, world_size = self.machine, self.world_size
         pipeline, count = self._pipeline(config), num_microbatches(config, world_size)
         self._work = self._work or layer_work(config)
-        memories, sent, times = {}, {}, {}
+        memories, sent, times = [], [], []
         for stage in sorted({0, min(1, pipeline.num_stages - 1), pipeline.num_stages - 1}):  # one of each kind
-            memories[stage] = rank_memory(config, pipeline, stage, world_size, machine.is_cuda)
-            parameters = memories[stage].state.parameters
-            sent[stage] = traffic(config, pipeline, stage, parameters, count, world_size)
-            tensor = sent[stage].tensor / count
-            times[stage] = stage_time(config, pipeline, stage, machine, tensor, self._work)
-        memory = max(memories.values(), key=lambda one: one.total)
-        most = max(sent.values(), key=lambda one: one.total)
-        largest = max((one.state for one in memories.values()), key=lambda state: state.parameters)
-        time = step_time(config, pipeline, times, most, largest, count, world_size, machine)
+            memories.append(rank_memory(config, pipeline, stage, world_size, machine.is_cuda))
+            sent.append(traffic(config, pipeline, stage, memories[-1].state.parameters, count, world_size))
+            times.append(stage_time(config, pipeline, stage, machine, sent[-1].tensor / count, self._work))
+        memory = max(memories, key=lambda one: one.total)
+        most = max(sent, key=lambda one: one.total)
+        parameters = max(one.state.parameters for one in memories)
+        time = step_time(config, pipeline, times, most, parameters, world_size, machine)
         return Candidate(config, world_size, memory, most, time)
 
     def _pipeline(self, config: Config) -> PipelinePlan:

@@ -24,12 +24,14 @@ from mor_megatron.planning.accounting import (
 )
 from mor_megatron.planning.communication import Traffic
 from mor_megatron.planning.machines import GB, Machine
-from mor_megatron.planning.memory import RankState
+from mor_megatron.planning.memory import num_microbatches
 from mor_megatron.planning.stages import PipelinePlan
 
 # Numbers read and written by element-wise operators of one use of a layer, forward and backward, for each of its rows:
 # two norms and two residual additions, SwiGLU, rotation. And how many operators there are.
 STREAM_PASSES, FFN_PASSES, QKV_PASSES, OPERATORS = 46, 16, 10, 97
+LEAST_SHOWN = 0.1
+"""Part of an exchange that lengthens the computation beside it at least: both need processors and memory."""
 UPDATE_BYTES = 36
 """Read and written for one parameter by AdamW, the norm and clipping of its gradient, and the cast of its weight."""
 
@@ -115,10 +117,9 @@ def stage_time(
 def step_time(
     config: Config,
     pipeline: PipelinePlan,
-    stages: dict[int, StageTime],
+    stages: list[StageTime],
     traffic: Traffic,
-    state: RankState,
-    num_microbatches: int,
+    parameters: int,
     world_size: int,
     machine: Machine,
 ) -> StepTime:
@@ -126,29 +127,33 @@ def step_time(
 
     Args:
         stages: times of all kinds of stages.
-        traffic: the largest of them.
-        state: of the largest stage.
+        traffic: of the rank that sends most.
+        parameters: of the rank that has most, in number.
     """
-    slowest = max(stages.values(), key=lambda stage: sum(stage.chunks))
-    ranks = data_parallel_size(config, world_size)
-    tp, count = config.parallel.tensor_model_parallel_size, pipeline.num_stages
-    working = num_microbatches * sum(slowest.chunks)
-    tensor = num_microbatches * slowest.tensor
+    slowest, count = max(stages, key=lambda stage: sum(stage.chunks)), num_microbatches(config, world_size)
+    working, tensor = count * sum(slowest.chunks), count * slowest.tensor
+    ranks, tp = data_parallel_size(config, world_size), config.parallel.tensor_model_parallel_size
     network = _bandwidth(machine, is_inside=world_size <= machine.node_size)
     messages = traffic.pipeline / network
-    hides = config.is_ring and config.parallel.overlap_p2p_comm != "off"
+    if config.is_ring and config.parallel.overlap_p2p_comm != "off":
+        messages = _shown(messages, working)
     data = traffic.data / _bandwidth(machine, is_inside=tp * ranks <= machine.node_size)
     if overlaps_reduction(config, machine.is_cuda):
-        data = max(0.0, data - 2 / 3 * working)
-    optimizer = state.optimizer / (12 * state.parameters)  # the part of the parameters that this rank updates
+        data = _shown(data, 2 / 3 * working)  # the backward pass
+    updated = parameters / (ranks if config.training.zero_stage > 0 else 1)
     return StepTime(
         compute=working - tensor,
         tensor=tensor,
-        idle=(count - 1) * max(stage.chunks[0] for stage in stages.values()),
-        pipeline=max(0.0, messages - working) if hides else messages,
+        idle=(pipeline.num_stages - 1) * max(stage.chunks[0] for stage in stages),
+        pipeline=messages,
         data=data + traffic.embedding / network,
-        update=optimizer * state.parameters * UPDATE_BYTES / (machine.copy_gbs * machine.copy_share * GB),
+        update=updated * UPDATE_BYTES / (machine.copy_gbs * machine.copy_share * GB),
     )
+
+
+def _shown(exchange: float, beside: float) -> float:
+    """What an exchange adds to the work beside it."""
+    return max(exchange - beside, LEAST_SHOWN * exchange)
 
 
 def _bandwidth(machine: Machine, is_inside: bool) -> float:
