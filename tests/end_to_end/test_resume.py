@@ -92,24 +92,30 @@ def test_an_empty_directory_starts_from_scratch_with_a_notice(process_group, cor
     assert "iteration        2/       2" in out
 
 
-def test_validation_losses_of_both_modes(process_group, corpus, tmp_path):
-    for name, routing in (("expert", "expert_choice"), ("token", "token_choice"), ("recursive", "none")):
-        pretrain(small_config(corpus, save=str(tmp_path / name), train_iters=12, routing=routing))
-        lines = [line for line in read_metrics(tmp_path / name) if "validation_loss_topk" in line]
+@pytest.fixture(scope="module")
+def validations(process_group, corpus, tmp_path_factory):
+    """Routing -> what a run of twelve iterations reported of its validations."""
+    found = {}
+    for routing in ("expert_choice", "token_choice", "none"):
+        save = tmp_path_factory.mktemp(routing)
+        pretrain(small_config(corpus, save=str(save), train_iters=12, routing=routing, eval_fixed_depths=True))
+        found[routing] = [line for line in read_metrics(save) if "validation_loss_topk" in line]
+    return found
+
+
+def test_validation_losses_of_both_modes(validations):
+    for routing, lines in validations.items():
         assert [line["iteration"] for line in lines] == [10, 12]
         topk, threshold = (lines[-1][f"validation_loss_{kind}"] for kind in ("topk", "threshold"))
         assert 0 < topk < math.log(64) + 0.5
-        assert (topk == threshold) == (name != "expert")
+        assert (topk == threshold) == (routing != "expert_choice")
 
 
-def test_validation_losses_at_fixed_depths(process_group, corpus, tmp_path):
-    for routing in ("expert_choice", "token_choice", "none"):
-        save = tmp_path / routing
-        pretrain(small_config(corpus, save=str(save), train_iters=12, routing=routing, eval_fixed_depths=True))
-        last = [line for line in read_metrics(save) if "validation_loss_topk" in line][-1]
-        depths = [last[f"validation_loss_depth_{depth}"] for depth in (1, 2, 3)]
+def test_validation_losses_at_fixed_depths(validations):
+    for routing, lines in validations.items():
+        depths = [lines[-1][f"validation_loss_depth_{depth}"] for depth in (1, 2, 3)]
         assert len(set(depths)) == 3
-        assert (depths[-1] == last["validation_loss_topk"]) == (routing == "none")
+        assert (depths[-1] == lines[-1]["validation_loss_topk"]) == (routing == "none")
 
 
 def test_reports_to_wandb_offline_and_tensorboard(process_group, corpus, tmp_path, monkeypatch):
