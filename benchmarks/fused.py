@@ -73,6 +73,7 @@ def cases(size: Size, device: str, dtype: torch.dtype) -> Iterator[Case]:
 
     rows, hidden, width = size.rows, size.hidden, size.hidden // size.heads
     yield Case("rms_norm", (draw(rows, 1, hidden), draw(hidden), 1e-5), 2, 5 * rows * hidden)
+    yield Case("add_norm", (draw(rows, 1, hidden), draw(rows, 1, hidden), draw(hidden), 1e-5), 3, 8 * rows * hidden)
     yield Case("swiglu", (draw(rows, 1, 2 * size.ffn),), 1, 8 * rows * size.ffn)
     angle = torch.rand(rows, 1, 1, 1, width // 2, device=device, generator=generator)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)

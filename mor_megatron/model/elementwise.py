@@ -26,6 +26,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(wide, x.shape[-1:], None, eps).to(x.dtype) * weight
 
 
+def add_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """A step of the residual stream and what the next part of the layer reads: x + update, or x, and its `rms_norm`."""
+    total = x if update is None else x + update
+    return total, rms_norm(total, weight, eps)
+
+
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up of [.., 2F] = (gate, up)."""
     gate, up = x.chunk(2, dim=-1)
@@ -69,13 +75,14 @@ class Elementwise(NamedTuple):
     """One implementation of all of them."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
     swiglu: Callable[[Tensor], Tensor]
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
     split_rotate: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     add_rows: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
-PLAIN = Elementwise(rms_norm, swiglu, rotate, split_rotate, add_rows)
+PLAIN = Elementwise(rms_norm, add_norm, swiglu, rotate, split_rotate, add_rows)
 HAND_WRITTEN = Elementwise(*(getattr(functional, name) for name in Elementwise._fields))
 
 

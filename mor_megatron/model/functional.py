@@ -129,6 +129,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def add_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + update, or x, and its norm."""
+    total = x if update is None else x + update
+    return total, RMSNormFunction.apply(total, weight, eps)
+
+
 rms_norm = RMSNormFunction.apply
 swiglu = SwiGLUFunction.apply
 rotate = RotateFunction.apply

@@ -19,20 +19,28 @@ PROGRAMS_PER_PROCESSOR = 8
 
 
 @triton.jit
-def _rms_norm_forward(x, weight, out, rstd, width, eps, BLOCK: tl.constexpr):
+def _norm_forward(x, update, total, weight, out, rstd, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    value = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    place = row * width + column
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(update + place, mask=inside, other=0.0).to(tl.float32)
+        value = value.to(total.dtype.element_ty).to(tl.float32)  # the norm is of the sum as it is stored
+        tl.store(total + place, value, mask=inside)
     scale = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
     tl.store(rstd + row, scale)
     normal = (value * scale).to(out.dtype.element_ty).to(tl.float32)  # rounded before the weight
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + column, normal * factor, mask=inside)
+    tl.store(out + place, normal * factor, mask=inside)
 
 
 @triton.jit
-def _rms_norm_backward(grad, x, weight, rstd, grad_x, partial, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_backward(
+    grad, grad_total, total, weight, rstd, grad_x, partial, rows, width,
+    ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -43,45 +51,62 @@ def _rms_norm_backward(grad, x, weight, rstd, grad_x, partial, rows, width, ROWS
         place = row * width + column
         real = inside & (row < rows)
         scale = tl.load(rstd + row, mask=row < rows, other=0.0)
-        normal = tl.load(x + place, mask=real, other=0.0).to(tl.float32) * scale
+        normal = tl.load(total + place, mask=real, other=0.0).to(tl.float32) * scale
         change = tl.load(grad + place, mask=real, other=0.0).to(tl.float32)
         grad_weight += change * normal
         change *= factor
         along = tl.sum(change * normal, axis=0) / width
-        tl.store(grad_x + place, (change - along * normal) * scale, mask=real)
+        change = (change - along * normal) * scale
+        if ADD:
+            change += tl.load(grad_total + place, mask=real, other=0.0).to(tl.float32)
+        tl.store(grad_x + place, change, mask=real)
     tl.store(partial + program * width + column, grad_weight, mask=inside)
 
 
-class RMSNormFunction(torch.autograd.Function):
-    """x / rms(x) * weight over the last dim. The weight's gradient is a sum of partial sums, and so reproducible."""
+class AddNormFunction(torch.autograd.Function):
+    """x + update, and its norm; see `elementwise.add_norm`. Backward adds what comes along the sum in the same pass.
+
+    The weight's gradient is a sum of partial sums, and so reproducible.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x = x.contiguous()
+    def forward(ctx, x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        dense = x.contiguous()
         width = x.shape[-1]
         rows = x.numel() // width
-        out = torch.empty_like(x)
+        out = torch.empty_like(dense)
+        total, added = x, dense
+        if update is not None:
+            total, added = torch.empty_like(dense), update.contiguous()
         rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
         if rows > 0:
-            _rms_norm_forward[(rows,)](x, weight, out, rstd, width, eps, **_whole_row(width))
-        ctx.save_for_backward(x, weight, rstd)
-        return out
+            _norm_forward[(rows,)](
+                dense, added, total, weight, out, rstd, width, eps, ADD=update is not None, **_whole_row(width)
+            )
+        ctx.save_for_backward(dense if update is None else total, weight, rstd)
+        ctx.adds = update is not None
+        return total, out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, weight, rstd = ctx.saved_tensors
+    def backward(ctx, grad_total: Tensor | None, grad: Tensor | None):
+        total, weight, rstd = ctx.saved_tensors
+        if grad is None:
+            return grad_total, grad_total if ctx.adds else None, None, None
         grad = grad.contiguous()
-        rows, width = rstd.numel(), x.shape[-1]
-        grad_x = torch.empty_like(x)
+        along = grad if grad_total is None else grad_total.contiguous()
+        rows, width = rstd.numel(), total.shape[-1]
+        grad_x = torch.empty_like(total)
         # A power of two, so that ragged numbers of rows do not compile a kernel each.
-        each = triton.next_power_of_2(triton.cdiv(rows, PROGRAMS_PER_PROCESSOR * _processors(x.device)))
+        each = triton.next_power_of_2(triton.cdiv(rows, PROGRAMS_PER_PROCESSOR * _processors(total.device)))
         programs = triton.cdiv(rows, max(1, each))
-        partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+        partial = torch.empty(programs, width, dtype=torch.float32, device=total.device)
         if rows > 0:
-            _rms_norm_backward[(programs,)](
-                grad, x, weight, rstd, grad_x, partial, rows, width, ROWS=each, **_whole_row(width)
-            )
-        return grad_x, partial.sum(0).to(weight.dtype), None
+            _norm_backward[(programs,)](
+                grad, along, total, weight, rstd, grad_x, partial, rows, width,
+                ADD=grad_total is not None, ROWS=each, **_whole_row(width),
+            )  # fmt: skip
+        return grad_x, grad_x if ctx.adds else None, partial.sum(0).to(weight.dtype), None
 
 
 @triton.jit
@@ -388,7 +413,12 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-rms_norm = RMSNormFunction.apply
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm alone."""
+    return AddNormFunction.apply(x, None, weight, eps)[1]
+
+
+add_norm = AddNormFunction.apply
 swiglu = SwiGLUFunction.apply
 rotate = RotateFunction.apply
 split_rotate = SplitRotateFunction.apply

@@ -36,6 +36,14 @@ class RMSNorm(nn.Module):
         return implementation(x.device.type).rms_norm(x, self.weight, self.eps)
 
 
+class AddedRMSNorm(RMSNorm):
+    """The norm of a residual stream that an update is added to, in one."""
+
+    def forward(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[.., H] -> x + update, or x, and its norm, both [.., H]."""
+        return implementation(x.device.type).add_norm(x, update, self.weight, self.eps)
+
+
 class SwiGLU(nn.Module):
     """silu(gate) * up of [.., 2F] = (gate, up)."""
 
@@ -52,10 +60,19 @@ class MoRTransformerLayer(TransformerLayer):
 
     def forward(self, rows: Tensor, call: LayerCall) -> tuple[Tensor, KeyValue | None]:
         """[k, B, H] or [T, 1, H] -> the same shape, and the keys and values that `call` stores."""
-        update, stored = self.self_attention(self.input_layernorm(rows), call)
-        rows = rows + update
-        update, _ = self.mlp(self.pre_mlp_layernorm(rows))
+        rows, normal = _add_norm(self.input_layernorm, rows)
+        update, stored = self.self_attention(normal, call)
+        rows, normal = _add_norm(self.pre_mlp_layernorm, rows, update)
+        update, _ = self.mlp(normal)
         return rows + update, stored
+
+
+def _add_norm(norm: nn.Module, rows: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """rows + update, or rows, and the norm of that, by a norm of ours or of a library."""
+    if isinstance(norm, AddedRMSNorm):
+        return norm(rows, update)
+    rows = rows if update is None else rows + update
+    return rows, norm(rows)
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -117,7 +134,7 @@ def layer_spec(config: Config) -> ModuleSpec:
     Raises:
         ValueError: a flag asks for a library that cannot be used here.
     """
-    column, row, norm = ColumnParallelLinear, RowParallelLinear, RMSNorm
+    column, row, norm = ColumnParallelLinear, RowParallelLinear, AddedRMSNorm
     if uses_transformer_engine(config):
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 

@@ -40,6 +40,7 @@ def _angles(*shape):
     ("name", "inputs", "constants"),
     [
         ("rms_norm", (_random(5, 3, 16), _random(16)), (1e-5,)),
+        ("add_norm", (_random(5, 3, 16), _random(5, 3, 16), _random(16)), (1e-5,)),
         ("swiglu", (_random(5, 3, 16),), ()),
         ("rotate", (_random(5, 3, 2, 8),), _angles(5, 1, 1, 4)),
         ("split_rotate", (_random(5, 3, 2, 4, 8),), _angles(5, 3, 1, 1, 4)),
