@@ -62,7 +62,8 @@ def run(config: Config, selection: Selection, accelerator: Accelerator | None = 
         if accelerator is not None:
             batches = list(map(accelerator.put, batches))
         with nullcontext([]) if accelerator is None else accelerator.counting() as waits:
-            run_schedule(model, batches, partial(RoutingContext, step, selection), loss, selection == "threshold")
+            make_context, forward_only = partial(RoutingContext, step, selection), selection == "threshold"
+            run_schedule(model, batches, len(batches), make_context, loss, forward_only)
         optimizer.step()
         optimizer.zero_grad()
     return [value.item() for value in losses], waits
