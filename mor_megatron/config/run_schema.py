@@ -214,7 +214,7 @@ class TrainingConfig:
     """Reduce gradients while the backward pass goes on; ZeRO 2 and 3. auto: with CUDA."""
     enable_cuda_graph: bool = setting(False, change=Change.SILENT)
     """Run the forward and backward pass of a micro-batch as one CUDA graph; for small models on fast GPUs. Needs bf16,
-    zero-stage 1, and shapes that do not change: routing expert_choice or none, kv-mode caching, no pipeline."""
+    zero-stage 1, and shapes that do not change: routing expert_choice or none, no pipeline or tensor parallelism."""
     deepspeed_config: str | None = None
     """JSON file of more DeepSpeed settings; one that contradicts a flag is refused."""
     eval_interval: int = setting(100, least=1, change=Change.SILENT)
