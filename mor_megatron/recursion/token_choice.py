@@ -10,6 +10,7 @@ Depths depend on the token's own state only, so the routing is causal and the sa
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -187,7 +188,8 @@ class TokenChoice(RoutingMethod):
         if r > 0 or context.metrics is None:
             return
         fractions = stream.choice.counts.sum(0).float() / stream.tokens.count
-        reaching = fractions.flip(0).cumsum(0).flip(0)
+        # Not by cumsum, which on CUDA has no deterministic kernel for floats.
+        reaching = torch.stack([*accumulate(fractions.double().flip(0))]).flip(0).float()
         for r in range(self.plan.num_recursions):
             context.report(DEPTH_FRACTION.format(r), fractions[r])
             context.report(TOKENS_PER_RECURSION.format(r), reaching[r])

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_train_step import cut, global_batch, make_config, make_engine
+from test_train_step import EXPERT, cut, global_batch, make_config, make_engine
 
 from mor_megatron.config.schema import Config
 from mor_megatron.distributed.initialize import initialize_distributed
+from mor_megatron.recursion.context import TOKENS_PER_RECURSION
 from mor_megatron.training.train_step import train_step
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -44,3 +45,17 @@ def test_every_choice_of_kernels_is_a_deterministic_one(deterministic):
     assert report.grad_norm == pytest.approx(
         train_step(make_engine(usual), cut(global_batch(), 2), usual, 1, 0.1).grad_norm, rel=1e-6
     )
+
+
+def test_token_choice_needs_no_sum_that_cuda_has_no_deterministic_kernel_for(deterministic, monkeypatch):
+    cumsum = torch.Tensor.cumsum
+
+    def refusing(tensor, *options):
+        assert not tensor.is_floating_point(), "cumsum_cuda_kernel does not have a deterministic implementation"
+        return cumsum(tensor, *options)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", refusing)
+    recursion = replace(EXPERT, routing="token_choice", router_z_loss_coeff=0.0)
+    config = make_config(recursion=recursion)
+    report = train_step(make_engine(config), cut(global_batch(), 2), config, 1, 0.1)
+    assert report.routing[TOKENS_PER_RECURSION.format(0)] == pytest.approx(1.0)
