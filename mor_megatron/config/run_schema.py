@@ -329,7 +329,7 @@ class LoggingConfig:
     """Report the L2 norm of all weights."""
     log_timers: bool = setting(False, read_with=_WITH_TRAINING)
     """Report where the time of an iteration goes: data, forward-backward, gradient reduction, optimizer; evaluation and
-    checkpoints. On a GPU, waits for it between these."""
+    checkpoints. On a GPU, waits for it once an iteration."""
     profile: bool = setting(False, read_with=_WITH_TRAINING)
     """Write a trace of PyTorch's profiler to --tensorboard-dir, or else to --save."""
     profile_step_start: int = setting(10, least=0, read_with=_WITH_PROFILE)

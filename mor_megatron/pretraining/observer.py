@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from megatron.core.timers import Timers
 from torch.profiler import profile
 
 from mor_megatron.config.schema import Config
 from mor_megatron.distributed.initialize import print_rank_0
+from mor_megatron.training.device_timers import DeviceTimers
 from mor_megatron.training.engine import Engine
 from mor_megatron.training.sections import IN_AN_ITERATION, Sections
 
@@ -23,7 +25,8 @@ class Observer:
     def __init__(self, engine: Engine, config: Config, iteration: int):
         self.engine = engine
         self.logging = config.logging
-        self.timers = Timers(log_level=2, log_option="minmax") if config.logging.log_timers else None
+        kind = DeviceTimers if torch.cuda.is_available() else Timers
+        self.timers = kind(log_level=2, log_option="minmax") if config.logging.log_timers else None
         self.sections = Sections(self.timers)
         if self.timers is not None:
             engine.time_reduction(self.sections)

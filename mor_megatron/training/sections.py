@@ -19,7 +19,7 @@ class Sections:
     """Times what runs in `with sections(name)`; a section inside another interrupts it, so that nothing counts twice.
 
     Args:
-        timers: where time is added up; None: nothing is timed, and devices are not waited for.
+        timers: where time is added up; None: nothing is timed.
     """
 
     names = (*IN_AN_ITERATION, *BETWEEN)
