@@ -89,7 +89,7 @@ STAGES: dict[str, Stage] = {
     "reference": Stage("three cases of tests/reference", "gpu_check_numbers:reference", 20),
     "syncs": Stage("where a training step waits for the device", "gpu_check_speed:syncs", 20),
     "large": Stage("training steps at 1.7B", "gpu_check_speed:large", 100),
-    "medium": Stage("training steps at 360M, with shared keys and token-choice", "gpu_check_speed:medium", 60),
+    "medium": Stage("training steps at 360M, with shared keys and token-choice", "gpu_check_speed:medium", 100),
     "fused": Stage("element-wise kernels against plain PyTorch", "gpu_check_speed:fused", 40),
     "attention": Stage("attention backends by shape", "gpu_check_speed:attention", 60),
     "curves": Stage("100 losses in bf16 against those of the CPU", "gpu_check_numbers:curves", 30),
