@@ -22,8 +22,7 @@ class OnHost:
         self._copied = None
         if values.is_cuda:
             self._copy = values.to("cpu", non_blocking=True)  # into pinned memory
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied = torch.cuda.current_stream(values.device).record_event()
         else:
             self._copy = values
 
