@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mor_megatron.config.validate import validate
+from mor_megatron.model.loss import add_product
 from mor_megatron.recursion.context import RoutingContext
+from mor_megatron.training.modes import uses
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -64,3 +66,23 @@ def test_gradients_are_reduced_where_they_are():
     with Live() as live:
         engine.reduce()
     assert live.peak == flat.untyped_storage().nbytes()
+
+
+def test_products_that_add_to_the_sums_give_the_same(monkeypatch):
+    """As on CUDA; on a CPU, a product is rounded to bf16 and added, which is what autograd does with it."""
+    added = []
+
+    def add(total, a, b):
+        added.append(total.shape)
+        add_product(total, a, b)
+
+    monkeypatch.setattr(uses, "add_product", add)
+    found = []
+    for products_add in (False, True):
+        monkeypatch.setattr(uses, "_products_add", lambda products_add=products_add: products_add)
+        engine = bf16_engine(zero=1)
+        for batch in cut(global_batch(), 1):
+            engine.module(batch, RoutingContext()).sum().backward()
+        found.append([gradient.clone() for gradient in engine.flat_gradients()])
+        assert bool(added) == products_add
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
