@@ -66,7 +66,7 @@ def listing(found: list[Candidate], world_size: int, machine: Machine, count: in
         f"{world_size} x {machine.name}, {_gb(usable)} of {machine.memory_gb:g} GB for tensors; global batch "
         f"{config.training.global_batch_size} x {config.data.seq_length} tokens, {config.training.precision}",
         f"{len(found)} layouts can run, {len(fitting)} fit. Left out are those that differ from a faster one only in "
-        "micro-batch or recomputation, and need no less memory.",
+        "micro-batch or recomputation, and hardly need less memory.",
         "GB are those of the fullest rank, and those that one rank sends in an iteration. Times are estimates.",
         *_table([HEAD, *(_row(number, one, machine) for number, one in enumerate(worthwhile(fitting)[:count], 1))]),
         "",

@@ -39,6 +39,10 @@ RECOMPUTATION = (
 )
 
 
+WORTH = 0.95
+"""A slower layout is listed if it needs less than this part of the memory."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A layout and what is expected of it."""
@@ -113,13 +117,13 @@ def usable_bytes(machine: Machine) -> float:
 
 
 def worthwhile(found: list[Candidate]) -> list[Candidate]:
-    """Those that no faster one with the same ranks and ZeRO stage undercuts in memory, in the same order."""
+    """Those that save memory, beside every faster one with the same ranks and ZeRO stage; in the same order."""
     least: dict[tuple, float] = {}
     kept = []
     for one in found:
         parallel, training = one.config.parallel, one.config.training
         kind = parallel, training.zero_stage
-        if one.memory.total < least.get(kind, math.inf):
+        if one.memory.total < WORTH * least.get(kind, math.inf):
             least[kind] = one.memory.total
             kept.append(one)
     return kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -68,8 +69,8 @@ def _cpu() -> dict[str, object]:
     }
 
 
-def _seconds(work: Callable[[], object], least: float = 0.2) -> float:
-    """Of one call: the fastest of calls that take `least` seconds together, at least five, after two to warm up."""
+def _seconds(work: Callable[[], object], least: float = 0.3) -> float:
+    """Of one call: the median of calls that take `least` seconds together, at least five, after two to warm up."""
     times: list[float] = []
     for _ in range(2):
         work()
@@ -79,7 +80,7 @@ def _seconds(work: Callable[[], object], least: float = 0.2) -> float:
         work()
         _wait()
         times.append(_clock() - start)
-    return min(times)
+    return statistics.median(times)
 
 
 def _clock() -> float:

@@ -9,8 +9,8 @@ import pytest
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Config
 from mor_megatron.config.validate import validate
-from mor_megatron.planning.activations import activations
-from mor_megatron.planning.memory import rank_memory
+from mor_megatron.planning.activations import activations, head_bytes
+from mor_megatron.planning.memory import _moments, rank_memory
 from mor_megatron.planning.schedule import passes
 from mor_megatron.planning.stages import pipeline_plan
 
@@ -53,6 +53,35 @@ def test_tokens_that_leave_keep_nothing():
     assert routed[1] == pytest.approx(layer * 2 / 3 + rows * row * (1 + 2 / 3))  # candidates, and the output to weigh
     shared = kept(f"--micro-batch-size 3 {EXPERT} --kv-mode sharing")
     assert shared[1] == pytest.approx(routed[1] - rows * 2 / 3 * 2 * row), "no keys and values of its own"
+
+
+@pytest.mark.parametrize(
+    ("flags", "cuda", "norm", "logits"),
+    [
+        ("--loss-chunk-rows 0", False, 2 * 4 * 32 + 4, 128 * 128 * 4),
+        ("--loss-chunk-rows 16", False, 3 * 4 * 32 + 4, 16 * 128 * 4),
+        ("--loss-chunk-rows 16 --bf16", False, 3 * 2 * 32 + 4, 16 * 128 * (2 + 4)),  # in fp32 beside their 16 bits
+        ("--loss-chunk-rows 16 --bf16", True, 3 * 2 * 32 + 4, 16 * 128 * 2),
+        ("--loss-chunk-rows 512 --bf16", True, 3 * 2 * 32 + 4, 128 * 128 * 2),
+    ],
+)
+def test_logits_are_those_of_a_chunk(flags, cuda, norm, logits):
+    config = config_of(f"--micro-batch-size 2 {flags}")
+    assert head_bytes(config, cuda) == 2 * 64 * norm + logits
+
+
+def test_gradients_wait_for_the_other_uses_of_their_weights_unless_each_use_adds_its_own():
+    flags = "--micro-batch-size 1 --num-recursions 3 --recompute-granularity full"
+    layer, vocabulary = 4 * (4 * 32 * 32 + 3 * 32 * 96 + 2 * 32), 4 * 128 * 32
+    plain = [working_of(f"{flags} --zero-stage {zero}{half}") for zero, half in ((2, " --bf16"), (1, " --bf16"))]
+    assert plain[0] - plain[1] == layer + vocabulary, "one layer is shared, and the embedding is the head"
+
+
+def working_of(flags: str) -> float:
+    """Bytes that the backward pass of the first recursion adds."""
+    config = config_of(flags)
+    moments = _moments(config, pipeline_plan(config), 0, 1, cuda=True)
+    return next(moment.working for moment in moments if moment.name == "backward pass of recursion 0")
 
 
 def test_passes_are_those_of_the_schedule():
