@@ -52,7 +52,8 @@ def fault(corpus: str, mode, values: tuple[float, float]) -> list[dict]:
         gradient[0, 0] = value
         return gradient
 
-    hook = engine.module.layers[1].mlp.linear_fc1.weight.register_hook(spoil) if value else None
+    # The first layer runs once a micro-batch; a hook on a tied weight sees each of its uses in some modes.
+    hook = engine.module.layers[0].mlp.linear_fc1.weight.register_hook(spoil) if value else None
     report = train_step(engine, batches, config, 2, 0.01)
     if hook is not None:
         hook.remove()
