@@ -71,6 +71,12 @@ def activations(config: Config, pipeline: PipelinePlan, stage: int, cuda: bool) 
     return Activations(tuple(kept), tuple(working))
 
 
+def adds_each_use(config: Config) -> bool:
+    """Whether each use of a weight adds to the iteration's gradient by itself (training/modes/uses.py)."""
+    training = config.training
+    return training.bf16 and training.zero_stage <= 1 and not training.optimizer_cpu_offload
+
+
 def head_bytes(config: Config, cuda: bool) -> float:
     """Final norm, head and loss of a micro-batch on the last stage, without the gradient of the head's weight."""
     rows, chunk = _Rows(config, cuda), loss_chunk_rows(config, cuda)
@@ -107,7 +113,7 @@ class _Rows:
     def __init__(self, config: Config, cuda: bool):
         self.config, self.plan, self.training = config, config.plan, config.training
         self.tokens = self.training.micro_batch_size * config.data.seq_length
-        self.masks = not cuda
+        self.is_cuda = cuda
         widths, parallel = Widths.of(config), config.parallel
         tp = parallel.tensor_model_parallel_size
         cut = tp if parallel.sequence_parallel else 1
@@ -129,7 +135,7 @@ class _Rows:
         attention = 2 * self.queries + own_keys + self.softmax
         replaced = 0.0  # keys of all tokens, in which the layer has put its own
         if layer.kv_source != layer.index and rows < self.tokens:
-            attention += self.queries if self.masks else 0  # computed in blocks of rows, then put together
+            attention += 0 if self.is_cuda else self.queries  # computed in blocks of rows, then put together
             replaced = self.tokens * self.keys if self.plan.kv_mode == "sharing_update" else 0.0
         return rows * (4 * self.stream + self.norms + attention + 3 * self.ffn) + replaced
 
@@ -145,7 +151,7 @@ class _Rows:
     def mask(self, uses: Uses) -> float:
         """Which of all keys each row sees, once a pass; a GPU's kernels take ranges instead."""
         rows = [rows for layer, rows in uses if layer.kv_source != layer.index and rows < self.tokens]
-        return rows[0] * self.config.data.seq_length * self.number if rows and self.masks else 0.0
+        return rows[0] * self.config.data.seq_length * self.number if rows and not self.is_cuda else 0.0
 
     def working(self, uses: Uses) -> float:
         """The most that the backward pass of a recursion adds, which is in its largest region."""
@@ -161,7 +167,8 @@ class _Rows:
         cast = 4 if self.number < 4 else 0
         gathered = self.whole_stream if self.stream < self.whole_stream else 0
         weight = rows * (self.stream + self.whole_stream + gathered + self.ffn)
-        weight += self.largest_weight * (self.number + cast)
+        if not (self.is_cuda and adds_each_use(self.config)):  # there, the product itself adds to the sum
+            weight += self.largest_weight * (self.number + cast)
         return again + max(activation, weight)
 
     def _regions(self, uses: Uses) -> list[Uses]:

@@ -27,7 +27,7 @@ from mor_megatron.config.deepspeed_settings import deepspeed_settings, overlaps_
 from mor_megatron.config.layout import data_parallel_size
 from mor_megatron.config.schema import Config
 from mor_megatron.planning.accounting import layer_parameters, padded_vocab_size, router_parameters
-from mor_megatron.planning.activations import activations, head_bytes
+from mor_megatron.planning.activations import activations, adds_each_use, head_bytes
 from mor_megatron.planning.communication import LIVE_WEIGHTS, message_bytes
 from mor_megatron.planning.schedule import passes
 from mor_megatron.planning.stages import PipelinePlan
@@ -177,16 +177,10 @@ def _vocabulary_weights(config: Config) -> int:
     return padded // tp * config.model.hidden_size
 
 
-def _adds_each_use(config: Config) -> bool:
-    """Whether each use of a weight adds to the iteration's gradient by itself (training/modes/uses.py)."""
-    training = config.training
-    return training.bf16 and training.zero_stage <= 1 and not training.optimizer_cpu_offload
-
-
 def _waiting_gradients(config: Config, pipeline: PipelinePlan, stage: int) -> list[float]:
     """fp32 sums that wait for further uses of their weights, while the backward pass of each recursion runs."""
     count = config.recursion.num_recursions
-    if _adds_each_use(config):
+    if adds_each_use(config):
         return [0.0] * count
     is_tied = pipeline.num_stages == 1 and not config.model.untie_embeddings_and_output_weights
     head = 4.0 * _vocabulary_weights(config) if is_tied else 0.0
@@ -205,7 +199,7 @@ def _gathered_weights(config: Config, state: RankState, world_size: int) -> floa
 def _reduction_buffers(config: Config, state: RankState, cuda: bool) -> float:
     """Where DeepSpeed collects fp32 gradients before it reduces them."""
     training = config.training
-    if training.zero_stage == 0 or _adds_each_use(config):
+    if training.zero_stage == 0 or adds_each_use(config):
         return 0.0
     size = deepspeed_settings(config, cuda)["zero_optimization"]["reduce_bucket_size"]
     is_double = training.zero_stage < 3 and overlaps_reduction(config, cuda)

@@ -80,7 +80,7 @@ def test_gradients_wait_for_the_other_uses_of_their_weights_unless_each_use_adds
 def working_of(flags: str) -> float:
     """Bytes that the backward pass of the first recursion adds."""
     config = config_of(flags)
-    moments = _moments(config, pipeline_plan(config), 0, 1, cuda=True)
+    moments = _moments(config, pipeline_plan(config), 0, 1, cuda=False)
     return next(moment.working for moment in moments if moment.name == "backward pass of recursion 0")
 
 
