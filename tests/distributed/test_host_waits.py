@@ -83,7 +83,7 @@ def run_twice(config: Config, selection: Selection = "capacity") -> list[str]:
     finally:
         cpu.stand_in(torch.device("cpu"))
         buffers.clear()
-    assert losses == pytest.approx(expected, rel=1e-5)
+    assert losses == pytest.approx(expected, rel=1e-2 if config.training.bf16 else 1e-5)
     return waits
 
 
@@ -104,7 +104,7 @@ def waits_of(processes: WorkerPool, layout: Layout, model: str, selection: Selec
         ("vanilla", {}),
         ("middle-sequence", {}),
         ("expert-nr3", FULL),
-        ("expert-sharing", FULL | {"recompute_unit": "layer"}),
+        ("expert-sharing", FULL | {"recompute_unit": "layer", "bf16": True}),
         ("expert-sharing-update", {"recompute_granularity": "selective"}),
         pytest.param("expert-aux-router", {"recompute_granularity": "selective"}, marks=pytest.mark.slow),
         pytest.param("expert-gqa", {}, marks=pytest.mark.slow),
@@ -120,7 +120,7 @@ def test_capacities_are_known_to_the_host(processes, model, changes):
     [
         ("token-balance", FULL),
         pytest.param("token-loss-free", {}, marks=pytest.mark.slow),
-        ("token-sharing", FULL | {"recompute_unit": "layer"}),
+        ("token-sharing", FULL | {"recompute_unit": "layer", "bf16": True}),
     ],
     ids=str,
 )
