@@ -192,12 +192,13 @@ class MoRSelfAttention(SelfAttention):
         if call.shared_kv is not None and not call.updates_shared_kv:
             query = self.linear_qkv(hidden, product=self._queries)
             filled = query.shape[0]
-            query = implementation(query.device.type).rotate(query[:rows], cos, sin)
+            query = implementation(query.device.type).rotate(_first(query, rows), cos, sin)
             key, value = call.shared_kv
         else:
             mixed, _ = self.linear_qkv(hidden)
             filled = mixed.shape[0]
-            mixed = mixed[:rows].view(rows, -1, self.num_query_groups_per_partition, self._heads, self.key_hidden_size)
+            heads = self.num_query_groups_per_partition, self._heads, self.key_hidden_size
+            mixed = _first(mixed, rows).view(rows, -1, *heads)
             split_rotate = implementation(mixed.device.type).split_rotate
             query, key, value = split_rotate(mixed, cos.unsqueeze(3), sin.unsqueeze(3))
             if call.stores_kv:
@@ -235,6 +236,11 @@ class MoRSelfAttention(SelfAttention):
             tp_group=self.pg_collection.tp,
         )
         return query.view(*query.shape[:2], -1, width)
+
+
+def _first(x: Tensor, rows: int) -> Tensor:
+    """The first rows. All are no slice: the gradient of one is filled with zeros and copied into."""
+    return x if x.shape[0] == rows else x[:rows]
 
 
 def _replace_rows(stored: Tensor, own: Tensor, active: ActiveTokens) -> Tensor:
