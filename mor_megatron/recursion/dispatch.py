@@ -290,10 +290,15 @@ def select_topk(scores: Tensor, k: int) -> Tensor:
     band = TIE * (1.0 + scores.abs().mean(0))
     above = scores > cut + band
     tied = (scores >= cut - band) & ~above
-    keep = above | (tied & (tied.cumsum(0) <= k - above.sum(0)))
-    slot = torch.where(keep, keep.cumsum(0) - 1, k)  # slot k takes what is not kept
+    keep = above | (tied & (_running_count(tied) <= k - above.sum(0)))
+    slot = torch.where(keep, _running_count(keep) - 1, k)  # slot k takes what is not kept
     index = torch.arange(scores.numel(), device=scores.device).view_as(scores)
     return index.new_empty(k + 1, scores.shape[1]).scatter_(0, slot, index)[:k]
+
+
+def _running_count(mask: Tensor) -> Tensor:
+    """Of true values in each column, [k, B]. Along the last dim, for which a GPU has a scan that occupies it."""
+    return mask.transpose(0, 1).cumsum(1).transpose(0, 1)
 
 
 def select_mask(mask: Tensor, count: int) -> Tensor:
