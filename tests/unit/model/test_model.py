@@ -305,3 +305,16 @@ def test_loss_free_bias_moves_the_choice_and_not_the_weight():
     assert (biased.trace["depth"] == 1).all()
     model.router.balance_bias.mul_(2.0)
     assert torch.equal(_logits(model, ids), logits)
+
+
+def test_all_rows_are_no_slice():
+    """The gradient of a slice is filled with zeros and copied into, also where nothing is cut off."""
+    open_nodes, seen = [small_model("vanilla")(training_batch(random_ids())).grad_fn], set()
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            open_nodes += [each for each, _ in node.next_functions]
+    names = {node.name() for node in seen}
+    assert "SplitRotateFunctionBackward" in names
+    assert "SliceBackward0" not in names
