@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mor_megatron.huggingface.rows_mor import Rows
+from mor_megatron.huggingface.rows_mor import Rows as Tokens
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.routing import RoutingMethod, Stream
 
@@ -60,7 +60,7 @@ class Cohort:
         """
         slots, sequence = np.unique(slot, return_inverse=True)
         lengths = tuple(np.bincount(sequence).tolist())
-        rows = Rows(*(torch.from_numpy(x).to(hidden.device) for x in (sequence, position)), lengths)
+        rows = Tokens(*(torch.from_numpy(x).to(hidden.device) for x in (sequence, position)), lengths)
         tokens = torch.from_numpy(ids).to(hidden.device)
         context = RoutingContext(selection="threshold", losses="none", metrics=None, tokens=tokens, **options)
         stream = method(0, Stream(rows, rows, hidden), context)
@@ -98,17 +98,45 @@ class Cohort:
             stream, self.active = stream.merged(method.layout), self.active[:0]
         self.stream, self.recursion = stream, r + 1
 
-    def take_out(self, slots: list[int]) -> tuple[Tensor, np.ndarray]:
-        """Rows of sequences that have passed the block; they are gone from here.
-
-        Returns:
-            Their residual stream [T', H], and their places among the cohort's rows [T'].
-        """
-        mine = np.isin(self.slots, slots)
-        places = np.flatnonzero(mine[self.sequence])
-        hidden = self.stream.hidden[torch.from_numpy(places).to(self.stream.hidden.device)] if len(places) else None
-        return hidden, places
+    def places(self, slots: list[int]) -> np.ndarray:
+        """Which rows are those of some sequences."""
+        return np.flatnonzero(np.isin(self.slots, slots)[self.sequence])
 
     def forget(self, slots: list[int]) -> None:
         """Nobody waits for the rows of these sequences any more. Those in the block go on until they leave it."""
         self.slots[np.isin(self.slots, slots)] = GONE
+
+
+class Rows:
+    """Rows of several cohorts, put into one order: sequence after sequence, each in causal order.
+
+    The rows of a sequence are in several cohorts if their depths are fixed differently.
+
+    Args:
+        parts: cohorts, and which of their rows.
+    """
+
+    def __init__(self, parts: list[tuple[Cohort, np.ndarray]]):
+        self.lengths = [len(places) for _, places in parts]
+        self.slot = np.concatenate([cohort.slots[cohort.sequence[places]] for cohort, places in parts])
+        self.position = np.concatenate([cohort.position[places] for cohort, places in parts])
+        self.recursion = np.concatenate([np.full(len(places), cohort.recursion) for cohort, places in parts])
+        self.depths = np.concatenate([cohort.depths[places] for cohort, places in parts])
+        self.order: np.ndarray | None = None
+        """None: they stand in order already."""
+        before, after = self.slot[:-1], self.slot[1:]
+        if not ((before < after) | ((before == after) & (self.position[:-1] < self.position[1:]))).all():
+            self.order = np.lexsort((self.position, self.slot))
+            for name in ("slot", "position", "recursion", "depths"):
+                setattr(self, name, getattr(self, name)[self.order])
+
+    def gather(self, parts: list[Tensor]) -> Tensor:
+        """Values of each cohort's rows, in order, [T, ..]."""
+        x = torch.cat(parts)
+        return x if self.order is None else x[torch.from_numpy(self.order).to(x.device)]
+
+    def scatter(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The inverse of `gather`."""
+        if self.order is not None:
+            x = torch.empty_like(x).index_copy_(0, torch.from_numpy(self.order).to(x.device), x)
+        return x.split(self.lengths)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
@@ -58,6 +59,25 @@ class EngineOptions:
 
     def __post_init__(self):
         check(self, dashes=False)
+
+
+@dataclass(frozen=True)
+class Status:
+    """What an engine is doing, and has done."""
+
+    running: int
+    waiting: int
+    rows: list[int]
+    """Rows inside the block by recursion, [Nr]."""
+    kv_use: float
+    """Fraction of the memory for keys and values that requests have; what only the prefix cache has is not in it."""
+    preemptions: int
+    prompt_tokens: int
+    """Of admitted requests."""
+    cached_tokens: int
+    """Those among them that the prefix cache had."""
+    passes: int
+    turns: int
 
 
 class Engine:
@@ -154,6 +174,22 @@ class Engine:
         self._cancelled.append(request)
         self._arrived.set()
 
+    def status(self) -> Status:
+        """What the engine is doing."""
+        scheduler, kinds = self.scheduler, self.store.kinds
+        layers = sum(pages.count * len(pages.layers) for pages in kinds)
+        return Status(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(self._inbox),
+            rows=self.runner.open_rows(),
+            kv_use=sum((p.used - p.reclaimable()) * len(p.layers) for p in kinds) / layers,
+            preemptions=scheduler.preemptions,
+            prompt_tokens=scheduler.prompt_tokens,
+            cached_tokens=scheduler.cached_tokens,
+            passes=self.runner.passes,
+            turns=self.runner.turns,
+        )
+
     def close(self) -> None:
         """Take no more requests. Those that are there go on (`drain`)."""
         self._closed = True
@@ -211,23 +247,23 @@ class Engine:
             self.runner.enter(rows)
 
     def _leave(self, finished: list[Request]) -> None:
+        """Last layers of requests whose rows have passed the block, and their next tokens."""
         finished = sorted(finished, key=lambda request: request.slot)
         wanted = {request.slot: self._wanted(request) for request in finished}
         left = self.runner.leave([request.slot for request in finished], wanted)
+        row, targets = 0, {}
         for request in finished:
+            end = row + wanted[request.slot]
             request.depths[request.done : request.fed] = left.depths[request.slot]
-        targets = self._report_prompts(finished, left.logits, wanted)
-        for request in finished:
-            request.done = request.fed
+            if _needs_prompt_logprobs(request):
+                _report_prompt(request, left.logits[row:end])
+            request.done, row = request.fed, end
             if self.prefixes is not None:
                 self.prefixes.publish(request)
-        chosen = [request for request in targets if request.finish_reason is None and request.params.max_tokens > 0]
-        if chosen:
-            logits = left.logits[torch.tensor([targets[request] for request in chosen], device=left.logits.device)]
-            tokens = sample(logits, chosen, self.ends)
-            reports = logprobs_of(logits, tokens, [request.params.logprobs for request in chosen])
-            for request, token, report in zip(chosen, tokens, reports, strict=True):
-                self._accept(request, token, report)
+            if request.done == len(request.tokens) and request.finish_reason is None and request.params.max_tokens > 0:
+                targets[request] = end - 1
+        if targets:
+            self._sample(targets, left.logits)
         for request in finished:
             is_over = request.finish_reason is not None or request.params.max_tokens == 0
             if request.slot >= 0 and is_over and request.done == len(request.tokens):
@@ -235,26 +271,19 @@ class Engine:
 
     def _wanted(self, request: Request) -> int:
         """Of how many of the last rows of a request in flight logits are needed."""
-        if request.params.prompt_logprobs is not None and len(request.prompt_logprobs) < len(request.prompt):
+        if _needs_prompt_logprobs(request):
             return request.in_flight
         return int(request.fed == len(request.tokens) and request.finish_reason is None)
 
-    def _report_prompts(self, finished: list[Request], logits, wanted: dict[int, int]) -> dict[Request, int]:
-        """Log-probabilities of prompts; and for each request that is to be continued, its row of the logits."""
-        row, targets = 0, {}
-        for request in finished:
-            count = wanted[request.slot]
-            if request.params.prompt_logprobs is not None and len(request.prompt_logprobs) < len(request.prompt):
-                following = request.prompt[request.fed - count + 1 : request.fed + 1]
-                known = logits[row : row + len(following)]
-                depth = [request.params.prompt_logprobs] * len(following)
-                new = logprobs_of(known, following, depth)
-                done = len(request.prompt_logprobs) - 1
-                request.prompt_logprobs += ([None] if done < 0 else []) + new[max(0, done - (request.fed - count)) :]
-            row += count
-            if count and request.fed == len(request.tokens):
-                targets[request] = row - 1
-        return targets
+    def _sample(self, targets: dict[Request, int], logits: Tensor) -> None:
+        """A token for each request, from its row of the logits."""
+        requests, rows = list(targets), list(targets.values())
+        if len(rows) < len(logits):
+            logits = logits[torch.tensor(rows, device=logits.device)]
+        tokens = sample(logits, requests, self.ends)
+        reports = logprobs_of(logits, tokens, [request.params.logprobs for request in requests])
+        for request, token, report in zip(requests, tokens, reports, strict=True):
+            self._accept(request, token, report)
 
     def _accept(self, request: Request, token: int, logprob: Logprob | None) -> None:
         """A new token, and whether it is the last one."""
@@ -324,6 +353,21 @@ class Engine:
             )
 
 
+def _needs_prompt_logprobs(request: Request) -> bool:
+    return request.params.prompt_logprobs is not None and len(request.prompt_logprobs) < len(request.prompt)
+
+
+def _report_prompt(request: Request, logits: Tensor) -> None:
+    """Add the log-probabilities that the rows in flight give, [in flight, V]; a preempted request has some already."""
+    following = request.prompt[request.done + 1 : request.fed + 1]
+    counts = [request.params.prompt_logprobs] * len(following)
+    new = logprobs_of(logits[: len(following)], following, counts)
+    first = request.done + 1
+    if request.done == 0:
+        new, first = [None, *new], 0
+    request.prompt_logprobs += new[len(request.prompt_logprobs) - first :]
+
+
 def _check_model(model: MoRForCausalLM) -> None:
     config, plan = model.config, model.model.plan
     if model.training:
@@ -340,4 +384,4 @@ def _check_model(model: MoRForCausalLM) -> None:
         )
 
 
-__all__ = ["Engine", "EngineOptions"]
+__all__ = ["Engine", "EngineOptions", "Status"]

@@ -83,9 +83,12 @@ class PrefixCache:
 
     def publish(self, request: Request) -> None:
         """Offer the complete blocks of a running request to others."""
-        chain, tables = request.chain, list(self.store.tables(request.slot))
+        chain = request.chain
         while chain and not chain[-1].is_alive:
             chain.pop()
+        if request.done < (len(chain) + 1) * self.size:
+            return
+        tables = list(self.store.tables(request.slot))
         for start in range(len(chain) * self.size, request.done - self.size + 1, self.size):
             end = start + self.size
             parent = chain[-1] if chain else None

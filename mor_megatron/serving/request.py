@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from mor_megatron.recursion.setting import check, setting
 from mor_megatron.serving.text import Text
@@ -129,7 +129,7 @@ class Request:
     cached: int = 0
     """Tokens whose keys and values were found in the prefix cache when the request was first admitted."""
     preemptions: int = 0
-    chain: list = field(default_factory=list)
+    chain: list[Any] = field(default_factory=list)
     """Its blocks in the prefix cache."""
     is_cancelled: bool = False
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mor_megatron.huggingface.attention_mor import rotation_of
 from mor_megatron.huggingface.modeling_mor import NEVER, MoRForCausalLM
 from mor_megatron.serving.attention import Reads, View, run_layer
-from mor_megatron.serving.cohort import GONE, Cohort
+from mor_megatron.serving.cohort import GONE, Cohort, Rows
 from mor_megatron.serving.kernel import Kernel
 from mor_megatron.serving.pages import Pages, Store
 
@@ -35,13 +35,13 @@ class Entering:
     options: list[Options] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Left:
     """What came out of the model."""
 
     depths: dict[int, list[int]]
     """By slot: recursions of its rows."""
-    logits: Tensor | None
+    logits: Tensor
     """[W, V] of the wanted rows, slot after slot."""
 
 
@@ -64,7 +64,7 @@ class Runner:
         self.block = [use.physical for use in self.plan.pass_layers(0)]
         self.rotation = rotation_of(torch.arange(longest, device=self.device), model.config, model.dtype)
         self.cohorts: list[Cohort] = []
-        self.passes, self.turns, self.rows = 0, 0, 0
+        self.passes, self.turns = 0, 0
 
     @property
     def is_open(self) -> bool:
@@ -103,8 +103,7 @@ class Runner:
         slot, position, ids = (np.array(x, np.int64) for x in (rows.slot, rows.position, rows.ids))
         x = self.model.model.embed_tokens(torch.from_numpy(ids).to(self.device))
         if self.first:
-            view = self._view(self.store.ends, slot, position, position)
-            x = self._layers(self.first, x, view)
+            x = self._layers(self.first, x, self._view(self.store.ends, slot, position, slot, position))
         for table, count in Counter(rows.slot).items():
             self.store.ends.rows[table] += count
         kinds: dict[Options, list[int]] = {}
@@ -118,100 +117,84 @@ class Runner:
     def advance(self) -> None:
         """One pass of the block; the tables have pages for it (`demand`)."""
         cohorts = [cohort for cohort in self.cohorts if cohort.is_open]
-        slot = np.concatenate([c.slots[c.sequence[c.active]] for c in cohorts])
-        position = np.concatenate([c.position[c.active] for c in cohorts])
-        recursion = np.concatenate([np.full(len(c.active), c.recursion) for c in cohorts])
-        order, back = self._order(slot, position)
-        x = torch.cat([c.stream.rows for c in cohorts])
-        if order is not None:
-            slot, position, recursion, x = slot[order], position[order], recursion[order], x[self._tensor(order)]
-        x = self._layers(self.block, x, self._block_view(slot, position, recursion))
-        if order is not None:
-            x = x[self._tensor(back)]
-        for cohort, rows in zip(cohorts, x.split([len(c.active) for c in cohorts]), strict=True):
-            cohort.close(rows)
+        rows = Rows([(cohort, cohort.active) for cohort in cohorts])
+        x = rows.gather([cohort.stream.rows for cohort in cohorts])
+        x = self._layers(self.block, x, self._block_view(rows))
+        for cohort, own in zip(cohorts, rows.scatter(x), strict=True):
+            cohort.close(own)
         self.passes += 1
-        self.rows += len(slot)
         self._sweep()
 
     def leave(self, slots: list[int], wanted: dict[int, int]) -> Left:
         """Take out sequences whose rows have all passed the block.
 
         Args:
-            wanted: by slot, of how many of its last rows the logits are needed; 0 if it is not there.
+            wanted: by slot, of how many of its last rows the logits are needed.
         """
-        parts = [(cohort, *cohort.take_out(slots)) for cohort in self.cohorts]
-        parts = [(cohort, hidden, places) for cohort, hidden, places in parts if len(places)]
-        slot = np.concatenate([c.slots[c.sequence[places]] for c, _, places in parts])
-        position = np.concatenate([c.position[places] for c, _, places in parts])
-        depths = np.concatenate([c.depths[places] for c, _, places in parts])
-        x = torch.cat([hidden for _, hidden, _ in parts])
-        order, _ = self._order(slot, position)
-        if order is not None:
-            slot, position, depths, x = slot[order], position[order], depths[order], x[self._tensor(order)]
-        for cohort in self.cohorts:
+        parts = [(cohort, cohort.places(slots)) for cohort in self.cohorts]
+        parts = [(cohort, places) for cohort, places in parts if len(places) > 0]
+        rows = Rows(parts)
+        x = rows.gather([cohort.stream.hidden[self._tensor(places)] for cohort, places in parts])
+        for cohort, _ in parts:
             cohort.forget(slots)
         self._sweep()
-        ends = np.append(np.flatnonzero(np.diff(slot)) + 1, len(slot))
-        counts = np.array([wanted.get(s, 0) for s in slot[ends - 1].tolist()])
-        left = {s: part.tolist() for s, part in zip(slot[ends - 1].tolist(), np.split(depths, ends[:-1]), strict=True)}
-        rows = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
-        return Left(left, self._logits(x, slot, position, rows))
+        begin = np.flatnonzero(np.append(True, rows.slot[1:] != rows.slot[:-1]))
+        end, slots = np.append(begin[1:], len(x)), rows.slot[begin].tolist()
+        depths = {slot: rows.depths[b:e].tolist() for slot, b, e in zip(slots, begin, end, strict=True)}
+        needed = np.concatenate([np.arange(e - wanted[slot], e) for slot, e in zip(slots, end, strict=True)])
+        return Left(depths, self._logits(x, rows, needed))
 
-    def _logits(self, x: Tensor, slot: np.ndarray, position: np.ndarray, rows: np.ndarray) -> Tensor | None:
-        wanted = None if len(rows) == len(x) else self._tensor(rows)
+    def _logits(self, x: Tensor, rows: Rows, needed: np.ndarray) -> Tensor:
+        """Last layers of all rows, and the head of the needed ones."""
+        wanted = None if len(needed) == len(x) else self._tensor(needed)
         if self.last:
-            x = self._layers(self.last, x, self._view(self.store.ends, slot, position, position), wanted, rows)
+            view = self._view(self.store.ends, rows.slot, rows.position, rows.slot, rows.position)
+            reads = Reads(view.pages, rows.slot[needed], rows.position[needed] + 1, self.kernel, self.device)
+            x = self._layers(self.last[:-1], x, view)
+            x = self._layers(self.last[-1:], x, view, wanted, reads)
         elif wanted is not None:
             x = x[wanted]
-        if len(rows) == 0:
-            return None
         logits = self.model.lm_head(self.model.model.norm(x))
         if self.model.config.padding_row is not None:
             logits[:, self.model.config.padding_row] = NEVER
         return logits
 
     def _layers(
-        self, layers: list[int], x: Tensor, view: View, wanted: Tensor | None = None, rows: np.ndarray | None = None
+        self, layers: list[int], x: Tensor, view: View, wanted: Tensor | None = None, reads: Reads | None = None
     ) -> Tensor:
-        """Physical layers one after the other. The last one gives the wanted rows only; they are `rows` to the host."""
+        """Physical layers, one after the other."""
         for number in layers:
-            reads, some = view.reads, None
-            if wanted is not None and number == layers[-1]:
-                reads, some = Reads(reads.pages, reads.table[rows], reads.seen[rows], self.kernel, self.device), wanted
-            x = run_layer(self.model.model.layers[number], x, number, view, some, reads)
+            x = run_layer(self.model.model.layers[number], x, number, view, wanted, reads or view.reads)
         return x
 
-    def _block_view(self, slot: np.ndarray, position: np.ndarray, recursion: np.ndarray) -> View:
-        """Of a pass of the block, whose rows come slot after slot, those of nobody first."""
+    def _block_view(self, rows: Rows) -> View:
+        """Of a pass of the block; its new rows are counted."""
         block, count = self.store.block, self.store.recursions
         if count < self.plan.num_recursions:  # all recursions read the table of recursion 0
-            table, at = slot * count, position
-            first = recursion == 0
-            new, amounts = np.unique(slot[first & (slot != GONE)], return_counts=True)
-            block.rows[new] += amounts
-            return self._view(block, slot, position, at, table, None if first.all() else np.flatnonzero(first))
-        table = slot * count + recursion
-        begin = np.flatnonzero(np.append(True, table[1:] != table[:-1]))
-        lengths = np.diff(np.append(begin, len(table)))
-        at = block.rows[table] + np.arange(len(table)) - np.repeat(begin, lengths)
-        mine = slot[begin] != GONE
-        block.rows[table[begin][mine]] += lengths[mine]
-        return self._view(block, slot, position, at, table)
+            table, at, writers = rows.slot * count, rows.position, rows.recursion == 0
+        else:
+            table, writers = rows.slot * count + rows.recursion, np.ones(len(rows.slot), bool)
+            begin = np.flatnonzero(np.append(True, table[1:] != table[:-1]))
+            lengths = np.diff(np.append(begin, len(table)))
+            at = block.rows[table] + np.arange(len(table)) - np.repeat(begin, lengths)
+        new, counts = np.unique(table[writers & (rows.slot != GONE)], return_counts=True)
+        block.rows[new] += counts
+        return self._view(
+            block, rows.slot, rows.position, table, at, None if writers.all() else np.flatnonzero(writers)
+        )
 
     def _view(
         self,
         pages: Pages,
         slot: np.ndarray,
         position: np.ndarray,
+        table: np.ndarray,
         at: np.ndarray,
-        table: np.ndarray | None = None,
         writers: np.ndarray | None = None,
     ) -> View:
-        """Of rows that stand at places `at` of their tables."""
+        """Of rows that stand at places `at` of their tables. Those of nobody write to page 0."""
         nobody = slot == GONE
-        table = np.where(nobody, len(pages.table) - 1, slot if table is None else table)
-        at = np.where(nobody, 0, at)
+        table, at = np.where(nobody, len(pages.table) - 1, table), np.where(nobody, 0, at)
         places = pages.table[table, at // pages.size].astype(np.int64) * pages.size + at % pages.size
         reads = Reads(pages, table, np.where(nobody, 0, at + 1), self.kernel, self.device)
         index = self._tensor(position)
@@ -219,16 +202,6 @@ class Runner:
         if writers is None:
             return View(pages, rotation, None, self._tensor(places), reads)
         return View(pages, rotation, self._tensor(writers), self._tensor(places[writers]), reads)
-
-    def _order(self, slot: np.ndarray, position: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """An order slot after slot, by position, and the way back; None: it is so already."""
-        before, after = slot[:-1], slot[1:]
-        if ((before < after) | ((before == after) & (position[:-1] < position[1:]))).all():
-            return None, None
-        order = np.lexsort((position, slot))
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
-        return order, back
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)

@@ -82,21 +82,44 @@ def _has_penalty(params: SamplingParams) -> bool:
 
 
 def _draw(logits: Tensor, requests: list[Request]) -> Tensor:
-    """One token each, [n]; the order of the restrictions is that of transformers: top-k, top-p, min-p."""
+    """One token each, [n]."""
+    tokens = logits.new_empty(len(requests), dtype=torch.int64)
+    cut = [_is_cut(request.params) for request in requests]
+    for is_cut, weights in (False, _weights), (True, _cut_weights):
+        mine = [i for i, value in enumerate(cut) if value == is_cut]  # a request goes one way, whatever is beside it
+        if mine:
+            rows, own = torch.tensor(mine, device=logits.device), [requests[i] for i in mine]
+            values, order = weights(logits[rows] / _column("temperature", own, logits), own)
+            total = values.double().cumsum(1)  # [n', V]
+            drawn = torch.tensor([[request.random.random()] for request in own], dtype=total.dtype, device=total.device)
+            place = torch.searchsorted(total, drawn * total[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
+            tokens[rows] = (place if order is None else order.gather(1, place)).squeeze(1)
+    return tokens
 
-    def column(name: str) -> Tensor:
-        values = [getattr(request.params, name) for request in requests]
-        return torch.tensor(values, device=logits.device).unsqueeze(1)
 
-    probabilities, order = (logits / column("temperature")).softmax(1).sort(dim=1, descending=True, stable=True)
+def _is_cut(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def _weights(logits: Tensor, requests: list[Request]) -> tuple[Tensor, None]:
+    """Probabilities [n, V]."""
+    return logits.softmax(1), None
+
+
+def _cut_weights(logits: Tensor, requests: list[Request]) -> tuple[Tensor, Tensor]:
+    """Probabilities of what top-k, then top-p, then min-p leave, as transformers orders them; the largest first,
+    [n, V], and the tokens that have them."""
+    probabilities, order = logits.softmax(1).sort(dim=1, descending=True, stable=True)
     rank = torch.arange(logits.shape[1], device=logits.device)
-    top_k = column("top_k")
+    top_k = _column("top_k", requests, logits)
     probabilities = probabilities.masked_fill((top_k > 0) & (rank >= top_k), 0.0)
     probabilities = probabilities / probabilities.sum(1, keepdim=True)
     before = probabilities.cumsum(1) - probabilities
-    outside = (before >= column("top_p")) | (probabilities < column("min_p") * probabilities[:, :1])
-    probabilities = probabilities.masked_fill(outside & (rank > 0), 0.0).double()
-    total = probabilities.cumsum(1)  # [n, V]
-    drawn = torch.tensor([[request.random.random()] for request in requests], dtype=total.dtype, device=total.device)
-    place = torch.searchsorted(total, drawn * total[:, -1:], right=True)
-    return order.gather(1, place.clamp(max=logits.shape[1] - 1)).squeeze(1)
+    least = _column("min_p", requests, logits) * probabilities[:, :1]
+    outside = (before >= _column("top_p", requests, logits)) | (probabilities < least)
+    return probabilities.masked_fill(outside & (rank > 0), 0.0), order
+
+
+def _column(name: str, requests: list[Request], like: Tensor) -> Tensor:
+    """A parameter of each request, [n, 1]."""
+    return torch.tensor([[getattr(request.params, name)] for request in requests], device=like.device)

@@ -26,7 +26,7 @@ class Scheduler:
         self.running: list[Request] = []
         """The oldest first."""
         self.slots = list(range(lanes - 1, -1, -1))
-        self.preemptions = 0
+        self.preemptions, self.prompt_tokens, self.cached_tokens = 0, 0, 0
         self._fractions = runner.method.planned_fractions()
 
     def finished(self) -> list[Request]:
@@ -50,6 +50,9 @@ class Scheduler:
                     self.prefixes.attach(request, chain)
                 if request.preemptions == 0:
                     request.cached = request.done
+                    self.cached_tokens += request.done
+            if request.preemptions == 0:
+                self.prompt_tokens += len(request.prompt)
 
     def entering(self) -> Entering:
         """Rows that enter the model now, with pages for them: a token of each request that decodes, and as much of

@@ -138,6 +138,21 @@ def test_cancelled_requests_leave_nothing():
     assert all(len(pages.free) == pages.count for pages in served.store.kinds)
 
 
+def test_status():
+    served = engine(lanes=3, turn_at=2)
+    run(served, TEXT[:12])
+    for prompt in (TEXT[:13], TEXT[:5], TEXT[20:30], TEXT[30:]):
+        served.add(list(prompt), SamplingParams(max_tokens=4))
+    assert (served.status().waiting, served.status().running) == (4, 0)
+    served.step()
+    status = served.status()
+    assert (status.waiting, status.running, status.cached_tokens, status.prompt_tokens) == (1, 3, 12 + 4, 40)
+    assert sum(status.rows) > 0
+    assert 0 < status.kv_use < 1
+    served.drain()
+    assert (served.status().running, served.status().kv_use, sum(served.status().rows)) == (0, 0, 0)
+
+
 def test_requests_come_from_other_threads():
     served, events = engine(lanes=3), queue.Queue()
 

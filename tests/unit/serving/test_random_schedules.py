@@ -118,7 +118,7 @@ def check(kind: str, crowd: list[Client], way: dict, spare: float | None) -> Non
 
 crowds = given(
     kind=st.sampled_from(SCHEDULED),
-    crowd=st.lists(clients, min_size=1, max_size=5),
+    crowd=st.lists(clients, min_size=1, max_size=4),
     way=ways,
     spare=st.one_of(st.none(), st.floats(0, 1)),
 )
