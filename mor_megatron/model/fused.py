@@ -162,32 +162,11 @@ class SwiGLUFunction(torch.autograd.Function):
 
 @triton.jit
 def _rotate(
-    mixed,
-    q,
-    k,
-    v,
-    cos,
-    sin,
-    columns,
-    heads,
-    q_row,
-    q_column,
-    q_head,
-    k_row,
-    k_column,
-    k_head,
-    v_row,
-    v_column,
-    v_head,
-    angle_row,
-    angle_column,
-    QUERIES: tl.constexpr,
-    SPLIT: tl.constexpr,
-    INVERSE: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HEADS: tl.constexpr,
-):
+    mixed, q, k, v, cos, sin, columns, heads,
+    q_row, q_column, q_head, k_row, k_column, k_head, v_row, v_column, v_head, angle_row, angle_column,
+    QUERIES: tl.constexpr, SPLIT: tl.constexpr, INVERSE: tl.constexpr,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
     """mixed [R*C, heads, 2*HALF] -> rotated q, rotated k, v; INVERSE: gradients of these -> that of mixed.
 
     Without SPLIT all heads are queries. q, k, v are addressed by their strides; the last dim is dense in all.
@@ -250,24 +229,13 @@ def _launch_rotate(mixed: Tensor, parts: list[Tensor], cos: Tensor, sin: Tensor,
     block = triton.next_power_of_2(width // 2)
     heads_at_once = min(triton.next_power_of_2(heads), max(1, LARGEST_BLOCK // block))
     strides = [stride for part in (parts if split else 3 * parts) for stride in part.stride()[:3]]
-    _rotate[(rows * columns, triton.cdiv(heads, heads_at_once))](
-        mixed,
-        *(parts if split else 3 * parts),
-        cos,
-        sin,
-        columns,
-        heads,
-        *strides,
-        cos.stride(0),
-        0 if cos.shape[1] == 1 else cos.stride(1),
-        QUERIES=heads // groups - 2 if split else 1,
-        SPLIT=split,
-        INVERSE=inverse,
-        HALF=width // 2,
-        BLOCK=block,
-        HEADS=heads_at_once,
-        num_warps=4,
-    )
+    grid = rows * columns, triton.cdiv(heads, heads_at_once)
+    _rotate[grid](
+        mixed, *(parts if split else 3 * parts), cos, sin, columns, heads,
+        *strides, cos.stride(0), 0 if cos.shape[1] == 1 else cos.stride(1),
+        QUERIES=heads // groups - 2 if split else 1, SPLIT=split, INVERSE=inverse,
+        HALF=width // 2, BLOCK=block, HEADS=heads_at_once, num_warps=4,
+    )  # fmt: skip
 
 
 class SplitRotateFunction(torch.autograd.Function):

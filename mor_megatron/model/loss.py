@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from mor_megatron.model.elementwise import tried
+from mor_megatron.model.products import add_product
 
 Merge = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """From what each rank has of a row to what all have: `over_ranks`."""
@@ -158,27 +159,6 @@ def over_ranks(
     sums = torch.stack([total * (largest - highest).exp(), predicted])
     dist.all_reduce(sums, group=group)
     return highest, *sums
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where total is fp32 and a and b may have 16 bits."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda and adds_in_fp32():
-        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
-    else:
-        total.add_(a @ b)
-
-
-@cache
-def adds_in_fp32() -> bool:
-    """Whether CUDA's product of 16-bit matrices adds to an fp32 one: a pass less, and nothing is rounded."""
-
-    def add() -> bool:
-        a, total = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda"), torch.ones(16, 16, device="cuda")
-        return bool((torch.ops.aten.addmm.dtype_out(total, a, a, total.dtype, out=total) == 17.0).all())
-
-    return bool(tried(add, "gradients of weights are rounded to 16 bits before they are added"))
 
 
 @cache

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 
 from mor_megatron.config.deepspeed_settings import check_engine
 from mor_megatron.config.layout import data_parallel_size, fits
@@ -131,34 +132,36 @@ def worthwhile(found: list[Candidate]) -> list[Candidate]:
 
 def _layouts(config: Config, world_size: int, machine: Machine, fixed: frozenset[str]) -> Iterator[Config]:
     parallel, training, plan = config.parallel, config.training, config.plan
-
-    def values(name: str, section: object, choices: list) -> list:
-        return [getattr(section, name)] if name in fixed else choices
-
-    powers = [2**exponent for exponent in range(world_size.bit_length()) if world_size % 2**exponent == 0]
+    divisors = [size for size in range(1, max(machine.node_size, plan.block_size) + 1) if world_size % size == 0]
+    choices = {
+        "tensor_model_parallel_size": [size for size in divisors if size <= machine.node_size],
+        "sequence_parallel": [True, False],
+        "pipeline_model_parallel_size": [size for size in divisors if size <= plan.block_size],
+        "zero_stage": [0, 1, 2, 3],
+        "micro_batch_size": [2**exponent for exponent in range(8)],
+    }
+    settings = vars(parallel) | vars(training)
+    choices |= {name: [settings[name]] for name in choices if name in fixed}
     recomputation = [
         choice for choice in RECOMPUTATION if all(getattr(training, k) == v for k, v in choice.items() if k in fixed)
     ]
-    for tp in values("tensor_model_parallel_size", parallel, [p for p in powers if p <= machine.node_size]):
-        for sp in values("sequence_parallel", parallel, [True, False] if tp > 1 else [False]):
-            for pp in values("pipeline_model_parallel_size", parallel, [p for p in powers if p <= plan.block_size]):
-                layers = parallel.pipeline_layers if parallel.pipeline_model_parallel_size == pp else None
-                cut = replace(
-                    parallel,
-                    tensor_model_parallel_size=tp,
-                    sequence_parallel=sp and tp > 1,
-                    pipeline_model_parallel_size=pp,
-                    pipeline_layers=layers,
-                )
-                for zero in values("zero_stage", training, [0, 1] if pp > 1 else [0, 1, 2, 3]):
-                    for size in values("micro_batch_size", training, [2**exponent for exponent in range(8)]):
-                        for again in recomputation:
-                            batch = replace(training, zero_stage=zero, micro_batch_size=size, **again)
-                            candidate = replace(config, parallel=cut, training=batch)
-                            vars(candidate)["plan"] = plan  # does not depend on the layout, and takes time
-                            if not _runs(candidate, world_size):
-                                break  # whatever is recomputed
-                            yield candidate
+    for tp, sp, pp, zero, size in product(*choices.values()):
+        if sp and tp == 1 and "sequence_parallel" not in fixed:
+            continue
+        cut = replace(
+            parallel,
+            tensor_model_parallel_size=tp,
+            sequence_parallel=sp and tp > 1,
+            pipeline_model_parallel_size=pp,
+            pipeline_layers=parallel.pipeline_layers if parallel.pipeline_model_parallel_size == pp else None,
+        )
+        for again in recomputation:
+            batch = replace(training, zero_stage=zero, micro_batch_size=size, **again)
+            candidate = replace(config, parallel=cut, training=batch)
+            vars(candidate)["plan"] = plan  # does not depend on the layout, and takes time
+            if not _runs(candidate, world_size):
+                break  # whatever is recomputed
+            yield candidate
 
 
 def _runs(config: Config, world_size: int) -> bool:

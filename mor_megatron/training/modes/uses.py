@@ -14,7 +14,7 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, layers
 from torch import Tensor, nn
 
-from mor_megatron.model.loss import add_product, adds_in_fp32
+from mor_megatron.model.products import add_product, adds_in_fp32
 
 
 def accumulate_each_use(model: nn.Module) -> None:

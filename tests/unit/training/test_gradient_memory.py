@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mor_megatron.config.validate import validate
-from mor_megatron.model.loss import add_product
+from mor_megatron.model.products import add_product
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.training.modes import uses
 

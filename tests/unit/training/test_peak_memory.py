@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import plan
 import pytest
 import torch
 from live_bytes import LiveBytes
@@ -40,3 +41,13 @@ def test_the_peak_of_a_real_iteration(process_group, flags):
             live.reset_peak()
             train_step(engine, iter([Batch(tokens, tokens)] * 2), config, iteration, 1e-3)
     assert planned.total == pytest.approx(live.peak, rel=0.05)
+
+
+def test_every_line_of_the_benchmark_is_a_run(tmp_path):
+    buckets = tmp_path / "buckets.json"
+    buckets.write_text('{"zero_optimization": {"reduce_bucket_size": 1000}}')
+    for ranks, flags in [*plan.LAYOUTS.values(), *plan.PRESETS.values(), *plan.TIMED.values()]:
+        config = plan.build_config(ranks, flags, buckets)
+        pipeline = pipeline_plan(config)
+        memory = [rank_memory(config, pipeline, stage, ranks, cuda=False) for stage in range(pipeline.num_stages)]
+        assert all(one.total > one.state.total > 0 for one in memory)
