@@ -95,7 +95,7 @@ STAGES: dict[str, Stage] = {
     "curves": Stage("100 losses in bf16 against those of the CPU", "gpu_check_numbers:curves", 30),
     "tiny": Stage("training steps at 135M", "gpu_check_speed:tiny", 40),
     "graphs": Stage("training steps at 135M as CUDA graphs", "gpu_check_speed:graphs", 30),
-    "decoding": Stage("time per generated token", "gpu_check_speed:decoding", 48),
+    "decoding": Stage("time per generated token", "gpu_check_speed:decoding", 30),
     "layouts": Stage("several GPUs against one", "gpu_check_numbers:layouts", 60, 10),
 }
 """In this order: what must be known first comes first."""
