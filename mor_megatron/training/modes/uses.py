@@ -1,9 +1,9 @@
 """Gradients of tied weights in one place, added where they are.
 
 Autograd adds up the contributions of all uses of a weight, and adds the sum to `.grad` when the last of them has come.
-In the backward pass of a block of Nr recursions, the sums of the whole block would be alive beside `.grad`. So each use
-of a weight is a leaf of its own, whose gradient is added to the weight's `.grad` as soon as it is computed. On CUDA, the
-product that computes the gradient of a linear layer adds it.
+In the backward pass of a block of Nr recursions, the sums of the whole block would be alive beside `.grad`. So each
+use of a weight is a leaf of its own, whose gradient is added to the weight's `.grad` as soon as it is computed. On
+CUDA, the product that computes the gradient of a linear layer adds it.
 """
 
 from __future__ import annotations
