@@ -28,8 +28,9 @@ from mor_megatron.planning.memory import num_microbatches
 from mor_megatron.planning.stages import PipelinePlan
 
 # Numbers read and written by element-wise operators of one use of a layer, forward and backward, for each of its rows:
-# two norms and two residual additions, SwiGLU, rotation. And how many operators there are.
-STREAM_PASSES, FFN_PASSES, QKV_PASSES, OPERATORS = 46, 16, 10, 97
+# two norms and two residual additions, SwiGLU, rotation. How many operators there are. And the passes of the loss over
+# the logits.
+STREAM_PASSES, FFN_PASSES, QKV_PASSES, OPERATORS, LOGIT_PASSES = 46, 16, 10, 97, 10
 LEAST_SHOWN = 0.1
 """Part of an exchange that lengthens the computation beside it at least: both need processors and memory."""
 UPDATE_BYTES = 36
@@ -96,7 +97,7 @@ def stage_time(
         STREAM_PASSES * widths.hidden / cut
         + (FFN_PASSES * widths.ffn + QKV_PASSES * (widths.query + 2 * widths.key_value)) / tp
     )
-    per_row = passes * machine.elementwise_share / (machine.copy_gbs * machine.copy_share * GB)
+    per_byte = machine.elementwise_share / (machine.copy_gbs * machine.copy_share * GB)
     fractions = planned_fractions(config)
     chunks = []
     for chunk in range(pipeline.num_chunks):
@@ -104,12 +105,13 @@ def stage_time(
         seconds = sum(
             tokens * linear * work[layer.index].linear / tp / products
             + tokens * attention * work[layer.index].attention / tp / attending
-            + tokens * active_fraction(layer, fractions) * per_row * linear / FORWARDS_PER_STEP
+            + tokens * active_fraction(layer, fractions) * passes * per_byte * linear / FORWARDS_PER_STEP
             for layer in layers
         )
         chunks.append(seconds + len(layers) * OPERATORS * machine.operator_us * 1e-6)
     if stage == pipeline.num_stages - 1:
-        chunks[-1] += tokens * FORWARDS_PER_STEP * head_flops_per_token(config) / tp / products
+        head = FORWARDS_PER_STEP * head_flops_per_token(config) / products
+        chunks[-1] += tokens / tp * (head + number * LOGIT_PASSES * config.model.vocab_size * per_byte)
     tensor = tensor_bytes / _bandwidth(machine, is_inside=tp <= machine.node_size)
     return StageTime(tuple(seconds + tensor / len(chunks) for seconds in chunks), tensor)
 
