@@ -47,13 +47,14 @@ $(PY):
 
 # torch goes first and alone: as a dependency of another package it would be the CUDA build, several GB.
 # pip may already have the CPU build; otherwise uv knows where PyTorch keeps each build.
-$(STAMP): requirements.txt requirements-dev.txt requirements-eval.txt | $(PY)
+$(STAMP): requirements.txt requirements-dev.txt requirements-eval.txt requirements-serve.txt | $(PY)
 	@echo "Setting up $(VENV) (once, a few minutes)"
 	@{ test $(TORCH_BACKEND) = cpu && $(PIP) install -q torch==$(TORCH)+cpu 2> /dev/null; } \
 		|| { $(PIP) install -q uv && $(VENV)/bin/uv pip install --python $(PY) \
 			--torch-backend=$(TORCH_BACKEND) torch==$(TORCH); } \
 		|| { echo "No $(TORCH_BACKEND) build of torch was found: installing pip's own"; \
 			$(PIP) install torch==$(TORCH); }
-	$(PIP) install -q -r requirements.txt -r requirements-dev.txt -r requirements-eval.txt
+	$(PIP) install -q -r requirements.txt -r requirements-dev.txt -r requirements-eval.txt \
+		-r requirements-serve.txt
 	$(PIP) install -q --no-deps -e .
 	@touch $@
