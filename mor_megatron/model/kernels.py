@@ -135,18 +135,19 @@ def tried(name: str, heads: Heads) -> str | None:
     Args:
         name: cudnn, flash, varlen_attn or range attention.
     """
-    length, rows = 300, torch.arange(900, device=heads.device).view(300, 3)
-    documents = None
+    length, batch, most = 300, 3, 250  # not a multiple of any tile
+    rows = torch.arange(length * batch, device=heads.device).view(length, batch)
     if name in REGULAR:
-        active = ActiveTokens(length, 3, rows[:250])
+        kernels = AttentionKernels((REGULAR[name],), frozenset({most}))
+        active = ActiveTokens(length, batch, rows[-most:])
     else:
-        active = ActiveTokens(length, 3, torch.cat((rows[::3, 0], rows[50:, 2])).unsqueeze(1), (100, 0, 250))
+        kernels = AttentionKernels((), frozenset())
+        ragged = (rows[::3, 0], rows[-most:, 2])  # none of the second sequence
+        active = ActiveTokens(length, batch, torch.cat(ragged).unsqueeze(1), (len(ragged[0]), 0, most))
     masked = name == "range attention"
-    if masked:
-        documents = torch.arange(length, device=heads.device).div(70, rounding_mode="floor").expand(3, -1)
-    kernels = AttentionKernels((REGULAR[name],) if name in REGULAR else (), frozenset({250}))
+    documents = torch.arange(length, device=heads.device).div(70, rounding_mode="floor").expand(batch, -1)
     try:
-        pattern, inputs = random_case(heads, active, keys_of_all=masked, documents=documents)
+        pattern, inputs = random_case(heads, active, masked, documents if masked else None)
         found = outputs_and_gradients(AttentionByShape(*LAYER, kernels=kernels), pattern, inputs)
         off = errors(found, expected(pattern, inputs))
     except Exception as error:  # a compiler, a driver, a library: each has its own
