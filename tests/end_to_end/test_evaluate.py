@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -180,6 +181,44 @@ def test_tasks_are_those_of_lm_eval(export: Path, tasks: Path, tmp_path: Path):
     assert {"mor_choice acc,none", "mor_choice acc_norm,none", "mor_text bits_per_byte,none"} <= ours.keys()
     assert 0.0 < ours["mor_choice acc,none"] < 1.0
     assert "ways" not in facts  # no data was asked for
+
+
+@pytest.mark.slow
+def test_tasks_through_the_server(export: Path, tasks: Path, monkeypatch):
+    """lm-eval's client of OpenAI's protocol gets the scores that the model has."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    from mor_megatron.serving.engine import Engine, EngineOptions
+    from mor_megatron.serving.http.options import ServerOptions
+    from mor_megatron.serving.http.run import build_server, listen
+
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    names, options = ["mor_choice", "mor_text"], ServerOptions(port=0)
+    model, tokenizer = load_model(export, device="cpu")
+    server = build_server(Engine(model, tokenizer, EngineOptions(lanes=4, kv_bytes=16 << 20)), options)
+    with listen(options) as bound:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        try:
+            theirs = lm_eval.simple_evaluate(
+                "local-completions",
+                {
+                    "model": options.name,
+                    "base_url": f"http://127.0.0.1:{bound.getsockname()[1]}/v1/completions",
+                    "tokenizer_backend": "huggingface",
+                    "tokenizer": str(export),
+                    "trust_remote_code": True,
+                },
+                names,
+                batch_size=4,
+                task_manager=TaskManager(include_path=tasks, include_defaults=False),
+            )
+        finally:
+            server.should_exit = True
+            thread.join()
+    ours = harness.run_tasks(model, tokenizer, names, harness.Options(include_path=tasks))
+    assert values(theirs) == pytest.approx(values(ours), rel=1e-5)
 
 
 def test_right_padding_changes_no_score(export: Path):
