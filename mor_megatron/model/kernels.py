@@ -1,7 +1,7 @@
 """Which kernels and optional GPU libraries a model is built from: what the flags ask for, and what this machine has.
 
-Reasoned from the sources of PyTorch 2.11 and 2.13, Transformer Engine 2.11 and Megatron-core 0.16.1, and not run: no
-machine with a GPU was at hand. `tools/gpu_check.py` checks it.
+`tools/gpu_check.py` checks them; docs/gpu.md has what came of it on an H100. Transformer Engine is reasoned from its
+sources (2.11) and those of Megatron-core 0.16.1, and not run.
 """
 
 from __future__ import annotations
