@@ -1,8 +1,8 @@
 """What one rank's device can do, and how it is connected: data sheets of GPUs, or a file of what was measured.
 
-Data sheets give peaks; the shares say how much of them a training step reaches. The defaults are round numbers for
-bf16 on recent libraries. One H100 (docs/gpu.md) reached 70 to 73% of its data sheet in products, 28% in causal attention
-with heads of 64, and 84% in copies; collectives are taken to reach 80%. `tools/plan.py --calibrate` measures all of it on a machine.
+Data sheets give peaks; the shares say how much of them a training step reaches. By default they are those of one H100
+in bf16 (docs/gpu.md): 70 to 73% in products, 28% in causal attention with heads of 64, 84% in copies. Collectives are
+taken to reach 80%. `tools/plan.py --calibrate` measures all of it on a machine.
 """
 
 from __future__ import annotations
