@@ -1,7 +1,7 @@
-"""Continue a text token by token, or a file of prompts in batches. See docs/inference.md.
+"""Continue a text token by token, or a file of prompts, many at once. See docs/inference.md.
 
 python tools/generate.py --model mor-export --prompt "The sea" --show-depth
-python tools/generate.py --model runs/mor --prompts prompts.txt --batch-size 32 --output continuations.jsonl
+python tools/generate.py --model runs/mor --input prompts.jsonl --output answers.jsonl
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     """
     import torch
 
-    from mor_megatron.inference.batch import generate_all, read_prompts
+    from mor_megatron.inference.batch import read_prompts
     from mor_megatron.inference.loading import continuation, document_start, encode, load_model
 
     prompts = None if args.prompts is None else read_prompts(args.prompts)
@@ -42,12 +43,37 @@ def run(args: argparse.Namespace) -> None:
     ]
     with ExitStack() as stack:
         out = sys.stdout if args.output is None else stack.enter_context(whole_file(args.output))
-        found = generate_all(model, ids, args.batch_size or 8, args.max_new_tokens, **options)
-        for prompt, begun, one in zip(prompts, ids, found, strict=True):
+        for prompt, begun, one in zip(prompts, ids, _continue(args, model, tokenizer, ids, options), strict=True):
             text = continuation(begun, one.tokens, tokenizer)
             depth = round(sum(one.depths) / len(one.depths), 3) if one.depths else None
             record = {"prompt": prompt, "continuation": text, "tokens": len(one.tokens), "mean_depth": depth}
             print(json.dumps(record | {"finished": one.is_finished}, ensure_ascii=False), file=out, flush=True)
+
+
+def _continue(args: argparse.Namespace, model, tokenizer, prompts: list[list[int]], options: dict) -> Iterator:
+    """`Continuation`s by the engine; in static batches if the engine does not take the model."""
+    from mor_megatron.inference.batch import Continuation, generate_all
+    from mor_megatron.inference.generation import sampling
+    from mor_megatron.serving import LLM, SamplingParams
+
+    sampling(args.temperature, args.top_k, args.top_p)  # refuses what does not apply
+    lanes = args.batch_size or 32
+    longest = min(max(map(len, prompts)) + args.max_new_tokens, model.config.max_position_embeddings)
+    try:
+        llm = LLM(model, tokenizer, lanes=min(lanes, len(prompts)), max_length=longest)
+    except ValueError as refusal:
+        print(f"static batches: {refusal}", file=sys.stderr)
+        yield from generate_all(model, prompts, lanes, args.max_new_tokens, **options)
+        return
+    given = {name: value for name, value in options.items() if value is not None}
+    params = [
+        SamplingParams(max_tokens=args.max_new_tokens, seed=args.seed + i, last_depth=True, **given)
+        for i in range(len(prompts))
+    ]
+    for done in llm.stream(prompts, params, progress=sys.stderr.isatty()):
+        is_finished = done.finish_reason == "stop"
+        tokens, depths = done.tokens, done.depths[len(done.prompt) :]
+        yield Continuation(*((x[:-1] for x in (tokens, depths)) if is_finished else (tokens, depths)), is_finished)
 
 
 def _stream(args: argparse.Namespace, model, tokenizer, options: dict) -> None:
@@ -84,9 +110,15 @@ def main() -> int:
     source.add_argument(
         "--prompt", help="text, or ids if the model has no tokenizer; default: the beginning of a document"
     )
-    source.add_argument("--prompts", type=Path, help="file with one prompt per line, or records with a field `prompt`")
-    parser.add_argument("--batch-size", type=int, help="--prompts: prompts per batch; default 8")
-    parser.add_argument("--output", type=Path, help="--prompts: file for the JSON lines; default: the terminal")
+    source.add_argument(
+        "--input",
+        "--prompts",
+        dest="prompts",
+        type=Path,
+        help="file with one prompt per line, or records with a field `prompt`",
+    )
+    parser.add_argument("--batch-size", type=int, help="--input: prompts at a time; default 32")
+    parser.add_argument("--output", type=Path, help="--input: file for the JSON lines; default: the terminal")
     parser.add_argument("--max-new-tokens", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: take the most likely token; above 0: sample")
     parser.add_argument("--top-k", type=int, help="sample from this number of most likely tokens")
@@ -107,7 +139,7 @@ def main() -> int:
             parser.error(f"--{name.replace('_', '-')} {value} must be at least 1")
     for name in ("show_depth", "html") if args.prompts else ("batch_size", "output"):
         if getattr(args, name):
-            parser.error(f"--{name.replace('_', '-')} goes {'with one --prompt' if args.prompts else 'with --prompts'}")
+            parser.error(f"--{name.replace('_', '-')} goes {'with one --prompt' if args.prompts else 'with --input'}")
     return exit_status(lambda: run(args))
 
 

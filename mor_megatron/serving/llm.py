@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 from mor_megatron.inference.loading import encode, load_model
 from mor_megatron.serving.engine import Engine, EngineOptions
-from mor_megatron.serving.request import FinishReason, Logprob, Request, SamplingParams
+from mor_megatron.serving.request import Event, FinishReason, Logprob, Request, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -69,31 +70,52 @@ class LLM:
         self,
         prompts: Sequence[str | list[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        progress: bool = False,
     ) -> list[Completion]:
         """Continue all prompts; the results are in their order.
 
         Args:
             prompts: texts or ids.
             params: of all prompts, or one for each.
+            progress: show a bar on stderr.
         Raises:
             ValueError: a request does not fit the model or the engine; nothing is generated then.
         """
+        return list(self.stream(prompts, params, progress))
+
+    def stream(
+        self,
+        prompts: Sequence[str | list[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        progress: bool = False,
+    ) -> Iterator[Completion]:
+        """The results of `generate`, each as soon as it and those before it are there."""
         each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"params has {len(each)} values for {len(prompts)} prompts: give one, or one for each")
         size = self.engine.model.config.vocab_size
         ids = [encode(p, self.tokenizer, size) if isinstance(p, str) else p for p in prompts]
-        requests = []
-        try:
-            for prompt, own in zip(ids, each, strict=True):
-                requests.append(self.engine.add(prompt, own))
-        except ValueError:
-            for request in requests:
-                self.engine.cancel(request)
-            self.engine.drain()
-            raise
-        self.engine.drain()
-        return [Completion.of(request) for request in requests]
+        open_requests: set[Request] = set()
+        with tqdm(total=len(prompts), unit="prompt", disable=not progress) as bar:
+
+            def tell(event: Event) -> None:
+                if event.finish_reason is not None:
+                    open_requests.discard(event.request)
+                    bar.update()
+
+            requests = []
+            try:
+                for prompt, own in zip(ids, each, strict=True):
+                    requests.append(self.engine.add(prompt, own, tell))
+                open_requests.update(requests)
+                for request in requests:
+                    while request in open_requests:
+                        self.engine.step()
+                    yield Completion.of(request)
+            finally:  # an error, or nobody wants the rest
+                for request in requests:
+                    self.engine.cancel(request)
+                self.engine.drain()
 
 
 __all__ = ["LLM", "Completion"]

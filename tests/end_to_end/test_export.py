@@ -28,7 +28,9 @@ from transformers import (
 
 from mor_megatron.data.tokenizer_training import train_tokenizer
 from mor_megatron.huggingface import verify
+from mor_megatron.huggingface.configuration_mor import MoRConfig
 from mor_megatron.huggingface.export import read_checkpoint
+from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 
 pytestmark = pytest.mark.usefixtures("modules_of_exports")
 
@@ -274,7 +276,7 @@ def test_prompts_in_batches_and_none_at_all(export: Path, tmp_path: Path, monkey
     (tmp_path / "lines.txt").write_text("\n\n".join(prompts[:2]) + "\n")
     words = ("--model", export, "--max-new-tokens", 5, "--device", "cpu")
     options = ("--batch-size", 2, "--output", tmp_path / "out.jsonl")
-    assert tool(monkeypatch, generate, *words, "--prompts", tmp_path / "prompts.jsonl", *options) == 0
+    assert tool(monkeypatch, generate, *words, "--input", tmp_path / "prompts.jsonl", *options) == 0
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert tool(monkeypatch, generate, *words, "--prompts", tmp_path / "lines.txt") == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == found[:2]
@@ -296,6 +298,19 @@ def test_prompts_in_batches_and_none_at_all(export: Path, tmp_path: Path, monkey
     (tmp_path / "prompts.jsonl").write_text('{"text": "x"}\n')
     assert tool(monkeypatch, generate, *words, "--prompts", tmp_path / "prompts.jsonl") == 2
     assert "prompts.jsonl:1: no key 'prompt'" in capsys.readouterr().err
+
+
+def test_static_batches_where_the_engine_does_not_fit(tmp_path: Path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5}
+    recursion = {"num_recursions": 3, "routing": "token_choice", "kv_mode": "sharing_update"}
+    MoRForCausalLM(MoRConfig(**sizes, **recursion, num_attention_heads=2)).save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("1 2 3\n4\n")
+    words = ("--model", tmp_path / "model", "--input", tmp_path / "prompts.txt", "--max-new-tokens", 3)
+    assert tool(monkeypatch, generate, *words, "--device", "cpu") == 0
+    printed = capsys.readouterr()
+    assert [json.loads(line)["tokens"] for line in printed.out.splitlines()] == [3, 3]
+    assert "static batches: kv_mode=sharing_update" in printed.err
 
 
 def test_show_routing(model_path: Path, export: Path, tmp_path: Path, monkeypatch, capsys):
