@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from mor_megatron.evaluation.generative import generate_greedily
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 
 PAPER = "paper"
@@ -80,12 +81,17 @@ def run_tasks(
         raise ValueError(_MISSING) from error
 
     class RankedLM(HFLM):
-        """Tell the harness its rank; it would otherwise ask accelerate, which loads the model itself."""
+        """Tell the harness its rank; it would otherwise ask accelerate, which loads the model itself. And generate on
+        the engine."""
 
         def __init__(self):
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
             if dist.is_initialized():
                 self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+
+        def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+            texts = generate_greedily(self, requests, options.batch_size, not disable_tqdm and self.rank == 0)
+            return super().generate_until(requests, disable_tqdm) if texts is None else texts
 
         def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
             parts = [torch.empty_like(tensor) for _ in range(self.world_size)]

@@ -152,6 +152,12 @@ def tasks(tmp_path_factory) -> Path:
         + 'doc_to_text: ""\ndoc_to_target: "{{text}}"\n'
         "metric_list:\n  - metric: word_perplexity\n  - metric: bits_per_byte\n"
     )
+    (directory / "answer.yaml").write_text(
+        "task: mor_answer\noutput_type: generate_until\n"
+        + data.format(directory, "choice.jsonl")
+        + 'doc_to_text: "{{question}}"\ndoc_to_target: "{{choices[0]}}"\n'
+        "metric_list:\n  - metric: exact_match\n"
+    )
     return directory
 
 
@@ -219,6 +225,27 @@ def test_tasks_through_the_server(export: Path, tasks: Path, monkeypatch):
             thread.join()
     ours = harness.run_tasks(model, tokenizer, names, harness.Options(include_path=tasks))
     assert values(theirs) == pytest.approx(values(ours), rel=1e-5)
+
+
+def test_generative_tasks_on_the_engine(export: Path, tasks: Path, monkeypatch):
+    """Texts are those that the harness gets from transformers: cut at stop strings, with prompts cut on the left."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = load_model(export, device="cpu")
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=60)
+    settings = [{"until": ["e", " the"], "max_gen_toks": 12}, {"max_gen_toks": 7, "do_sample": False}]
+    requests = [Instance("generate_until", {}, (text[:200], settings[i % 2]), i) for i, text in enumerate(SAMPLE[:6])]
+    wanted = lm.generate_until(requests, disable_tqdm=True)
+    assert harness.generate_greedily(lm, requests, 3, False) == wanted
+    assert len(set(map(len, wanted))) > 2
+    sampled = [Instance("generate_until", {}, ("a", {"do_sample": True, "temperature": 0.5}), 0)]
+    assert harness.generate_greedily(lm, sampled, 3, False) is None
+
+    calls = []
+    monkeypatch.setattr(harness, "generate_greedily", lambda lm, requests, *_: calls.append(0) or ["a"] * len(requests))
+    found = harness.run_tasks(model, tokenizer, ["mor_answer"], harness.Options(include_path=tasks, limit=2))
+    assert (calls, found["results"]["mor_answer"]["exact_match,none"]) == ([0], 0.0)
 
 
 def test_right_padding_changes_no_score(export: Path):
