@@ -79,7 +79,7 @@ class Pages:
         return page
 
     def append(self, table: int, page: int) -> None:
-        """Put a page, which the table has been counted for, at its end."""
+        """Put a page at the end of a table, which is among its references already."""
         self.table[table, self.held[table]] = page
         self.held[table] += 1
 

@@ -63,16 +63,16 @@ class PrefixCache:
         self._touch(chain)
         ends = [(table, chain[-1].counts[i]) for i, table in enumerate(self.store.tables(request.slot))]
         for pages in self.store.kinds:
-            self.evict(pages, sum(table.pages is pages and rows % self.size > 0 for table, rows in ends))
-        copies = {id(p): sum(t.pages is p and rows % self.size > 0 for t, rows in ends) for p in self.store.kinds}
-        if not chain[-1].is_alive or any(copies[id(p)] > len(p.free) for p in self.store.kinds if p.layers):
+            if not self.evict(pages, sum(table.pages is pages and rows % self.size > 0 for table, rows in ends)):
+                return
+        if not chain[-1].is_alive:
             return
         for i, (table, rows) in enumerate(ends):
             pages, full, part = table.pages, *divmod(rows, self.size)
             for page in (held := _pages(chain, i, self.size))[:full]:
                 pages.hold(page)
                 pages.append(table.index, page)
-            if part and pages.layers:
+            if part:
                 copy = pages.take()
                 pages.copy(held[full], copy)
                 pages.append(table.index, copy)
@@ -135,17 +135,17 @@ class PrefixCache:
 
     def _forget(self, block: Block) -> None:
         """A block, and those that follow it."""
-        if not block.is_alive:
-            return
-        block.is_alive = False
-        del self.blocks[block.key]
-        if block.parent is not None:
-            block.parent.children.discard(block)
-        for child in list(block.children):
-            self._forget(child)
-        for pages, page in self._held(block):
-            pages.cached[page] -= 1
-            pages.drop(page)
+        gone = [block] if block.is_alive else []
+        while gone:
+            block = gone.pop()
+            gone += block.children
+            block.is_alive = False
+            del self.blocks[block.key]
+            if block.parent is not None:
+                block.parent.children.discard(block)
+            for pages, page in self._held(block):
+                pages.cached[page] -= 1
+                pages.drop(page)
 
     def _held(self, block: Block) -> list[tuple[Pages, int]]:
         return [
