@@ -101,8 +101,8 @@ class Server:
     def _check(self, body: Body) -> None:
         if body.model not in (None, self.options.name):
             raise ApiError(f"model {body.model!r} is not served here: use {self.options.name!r}", 404, "model")
-        if body.n < 1:
-            raise ApiError(f"n={body.n} is out of range: use 1 or more", param="n")
+        if not 1 <= body.n <= self.worker.limit:
+            raise ApiError(f"n={body.n} is out of range: use 1 to {self.worker.limit}", param="n")
 
     def _check_logprobs(self, name: str, count: int | None) -> None:
         if not 0 <= (count or 0) <= self.options.max_logprobs:
@@ -129,6 +129,7 @@ class Server:
         try:
             if not prompt:
                 return document_start(model)
+            prompt.encode()  # half a surrogate pair is valid JSON
             return await asyncio.to_thread(encode, prompt, self.tokenizer, model.config.vocab_size)
         except ValueError as error:
             raise ApiError(f"{field}: {error}", param=field) from error

@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict
 
 from mor_megatron.serving.request import SamplingParams
 
+MOST_STOPS = 32
+"""Stop strings of a request: every token is searched for them."""
+
 
 class Body(BaseModel):
     """What both kinds of generation have in common; names and meanings are those of OpenAI and vLLM."""
@@ -56,6 +59,8 @@ class Body(BaseModel):
         names = {entry.name for entry in fields(SamplingParams)} & type(self).model_fields.keys()
         values = {name: getattr(self, name) for name in names - {"logprobs", "max_tokens"}}
         values["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if len(values["stop"]) > MOST_STOPS:
+            raise ValueError(f"stop has {len(values['stop'])} strings: use at most {MOST_STOPS}")
         return SamplingParams(**values, last_depth=self.return_depths, **own)
 
     @property

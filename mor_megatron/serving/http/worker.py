@@ -130,6 +130,8 @@ class Worker:
         except ValueError:
             call.close()
             raise
+        if not self.is_alive:  # it died in between, and may have missed this call
+            call.fail()
         return call
 
     def _run(self) -> None:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 import httpx
 import openai
 import pytest
 from http_server import CHARACTERS, KEY, Running, engine_of, running, tokenizer
 
-from mor_megatron.serving import LLM, SamplingParams
+from mor_megatron.serving import LLM, EngineOptions, SamplingParams
+from mor_megatron.serving.http import run
 from mor_megatron.serving.http.options import ServerOptions
 from mor_megatron.serving.http.run import listen, serve
 
+JSON = {"Content-Type": "application/json"}
 PROMPTS = ["once upon", "a", "the sea, the sea"]
 
 
@@ -146,7 +152,16 @@ def test_chat(client):
         ("completions", {}, "prompt", "required"),
         ("completions", {"prompt": "a", "temperature": -1}, "temperature", "use 0 or more"),
         ("completions", {"prompt": "a", "max_tokens": "many"}, "max_tokens", "integer"),
-        ("completions", {"prompt": "a", "n": 0}, "n", "use 1 or more"),
+        ("completions", {"prompt": "a", "n": 0}, "n", "use 1 to 12"),
+        ("completions", {"prompt": "a", "n": 10**12}, "n", "use 1 to 12"),
+        ("completions", {"prompt": "a", "stop": ["b"] * 33}, "stop", "at most 32"),
+        ("completions", {"prompt": "a\ud800"}, "prompt", "surrogates not allowed"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "\ud800"}]},
+            "messages",
+            "surrogates not allowed",
+        ),
         ("completions", {"prompt": "a", "logprobs": 21}, "logprobs", "use 0 to 20"),
         ("completions", {"prompt": "a", "depth": 4}, "depth", "num_recursions=3"),
         ("completions", {"prompt": "a", "router_threshold": 2}, "router_threshold", "0 to 1"),
@@ -157,14 +172,14 @@ def test_chat(client):
     ],
 )
 def test_bad_input_is_named(http: httpx.Client, path: str, body: dict, param: str, words: str):
-    answer = http.post(f"/v1/{path}", json=body)
+    answer = http.post(f"/v1/{path}", content=json.dumps(body), headers=JSON)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["type"]) == (400, param, "invalid_request_error")
     assert words in error["message"]
 
 
 def test_other_refusals(http: httpx.Client, server: Running, client):
-    assert http.post("/v1/completions", content=b"{", headers={"Content-Type": "application/json"}).status_code == 400
+    assert http.post("/v1/completions", content=b"{", headers=JSON).status_code == 400
     assert http.post("/v1/completions", content=b'{"prompt":"a"}').status_code == 400  # a form of another site
     assert http.post("/v1/completions", json={"prompt": "a" * 100_000}).status_code == 413
     assert http.get("/v2").json()["error"]["code"] == 404
@@ -237,6 +252,37 @@ def test_a_failure_of_the_engine_is_told(monkeypatch):
             monkeypatch.setattr(engine, "step", lambda: 1 / 0)
             *_, last = lines
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == 503
+
+
+def tool() -> ModuleType:
+    """tools/serve.py."""
+    spec = importlib.util.spec_from_file_location("serve_tool", Path(__file__).parents[3] / "tools" / "serve.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_flags_reach_engine_and_server(tmp_path: Path, monkeypatch):
+    engine_of().model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}!")
+    found = []
+    monkeypatch.setattr(run, "serve", lambda *given: found.extend(given) or 0)
+    monkeypatch.setenv("MOR_API_KEY", KEY)
+    words = "--max-num-seqs 3 --max-num-batched-tokens 9 --block-size 4 --no-enable-prefix-caching --max-model-len 99"
+    words += f" --port 1 --served-model-name other --device cpu --chat-template {tmp_path / 'chat.jinja'}"
+    assert tool().run(tool().parse(["--model", str(tmp_path), *words.split()])) == 0
+    engine, options = found
+    assert options == ServerOptions(name="other", port=1, api_key=KEY)
+    assert engine.options == EngineOptions(lanes=3, chunk=9, page_size=4, prefix_cache=False, max_length=99)
+    assert engine.tokenizer.apply_chat_template([{"content": "hi"}], tokenize=False) == "hi!"
+
+
+def test_missing_packages_are_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "mor_megatron.serving.http.run")
+    with pytest.raises(ValueError, match="uvicorn is not installed: pip install -r requirements-serve"):
+        tool().run(tool().parse(["--model", "any"]))
 
 
 def _serve(pipe) -> None:
