@@ -40,7 +40,7 @@ def request(prompt=(1,), generated=(), **params) -> Request:
             [TemperatureLogitsWarper(0.6), TopKLogitsWarper(12), TopPLogitsWarper(0.9), MinPLogitsWarper(0.05)],
         ),
     ],
-    ids=str,
+    ids=["top-k", "top-p", "min-p", "all"],  # an object's text would differ between processes
 )
 def test_samples_have_the_distribution_of_transformers(params: dict, warpers: list):
     count = 1000
