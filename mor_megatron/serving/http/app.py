@@ -36,7 +36,7 @@ _PAGE_HEADERS = {  # the page needs this server and nothing else
 }
 
 
-class Server:
+class Service:
     """Answers requests by an engine.
 
     Args:
@@ -57,8 +57,9 @@ class Server:
         """POST /v1/completions."""
         self._check(body)
         self._check_logprobs("logprobs", body.logprobs)
-        if not body.prompts:
-            raise ApiError("prompt is empty: give one at least", param="prompt")
+        count = len(body.prompts) * body.n
+        if not 1 <= count <= self.worker.limit:
+            raise ApiError(f"prompt and n make {count} sequences: use 1 to {self.worker.limit}", param="prompt")
         prompts = [await self._encode(prompt, "prompt") for prompt in body.prompts]
         echoed = body.logprobs if body.echo else None
         params = self._params(body, max_tokens=body.max_tokens, logprobs=body.logprobs, prompt_logprobs=echoed)
@@ -163,13 +164,13 @@ def build_app(engine: Engine, options: ServerOptions, on_death: Callable[[], Non
     Args:
         on_death: called in the engine's thread if it fails.
     """
-    server = Server(engine, options, on_death)
+    service = Service(engine, options, on_death)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        server.worker.start()
+        service.worker.start()
         yield
-        await asyncio.to_thread(server.worker.stop)
+        await asyncio.to_thread(service.worker.stop)
 
     def authorize(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -185,19 +186,19 @@ def build_app(engine: Engine, options: ServerOptions, on_death: Callable[[], Non
         redoc_url=None,
         max_body_size=options.max_body_size,
     )
-    app.state.server = server
+    app.state.service = service
     errors.install(app)
     keyed = [Depends(authorize)]
-    app.post("/v1/completions", dependencies=keyed)(server.complete)
-    app.post("/v1/chat/completions", dependencies=keyed)(server.chat)
+    app.post("/v1/completions", dependencies=keyed)(service.complete)
+    app.post("/v1/chat/completions", dependencies=keyed)(service.chat)
 
     @app.get("/v1/models", dependencies=keyed)
     def models() -> dict:
-        return {"object": "list", "data": [server.card()]}
+        return {"object": "list", "data": [service.card()]}
 
     @app.get("/health")
     def health() -> Response:
-        return JSONResponse({}, 200 if server.worker.is_alive else 503)
+        return JSONResponse({}, 200 if service.worker.is_alive else 503)
 
     @app.get("/version")
     def versions() -> dict:
@@ -205,7 +206,7 @@ def build_app(engine: Engine, options: ServerOptions, on_death: Callable[[], Non
 
     @app.get("/metrics")
     def metrics() -> Response:
-        return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/")
     def page() -> HTMLResponse:

@@ -58,4 +58,4 @@ def serve(engine: Engine, options: ServerOptions) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has drained
             signal.signal(number, lambda *_: None)
         server.run(sockets=[bound])
-    return 0 if server.config.app.state.server.worker.is_alive else 1
+    return 0 if server.config.app.state.service.worker.is_alive else 1

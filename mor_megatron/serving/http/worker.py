@@ -112,14 +112,12 @@ class Worker:
         """All requests of a call, or none of them.
 
         Raises:
-            ValueError: one does not fit the model or the engine, or there are more than could ever run at a time.
+            ValueError: one does not fit the model or the engine.
             Overload: there are too many others.
             EngineDied: the engine runs no more.
         """
         if not self.is_alive:
             raise EngineDied
-        if len(prompts) > self.limit:
-            raise ValueError(f"prompt and n make {len(prompts)} sequences: use at most {self.limit}")
         if sum(len(call.open) for call in self.calls) + len(prompts) > self.limit:
             raise Overload
         call = Call(self)

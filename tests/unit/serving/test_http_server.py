@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -145,10 +146,10 @@ def test_chat(client):
     ("path", "body", "param", "words"),
     [
         ("completions", {"prompt": ""}, "prompt", "no token that begins a document"),
-        ("completions", {"prompt": []}, "prompt", "empty"),
+        ("completions", {"prompt": []}, "prompt", "use 1 to 12"),
         ("completions", {"prompt": [1, 40]}, "prompt", "40 is not an id"),
         ("completions", {"prompt": "a" * 2048}, "prompt", "no room for another"),
-        ("completions", {"prompt": ["a"] * 13}, "prompt", "at most 12"),
+        ("completions", {"prompt": ["a"] * 13}, "prompt", "use 1 to 12"),
         ("completions", {}, "prompt", "required"),
         ("completions", {"prompt": "a", "temperature": -1}, "temperature", "use 0 or more"),
         ("completions", {"prompt": "a", "max_tokens": "many"}, "max_tokens", "integer"),
@@ -252,6 +253,8 @@ def test_a_failure_of_the_engine_is_told(monkeypatch):
             monkeypatch.setattr(engine, "step", lambda: 1 / 0)
             *_, last = lines
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == 503
+        with pytest.raises(httpx.TransportError):
+            all(httpx.get(f"{server.url}/health").status_code == 503 for _ in itertools.count())
 
 
 def tool() -> ModuleType:
