@@ -240,8 +240,8 @@ def test_saving_in_the_background_saves_the_same(whole, corpus, tmp_path, monkey
 
     Copying begins long after a step of this model would have changed it.
     """
-    copy = saving.Saver._copy
-    monkeypatch.setattr(saving.Saver, "_copy", lambda saver, entries: time.sleep(0.5) or copy(saver, entries))
+    copy = saving.HostCopy.copy
+    monkeypatch.setattr(saving.HostCopy, "copy", lambda self, entries: time.sleep(0.5) or copy(self, entries))
     pretrain(small_config(corpus, save=str(tmp_path), train_iters=9, save_interval=3, async_save=True))
     for iteration in (3, 6, 9):
         assert_same_checkpoint(tmp_path, whole, iteration)

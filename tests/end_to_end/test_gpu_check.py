@@ -15,7 +15,7 @@ import torch
 from forked_ranks import run_program
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.append(str(ROOT / "tools"))  # after the benchmarks, which have files of the same names
 
 gpu_check = importlib.import_module("gpu_check")
 numbers = importlib.import_module("gpu_check_numbers")

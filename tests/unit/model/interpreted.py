@@ -1,4 +1,4 @@
-"""Runs functions of a file of Triton kernels in Triton's interpreter: `interpreted.py FILE CASES RESULTS`.
+"""Runs functions of the files of Triton kernels in Triton's interpreter: `interpreted.py DIRECTORY CASES RESULTS`.
 
 A process of its own, because Triton decides when it is imported whether it interprets; and without the package, which
 would take longer to import than all cases take.
@@ -55,18 +55,18 @@ def losses_and_gradients(function, inputs: tuple) -> list[Tensor]:
 
 def main(directory: str, cases: str, results: str) -> None:
     """One result for each case: tensors, or the text of what was raised."""
-    modules = {}
-    for name in ("fused", "fused_loss"):
+    functions, found = {}, {}
+    for name in ("fused", "fused_loss", "range_attention"):
         spec = importlib.util.spec_from_file_location(name, os.path.join(directory, f"{name}.py"))
-        modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(modules[name])
-    found = {}
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        functions |= vars(module)
     for key, (name, inputs, strided) in torch.load(cases, weights_only=False).items():
         try:
             if name == "cross_entropy":
-                found[key] = losses_and_gradients(modules["fused_loss"].cross_entropy, inputs)
+                found[key] = losses_and_gradients(functions[name], inputs)
             else:
-                found[key] = outputs_and_gradients(getattr(modules["fused"], name), inputs, strided)
+                found[key] = outputs_and_gradients(functions[name], inputs, strided)
         except Exception:
             found[key] = traceback.format_exc()
     torch.save(found, results)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mor_megatron.model import ranges
 
-KERNELS = Path(ranges.__file__).with_name("range_attention.py")
+KERNELS = Path(ranges.__file__).parent
 INTERPRETER = Path(__file__).with_name("interpreted.py")
 TOLERANCE = {
     torch.float32: (1e-5, 1e-4),  # of outputs; of gradients, which sum products of sums of up to 131 terms
