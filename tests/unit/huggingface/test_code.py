@@ -47,7 +47,9 @@ names = {{name for name in sys.modules if name.partition(".")[0] == "mor_megatro
 sys.modules.update(dict.fromkeys(names | {{"mor_megatron"}}))
 import torch, transformers
 from transformers import dynamic_module_utils
-dynamic_module_utils.HF_MODULES_CACHE = {str(tmp_path / "modules")!r}  # the user's is also other processes'
+dynamic_module_utils.HF_MODULES_CACHE = {str(tmp_path / "modules")!r}
+dynamic_module_utils.init_hf_modules()
+sys.path.insert(0, sys.path.pop())  # before the one of the tests' process
 model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
 model.save_pretrained({str(tmp_path / "again")!r})
 print(model(torch.arange({VOCAB})[None]).logits.sum().item())
