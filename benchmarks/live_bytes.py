@@ -9,7 +9,7 @@ the C library keeps.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,10 +21,12 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         start: tensors that exist already and belong to the count.
+        only: which of those that operators return are counted; default all.
     """
 
-    def __init__(self, start: Iterable[Tensor] = ()):
+    def __init__(self, start: Iterable[Tensor] = (), only: Callable[[Tensor], bool] = lambda tensor: True):
         super().__init__()
+        self.only = only
         self.live = self.peak = 0
         self._sizes: dict[int, int] = {}
         for tensor in start:
@@ -33,7 +35,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and not leaf.is_meta:
+            if isinstance(leaf, Tensor) and not leaf.is_meta and self.only(leaf):
                 self._add(leaf)
         return result
 

@@ -6,11 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from models import random_ids, small_config
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mor_megatron.data.batch import Batch
 from mor_megatron.model import build_model, mor_model
@@ -81,25 +79,6 @@ def test_a_gradient_that_is_no_multiple_is_refused():
         losses.sum().backward()
 
 
-class Largest(TorchDispatchMode):
-    """Most bytes at once of what operators returned, but for what the caller knows of."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.storages = {key: found for key, found in self.storages.items() if not found[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
-        return out
-
-
 @pytest.mark.parametrize("trains", [True, False])
 def test_logits_are_never_whole(trains):
     """Beside the gradients of hidden rows and weight, there is a chunk of logits and what has a few numbers a row."""
@@ -112,7 +91,7 @@ def test_logits_are_never_whole(trains):
         kept.append(tensor.nbytes)
         return tensor
 
-    with Largest() as memory, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with LiveBytes() as memory, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         losses = chunked_losses(hidden, weight, labels, None, chunk, vocabulary, sequence_parallel=False)
         if trains:
             losses.sum().backward()

@@ -6,10 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from test_train_step import cut, global_batch, make_config, make_engine
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mor_megatron.config.validate import validate
 from mor_megatron.model.products import add_product
@@ -22,23 +20,9 @@ LEAST = 64 * 64
 """Elements of the smallest matrix of the model; no fp32 activation has as many."""
 
 
-class Live(TorchDispatchMode):
-    """Bytes of the fp32 storages of gradient size that operators have returned and that are still alive."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 and tensor.numel() >= LEAST:
-                storage = tensor.untyped_storage()
-                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.storages = {key: found for key, found in self.storages.items() if not found[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
-        return out
+def gradients() -> LiveBytes:
+    """Counts fp32 tensors of gradient size."""
+    return LiveBytes(only=lambda tensor: tensor.dtype == torch.float32 and tensor.numel() >= LEAST)
 
 
 def bf16_engine(zero: int):
@@ -52,7 +36,7 @@ def test_a_tied_block_has_one_buffer_of_gradients(zero):
     """A sum over recursions would be a second one. Where the buffer is there before the first contribution, those of
     linear layers are added as they are, and only the embedding's is cast before."""
     engine = bf16_engine(zero)
-    with Live() as live:
+    with gradients() as live:
         for batch in cut(global_batch(), 1):
             engine.module(batch, RoutingContext()).sum().backward()
     sizes = [4 * weight.numel() for weight in engine.module.parameters() if weight.numel() >= LEAST]
@@ -63,7 +47,7 @@ def test_a_tied_block_has_one_buffer_of_gradients(zero):
 def test_gradients_are_reduced_where_they_are():
     engine = bf16_engine(zero=1)
     flat = engine.flat_gradients()[0]
-    with Live() as live:
+    with gradients() as live:
         engine.reduce()
     assert live.peak == flat.untyped_storage().nbytes()
 
