@@ -46,9 +46,9 @@ class Tiles(NamedTuple):
 
 
 TILES = {
-    32: Tiles(Tile(64, 32, 4, 3), Tile(64, 32, 4, 3), Tile(32, 128, 4, 3)),
-    64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3)),
+    32: Tiles(Tile(64, 32, 4, 3), Tile(64, 32, 4, 3), Tile(64, 64, 4, 2)),
+    64: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 64, 4, 2)),
+    128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
 }
 """By the largest width of a head. A search at the start of a run would cost minutes."""
 LN_2 = tl.constexpr(math.log(2))
@@ -237,9 +237,12 @@ def _grad_key_queries(
 ):  # fmt: skip
     """Adds what the queries from `begin` to `end` of all heads contribute. Scores are transposed, keys x queries."""
     tiles = tl.cdiv(end - begin, QUERIES)
+    # Loads are issued ahead of the loop. Where the compiler sees a division by `tiles` it takes for granted that there
+    # are some, and loads what is not there.
+    divisor = tl.maximum(tiles, 1)
     for index in range(0, tiles * GROUP):  # not two loops, which would need more registers than there are
-        head = index // tiles
-        start = _start(begin + index % tiles * QUERIES, whole_begin, whole_end, MASKED)
+        head = index // divisor
+        start = _start(begin + index % divisor * QUERIES, whole_begin, whole_end, MASKED)
         q = _load(query + head * query_head, start, query_row, num_queries, MASKED, QUERIES, WIDTH)
         g = _load(grad + head * out_head, start, out_row, num_queries, MASKED, QUERIES, WIDTH)
         place = start + tl.arange(0, QUERIES)

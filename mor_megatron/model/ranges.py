@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 128
-"""Keys whose gradients are computed at once: the first dim of the largest tile of Hopper's tensor cores."""
+BLOCK = 64
+"""Keys whose gradients are computed at once: what was fastest on an H100 (docs/gpu.md)."""
 
 
 class Ranges(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,15 @@ def test_a_width_without_tiles_is_refused():
     inputs, _ = case(1, 1, 24, 5, (1,))
     with pytest.raises(ValueError, match="no tiles for heads of width 24: use 16, 32, 64 or 128"):
         range_attention(*inputs)
+
+
+def test_no_query_is_loaded_before_it_is_known_that_there_are_some():
+    """A loop's loads are issued ahead of it, and must ask whether it runs at all."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton (requirements-dev.txt)")
+    compiled = [sys.executable, Path(__file__).with_name("compiled.py"), KERNELS / "range_attention.py"]
+    ptx = subprocess.run(compiled, check=True, timeout=300, capture_output=True, text=True).stdout
+    # cp.async [to], [from], 16, bytes: none are read if `bytes` is 0.
+    counts = set(re.findall(r"cp\.async\.cg.*0x10, (%r\d+);", ptx))
+    assert counts
+    assert not [name for name in counts if re.search(rf"mov\.b32 \s*{name}, 16;", ptx)]
