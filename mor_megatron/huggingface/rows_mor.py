@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mor_megatron.recursion.host import on_device
+from mor_megatron.recursion.host import OnHost, on_device
 from mor_megatron.recursion.routing import TIE, kept
 
 
@@ -38,6 +38,8 @@ class Rows:
     """Rows of each sequence in the call, where these are not all."""
     live: Tensor | None = None
     """[T] bool: which of these rows are active; None: all. Others are computed, and never put back."""
+    deferred: bool = False
+    """The host asks for several sets at once which rows are active. Until then all rows stay, marked by `live`."""
 
     @classmethod
     def of(cls, sequence: Tensor, past: tuple[int, ...], lengths: tuple[int, ...]) -> Rows:
@@ -49,6 +51,11 @@ class Rows:
         """
         starts = on_device(past, sequence.device) - _starts(lengths, sequence.device)
         return cls(sequence, starts[sequence] + torch.arange(len(sequence), device=sequence.device), lengths)
+
+    @property
+    def settled(self) -> bool:
+        """Whether all of these rows are active."""
+        return self.live is None
 
     @property
     def count(self) -> int:
@@ -63,7 +70,8 @@ class Rows:
         if len(index) == len(self):
             return self
         of_call = self.of_call or self.lengths
-        return Rows(self.sequence[index], self.position[index], lengths, self.places(index), of_call)
+        places = self.places(index)
+        return Rows(self.sequence[index], self.position[index], lengths, places, of_call, deferred=self.deferred)
 
     def places(self, index: Tensor) -> Tensor:
         """[T'] places of the rows at `index` among all rows of the call."""
@@ -172,12 +180,16 @@ class PackedRows:
         chosen = F.one_hot(values, bins)  # [T, bins]
         return chosen.new_zeros(len(active.lengths), bins).index_add_(0, active.sequence, chosen)
 
+    def to_host(self, values: Tensor, active: Rows) -> OnHost | None:
+        """Values that the host will read, unless the rows' selection is deferred."""
+        return None if active.deferred else OnHost(values)
+
     def keep(
         self, active: Rows, mask: Tensor, lengths: tuple[int, ...] | None = None, regular: bool = False
     ) -> tuple[Rows, Tensor | None]:
         """The rows where `mask` is true, and their places; None for these: all of them. Without `lengths`, the host
         waits for them, or all rows stay."""
-        if lengths is None and active.stays_whole:
+        if active.deferred or (lengths is None and active.stays_whole):
             return replace(active, live=mask if active.live is None else active.live & mask), None
         if lengths is None:
             kept_rows = active.sequence.new_zeros(len(active.lengths)).index_add_(0, active.sequence, mask.long())

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mor_megatron.recursion.host import OnHost
 from mor_megatron.recursion.routing import TIE, kept
 
 
@@ -40,6 +41,11 @@ class ActiveTokens:
     def ragged(self) -> bool:
         """Sequences may have different numbers of active tokens."""
         return self.lengths is not None
+
+    @property
+    def settled(self) -> bool:
+        """The host knows them."""
+        return True
 
     @property
     def is_all(self) -> bool:
@@ -236,6 +242,10 @@ class LocalRows:
             return chosen.sum(0)
         totals = chosen.new_zeros(active.batch_size, bins)
         return totals.index_add_(0, active.sequences.view(-1), chosen.view(-1, bins))
+
+    def to_host(self, values: Tensor, active: ActiveTokens) -> OnHost:
+        """Values that the host will read."""
+        return OnHost(values)
 
     def keep(
         self, active: ActiveTokens, mask: Tensor, lengths: tuple[int, ...] | None = None, regular: bool = False

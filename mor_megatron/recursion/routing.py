@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mor_megatron.recursion.context import MEAN_DEPTH, TOKENS_PER_RECURSION, RoutingContext
+from mor_megatron.recursion.host import OnHost
 from mor_megatron.recursion.plan import RecursionPlan, VirtualLayer
 from mor_megatron.recursion.routers import GatingSettings
 
@@ -46,6 +47,8 @@ class Active(Protocol):
 
     ragged: bool
     """Its sequences may have different numbers of tokens."""
+    settled: bool
+    """The host knows its tokens. Otherwise `count` is the most there can be."""
 
     @property
     def count(self) -> int:
@@ -75,6 +78,10 @@ class Layout(Protocol):
 
     def counts(self, values: Tensor, active: Active, bins: int) -> Tensor:
         """Whole numbers below `bins`, one for each active token -> how many of each sequence have each, [B, bins]."""
+
+    def to_host(self, values: Tensor, active: Active) -> OnHost | None:
+        """Values about these tokens that the host will read; the copy starts at once. None: here the host reads nothing
+        until it has opened several sets, and `keep` needs no lengths."""
 
     def keep(
         self, active: Active, mask: Tensor, lengths: tuple[int, ...] | None = None, regular: bool = False
@@ -258,7 +265,8 @@ class RoutingMethod(nn.Module):
                 f"but its weighs={self.weighs}: let `weighs` say whether `open` sets a gate"
             )
         count, candidates = opened.active.count, stream.active.count
-        if count > candidates or (count < candidates and (r == 0 or context.fixed_depth is not None)):
+        comes_back = opened.active.settled and count > candidates
+        if comes_back or (count < candidates and (r == 0 or context.fixed_depth is not None)):
             raise ValueError(
                 f"routing={self.name} opens recursion {r} with {count} of {candidates} candidates: recursion 0 and a "
                 "fixed depth take every token, and a token that left does not come back"

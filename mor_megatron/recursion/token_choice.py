@@ -66,10 +66,12 @@ class Depths:
     """0-based, one for each token of the micro-batch."""
     counts: Tensor
     """[B, Nr]: tokens of each sequence at each depth."""
-    on_host: OnHost
+    on_host: OnHost | None
 
-    def lengths(self, least: int, below: int | None = None) -> tuple[int, ...]:
-        """Tokens of each sequence whose depth is at least `least`, and below `below`."""
+    def lengths(self, least: int, below: int | None = None) -> tuple[int, ...] | None:
+        """Tokens of each sequence whose depth is at least `least`, and below `below`, if the host may know."""
+        if self.on_host is None:
+            return None
         return tuple(sum(counts[least:below]) for counts in self.on_host.values)
 
 
@@ -181,7 +183,7 @@ class TokenChoice(RoutingMethod):
 
     def _announced(self, depth: Tensor, tokens: Any) -> Depths:
         counts = self.layout.counts(depth, tokens, self.plan.num_recursions)
-        return Depths(depth, counts, OnHost(counts))
+        return Depths(depth, counts, self.layout.to_host(counts, tokens))
 
     def report_tokens(self, r: int, stream: Stream, context: RoutingContext) -> None:
         """The depths say all of it at once."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mor_megatron.huggingface.attention_mor import Pair, rotate
 from mor_megatron.huggingface.layers_mor import MoRDecoderLayer
-from mor_megatron.serving.kernel import Kernel
+from mor_megatron.serving.kernel import TILE, DeviceKernel, Kernel
 from mor_megatron.serving.pages import Pages
 
 
@@ -30,46 +30,39 @@ class Segment:
 
 
 class Reads:
-    """What queries see. Made once a pass, and used by all its layers.
+    """What queries see, on a CPU: single queries by the kernel, others by PyTorch, one table after the other.
+
+    Made once a pass, and used by all its layers.
 
     Args:
         pages: of the layers.
         table: table that each query reads, [Q]; those of one table are consecutive.
         seen: rows of the table that each query sees, [Q], ascending within a table; 0: the query is nobody's.
         kernel: for tables with a single query; None: PyTorch alone.
-        device: of keys and queries.
     """
 
-    def __init__(self, pages: Pages, table: np.ndarray, seen: np.ndarray, kernel: Kernel | None, device: torch.device):
-        self.pages, self.table, self.seen, self.kernel, self.device = pages, table, np.maximum(seen, 1), kernel, device
-        begins = np.ones(len(table), bool)
-        begins[1:] = (table[1:] != table[:-1]) | (seen[1:] == 0)
-        self.begin = np.flatnonzero(begins)
-        self.end = np.append(self.begin[1:], len(table))
+    arrays: tuple[np.ndarray, ...] = ()
+    """What is needed on the device."""
+
+    def __init__(self, pages: Pages, table: np.ndarray, seen: np.ndarray, kernel: Kernel | None):
+        self.pages, self.table, self.seen, self.kernel = pages, table, np.maximum(seen, 1), kernel
+        self.begin, self.end = spans(table, seen)
+
+    def receive(self, sent: list[Tensor]) -> None:
+        """`arrays` on the device."""
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """[Q, N, D] of buffers [rows, G, D]."""
         out = torch.empty_like(query)
-        grouped = query.shape[1] != keys.shape[1]
         if self.kernel is not None:
             self.kernel(query, keys, values, self.pages.table, self.pages.size, *self.single, out)
-        elif self._side_by_side:
-            rows, places, mask = self.padded
-            k, v = (x[places].transpose(1, 2) for x in (keys, values))  # [n, G, K, D]
-            q = query[rows].unsqueeze(2)
-            out[rows] = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped).squeeze(2)
         for s in self.segments:
             parts = query[s.begin : s.end], keys[s.places], values[s.places]
             q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in parts)  # [1, heads, .., D]
+            grouped = q.shape[1] != k.shape[1]
             o = F.scaled_dot_product_attention(q, k, v, s.mask, is_causal=s.is_causal, enable_gqa=grouped)
             out[s.begin : s.end] = o.squeeze(0).transpose(0, 1)
         return out
-
-    @property
-    def _side_by_side(self) -> bool:
-        """Whether single queries are attended to in one call, over padded copies of their keys: on an accelerator,
-        where one call a table would be as many launches."""
-        return self.device.type != "cpu" and len(self.single[0]) > 0
 
     @cached_property
     def single(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -78,30 +71,55 @@ class Reads:
         return tuple(np.ascontiguousarray(x, np.int32) for x in (rows, self.table[rows], self.seen[rows]))
 
     @cached_property
-    def padded(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Tables with one query: the query [n], where its keys lie [n, K], and which of these it has [n, 1, 1, K]."""
-        rows, tables, seen = self.single
-        size = self.pages.size
-        pages = self.pages.table[tables, : -(-seen.max() // size)].astype(np.int64)
-        places = (pages[:, :, None] * size + np.arange(size)).reshape(len(rows), -1)
-        mask = np.arange(places.shape[1]) < seen[:, None]
-        return tuple(torch.from_numpy(x).to(self.device) for x in (rows.astype(np.int64), places, mask[:, None, None]))
-
-    @cached_property
     def segments(self) -> list[Segment]:
         """Tables that are attended to one after the other."""
-        apart = self.kernel is not None or self._side_by_side
-        spans = zip(self.begin.tolist(), self.end.tolist(), strict=True)
-        return [self._segment(begin, end) for begin, end in spans if end - begin > 1 or not apart]
+        least = 1 if self.kernel is None else 2
+        pairs = zip(self.begin.tolist(), self.end.tolist(), strict=True)
+        return [self._segment(begin, end) for begin, end in pairs if end - begin >= least]
 
     def _segment(self, begin: int, end: int) -> Segment:
         seen = self.seen[begin:end]
-        places = torch.from_numpy(self.pages.places(self.table[begin], seen[-1])).to(self.device)
+        places = torch.from_numpy(self.pages.places(self.table[begin], seen[-1]))
         steps = np.arange(1, end - begin + 1)
         if end - begin == 1 or (seen == steps).all():
             return Segment(begin, end, places, None, end - begin > 1)
-        mask = torch.from_numpy(np.arange(seen[-1]) < seen[:, None]).to(self.device)
-        return Segment(begin, end, places, mask, False)
+        return Segment(begin, end, places, torch.from_numpy(np.arange(seen[-1]) < seen[:, None]), False)
+
+
+class DeviceReads:
+    """What queries see, on an accelerator: all of them in one call.
+
+    Args:
+        pages, table, seen: as for `Reads`.
+        kernel: what attends.
+        group: query heads of a key head.
+    """
+
+    def __init__(self, pages: Pages, table: np.ndarray, seen: np.ndarray, kernel: DeviceKernel, group: int):
+        self.size, self.kernel, self.most = pages.size, kernel, max(1, TILE // group)
+        begin, end = spans(table, seen)
+        lengths, used = end - begin, -(-int(seen.max(initial=1)) // pages.size)
+        parts = -(-lengths // self.most)
+        number = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
+        first = np.repeat(begin, parts) + self.most * number
+        which = np.repeat(np.arange(len(begin)), lengths)
+        self.arrays = (pages.table[table[begin], :used], which, seen, np.append(first, len(table)))
+
+    def receive(self, sent: list[Tensor]) -> None:
+        """`arrays` on the device."""
+        self.sent = sent
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """[Q, N, D] of buffers [rows, G, D]."""
+        return self.kernel(query, keys, values, *self.sent, self.size, self.most)
+
+
+def spans(table: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Begin and end of the queries of each table; those of nobody are apart."""
+    begins = np.ones(len(table), bool)
+    begins[1:] = (table[1:] != table[:-1]) | (seen[1:] == 0)
+    begin = np.flatnonzero(begins)
+    return begin, np.append(begin[1:], len(table))
 
 
 @dataclass(frozen=True)
@@ -115,11 +133,11 @@ class View:
     """Rows whose keys and values are stored, [W]; None: all. With shared keys, those of recursion 0."""
     places: Tensor
     """Where they are stored, [W]."""
-    reads: Reads
+    reads: Reads | DeviceReads
 
 
 def run_layer(
-    layer: MoRDecoderLayer, x: Tensor, number: int, view: View, wanted: Tensor | None, reads: Reads
+    layer: MoRDecoderLayer, x: Tensor, number: int, view: View, wanted: Tensor | None, reads: Reads | DeviceReads
 ) -> Tensor:
     """A layer on the rows of a pass: [T, H] -> [T, H], or of the wanted rows only, [W, H].
 

@@ -2,7 +2,7 @@
 
 A *cohort* has the rows that entered in one turn under the same routing options. They are at the same recursion until
 they leave, so what `recursion.routing.run_recursions` does in a loop is done here one recursion at a time, by the same
-methods, with the rows of other cohorts beside them in every pass.
+methods, with the rows of other cohorts beside them in every pass. Which rows go on is asked for all cohorts at once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,20 @@ from mor_megatron.recursion.routing import RoutingMethod, Stream
 
 GONE = -1
 """Slot of rows whose sequence has left the engine, or has taken them out of the cohort."""
+
+
+class Entry:
+    """Rows that are about to enter, slot after slot, in causal order.
+
+    Args:
+        slot, position, ids: of each row, [T].
+    """
+
+    def __init__(self, slot: np.ndarray, position: np.ndarray, ids: np.ndarray):
+        self.slots, self.sequence = np.unique(slot, return_inverse=True)
+        self.position = position
+        self.arrays = (self.sequence, position, ids)
+        """What is needed on the device."""
 
 
 @dataclass(eq=False)
@@ -46,25 +60,21 @@ class Cohort:
         self.depths = np.zeros(len(self.sequence), np.int8)
         """Recursions that each row has passed."""
         self.active = np.arange(len(self.sequence))
-        """Rows of the open recursion."""
+        """Rows of the open recursion; before `settle`, the candidates."""
 
     @classmethod
-    def enter(
-        cls, method: RoutingMethod, hidden: Tensor, slot: np.ndarray, position: np.ndarray, ids: np.ndarray, **options
-    ) -> Cohort:
-        """Open recursion 0 for rows [T, H], which come slot after slot, in causal order.
+    def enter(cls, method: RoutingMethod, hidden: Tensor, entry: Entry, sent: list[Tensor], **options) -> Cohort:
+        """Open recursion 0 for rows [T, H].
 
         Args:
-            slot, position, ids: of each row, [T].
+            sent: `entry.arrays` on the device.
             options: threshold and fixed depth of a `RoutingContext`.
         """
-        slots, sequence = np.unique(slot, return_inverse=True)
-        lengths = tuple(np.bincount(sequence).tolist())
-        rows = Tokens(*(torch.from_numpy(x).to(hidden.device) for x in (sequence, position)), lengths)
-        tokens = torch.from_numpy(ids).to(hidden.device)
-        context = RoutingContext(selection="threshold", losses="none", metrics=None, tokens=tokens, **options)
+        sequence, position, ids = sent
+        rows = Tokens(sequence, position, tuple(np.bincount(entry.sequence).tolist()), deferred=True)
+        context = RoutingContext(selection="threshold", losses="none", metrics=None, tokens=ids, **options)
         stream = method(0, Stream(rows, rows, hidden), context)
-        return cls(method, context, stream, slots, sequence, position)
+        return cls(method, context, stream, entry.slots, entry.sequence, entry.position)
 
     @property
     def is_open(self) -> bool:
@@ -83,20 +93,37 @@ class Cohort:
         lengths = zip(self.slots.tolist(), self.stream.active.lengths, strict=True)
         return {slot: count for slot, count in lengths if count and slot != GONE}
 
-    def close(self, rows: Tensor) -> None:
-        """End the open recursion with its new rows, and open the next one."""
+    def close(self, rows: Tensor) -> Tensor | None:
+        """End the open recursion with its new rows, and open the next one.
+
+        Returns:
+            Which of the candidates go on, [T'], for `settle`; None: all of them do, or none is left.
+        """
         stream = replace(self.stream, rows=rows)
         self.depths[self.active] += 1
         r, method = self.recursion, self.method
-        if r + 1 < self.context.depth(method.plan.num_recursions):
-            stream = method.close(r, stream)
-            if stream.active.count > 0:
-                stream = method(r + 1, stream, self.context)
-            index = stream.active.index
-            self.active = np.arange(len(self.sequence)) if index is None else index.cpu().numpy()
-        else:
-            stream, self.active = stream.merged(method.layout), self.active[:0]
-        self.stream, self.recursion = stream, r + 1
+        self.recursion += 1
+        if r + 1 == self.context.depth(method.plan.num_recursions):
+            self.stream, self.active = stream.merged(method.layout), self.active[:0]
+            return None
+        self.stream = method(r + 1, method.close(r, stream), self.context)
+        if self.stream.active.index is None:  # a method may choose among all rows again
+            self.active = np.arange(len(self.sequence))
+        return self.stream.active.live
+
+    def settle(self, live: np.ndarray) -> None:
+        """Leave out the candidates that do not go on. `live` is what `close` gave, on the host."""
+        stream, self.active = self.stream, self.active[live]
+        if (self.depths[self.active] < self.recursion).any():
+            raise ValueError(f"routing={self.method.name} opens recursion {self.recursion} for a token that has left")
+        active = replace(stream.active, live=None)
+        if not live.all():
+            index = torch.nonzero_static(stream.active.live, size=len(self.active)).squeeze(1)
+            lengths = np.bincount(self.sequence[self.active], minlength=len(self.slots))
+            active = active.select(index, tuple(lengths.tolist()))
+            gate = None if stream.gate is None else stream.gate[index]
+            stream = replace(stream, rows=stream.rows[index], gate=gate)
+        self.stream = replace(stream, active=active)
 
     def places(self, slots: list[int]) -> np.ndarray:
         """Which rows are those of some sequences."""
@@ -130,13 +157,18 @@ class Rows:
             for name in ("slot", "position", "recursion", "depths"):
                 setattr(self, name, getattr(self, name)[self.order])
 
-    def gather(self, parts: list[Tensor]) -> Tensor:
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """What `gather` and `scatter` need on the device."""
+        return () if self.order is None else (self.order,)
+
+    def gather(self, parts: list[Tensor], sent: list[Tensor]) -> Tensor:
         """Values of each cohort's rows, in order, [T, ..]."""
         x = torch.cat(parts)
-        return x if self.order is None else x[torch.from_numpy(self.order).to(x.device)]
+        return x[sent[0]] if sent else x
 
-    def scatter(self, x: Tensor) -> tuple[Tensor, ...]:
+    def scatter(self, x: Tensor, sent: list[Tensor]) -> tuple[Tensor, ...]:
         """The inverse of `gather`."""
-        if self.order is not None:
-            x = torch.empty_like(x).index_copy_(0, torch.from_numpy(self.order).to(x.device), x)
+        if sent:
+            x = torch.empty_like(x).index_copy_(0, sent[0], x)
         return x.split(self.lengths)

@@ -20,6 +20,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -33,10 +34,16 @@ Kernel = Callable[[Tensor, Tensor, Tensor, np.ndarray, int, np.ndarray, np.ndarr
 """Attention of some queries to a table each: queries [Q, N, D], keys and values [rows, G, D], tables [tables, pages],
 rows of a page, which queries [n], their tables [n], how many rows they see [n], and the output [Q, N, D]."""
 
+DeviceKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
+"""The same on an accelerator; see `attend_padded`."""
+
+TILE = 16
+"""Rows that a tile of scores has in any case: some queries of a table, with all query heads of a key head."""
+
 Choice = Literal["auto", "native", "torch"]
 
 
-def choose(choice: Choice, dtype: torch.dtype, device: torch.device) -> Kernel | None:
+def choose(choice: Choice, dtype: torch.dtype, device: torch.device) -> Kernel | DeviceKernel | None:
     """The kernel to use; None: PyTorch alone.
 
     Args:
@@ -44,9 +51,12 @@ def choose(choice: Choice, dtype: torch.dtype, device: torch.device) -> Kernel |
     Raises:
         ValueError: native was asked for and cannot be had.
     """
+    fallback = None if device.type == "cpu" else attend_padded
     if choice == "torch":
-        return None
+        return fallback
     try:
+        if device.type == "cuda":
+            return _load_triton()
         if dtype != torch.float32 or device.type != "cpu":
             raise ValueError(f"computes in fp32 on a CPU, and the model is {str(dtype)[6:]} on {device.type}")
         return _load()
@@ -54,7 +64,52 @@ def choose(choice: Choice, dtype: torch.dtype, device: torch.device) -> Kernel |
         if choice == "native":
             raise ValueError(f"attention=native {error}: use attention=torch") from None
         logger.info(f"attention by PyTorch alone: the compiled kernel {error}")
-        return None
+        return fallback
+
+
+def attend_padded(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    table: Tensor,
+    seen: Tensor,
+    begin: Tensor,
+    size: int,
+    most: int,
+) -> Tensor:
+    """What a `DeviceKernel` computes, [Q, N, D], in plain PyTorch: over padded copies of the keys of every query.
+
+    Args:
+        query: [Q, N, D].
+        keys, values: [rows, G, D].
+        tables: numbers of pages, [t, pages].
+        table: which of them each query reads, [Q].
+        seen: how many rows of it the query sees, [Q]; 0: the query is nobody's.
+        begin: first queries of parts that belong to one table, [parts + 1].
+        size: rows of a page.
+        most: queries of a part.
+    """
+    offset = torch.arange(size, device=query.device)
+    places = (tables[table].unsqueeze(2) * size + offset).flatten(1)  # [Q, K]
+    mask = torch.arange(places.shape[1], device=query.device) < seen.clamp(min=1).unsqueeze(1)
+    k, v = (x[places].transpose(1, 2) for x in (keys, values))  # [Q, G, K, D]
+    grouped = query.shape[1] != k.shape[1]
+    q, mask = query.unsqueeze(2), mask[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped).squeeze(2)
+
+
+def _load_triton() -> DeviceKernel:
+    """The kernel of a GPU.
+
+    Raises:
+        ValueError: Triton is not installed.
+    """
+    try:
+        from mor_megatron.serving.paged_attention import paged_attention
+    except ImportError as error:
+        raise ValueError(f"needs Triton ({error}: pip install triton)") from None
+    return paged_attention
 
 
 @cache

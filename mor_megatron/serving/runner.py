@@ -3,11 +3,14 @@
 enter    embedding and first layers of new rows, which then open recursion 0
 advance  one pass of the block for all open rows, whatever their recursion
 leave    last layers, final norm and head for sequences whose rows have all left the block
+
+On an accelerator, each of them sends the host's numbers in one copy, and a pass asks once which rows go on.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,10 +19,11 @@ from torch import Tensor
 
 from mor_megatron.huggingface.attention_mor import rotation_of
 from mor_megatron.huggingface.modeling_mor import NEVER, MoRForCausalLM
-from mor_megatron.serving.attention import Reads, View, run_layer
-from mor_megatron.serving.cohort import GONE, Cohort, Rows
-from mor_megatron.serving.kernel import Kernel
+from mor_megatron.serving.attention import DeviceReads, Reads, View, run_layer
+from mor_megatron.serving.cohort import GONE, Cohort, Entry, Rows
+from mor_megatron.serving.kernel import DeviceKernel, Kernel
 from mor_megatron.serving.pages import Pages, Store
+from mor_megatron.serving.transfer import fetch, send
 
 Options = tuple[int | None, float]
 """Fixed depth, and router threshold."""
@@ -52,13 +56,14 @@ class Runner:
         model: in evaluation mode.
         store: keys and values.
         longest: most tokens of a sequence.
-        kernel: for attention of single rows; None: PyTorch alone.
+        kernel: for attention; on a CPU of single rows, or None: PyTorch alone.
     """
 
-    def __init__(self, model: MoRForCausalLM, store: Store, longest: int, kernel: Kernel | None):
+    def __init__(self, model: MoRForCausalLM, store: Store, longest: int, kernel: Kernel | DeviceKernel | None):
         self.model, self.store, self.kernel = model, store, kernel
         self.plan, self.method = model.model.plan, model.model.router
-        self.device = model.device
+        self.device, config = model.device, model.config
+        self.group = config.num_attention_heads // config.num_key_value_heads
         self.first = [use.physical for use in self.plan.first]
         self.last = [use.physical for use in self.plan.last]
         self.block = [use.physical for use in self.plan.pass_layers(0)]
@@ -101,29 +106,45 @@ class Runner:
         """New rows; their tables have pages for them."""
         self.turns += 1
         slot, position, ids = (np.array(x, np.int64) for x in (rows.slot, rows.position, rows.ids))
-        x = self.model.model.embed_tokens(torch.from_numpy(ids).to(self.device))
+        places: dict[Options, list[int]] = {}
+        for i, options in enumerate(rows.options):
+            places.setdefault(options, []).append(i)
+        kinds = [np.array(mine) for mine in places.values()] if len(places) > 1 else [np.arange(len(ids))]
+        entries = [Entry(slot[mine], position[mine], ids[mine]) for mine in kinds]
+        more = [ids, *kinds, *(array for entry in entries for array in entry.arrays)]
         if self.first:
-            x = self._layers(self.first, x, self._view(self.store.ends, slot, position, slot, position))
+            view, more = self._view(self.store.ends, slot, position, slot, position, more=more)
+        else:
+            more = send(more, self.device)
+        x = self.model.model.embed_tokens(more[0])
+        if self.first:
+            x = self._layers(self.first, x, view)
         for table, count in Counter(rows.slot).items():
             self.store.ends.rows[table] += count
-        kinds: dict[Options, list[int]] = {}
-        for i, options in enumerate(rows.options):
-            kinds.setdefault(options, []).append(i)
-        for (depth, threshold), mine in kinds.items():
-            own = x if len(kinds) == 1 else x[self._tensor(np.array(mine))]
-            arrays = (array[mine] for array in (slot, position, ids))
-            self.cohorts.append(Cohort.enter(self.method, own, *arrays, threshold=threshold, fixed_depth=depth))
+        kinds, sent = more[1 : 1 + len(kinds)], iter(more[1 + len(kinds) :])
+        for (depth, threshold), mine, entry in zip(places, kinds, entries, strict=True):
+            own, arrays = x if len(kinds) == 1 else x[mine], [next(sent) for _ in entry.arrays]
+            self.cohorts.append(Cohort.enter(self.method, own, entry, arrays, threshold=threshold, fixed_depth=depth))
 
     def advance(self) -> None:
         """One pass of the block; the tables have pages for it (`demand`)."""
         cohorts = [cohort for cohort in self.cohorts if cohort.is_open]
         rows = Rows([(cohort, cohort.active) for cohort in cohorts])
-        x = rows.gather([cohort.stream.rows for cohort in cohorts])
-        x = self._layers(self.block, x, self._block_view(rows))
-        for cohort, own in zip(cohorts, rows.scatter(x), strict=True):
-            cohort.close(own)
+        view, order = self._block_view(rows)
+        x = rows.gather([cohort.stream.rows for cohort in cohorts], order)
+        x = self._layers(self.block, x, view)
+        live = [cohort.close(own) for cohort, own in zip(cohorts, rows.scatter(x, order), strict=True)]
+        self._settle([(cohort, own) for cohort, own in zip(cohorts, live, strict=True) if own is not None])
         self.passes += 1
         self._sweep()
+
+    def _settle(self, candidates: list[tuple[Cohort, Tensor]]) -> None:
+        """Ask which of the candidates go on."""
+        if candidates:
+            live = fetch(torch.cat([own for _, own in candidates]))
+            ends = np.cumsum([len(own) for _, own in candidates])
+            for (cohort, _), own in zip(candidates, np.split(live, ends[:-1]), strict=True):
+                cohort.settle(own)
 
     def leave(self, slots: list[int], wanted: dict[int, int]) -> Left:
         """Take out sequences whose rows have all passed the block.
@@ -133,23 +154,32 @@ class Runner:
         """
         parts = [(cohort, cohort.places(slots)) for cohort in self.cohorts]
         parts = [(cohort, places) for cohort, places in parts if len(places) > 0]
-        rows = Rows(parts)
-        x = rows.gather([cohort.stream.hidden[self._tensor(places)] for cohort, places in parts])
+        rows, hidden = Rows(parts), [cohort.stream.hidden for cohort, _ in parts]
         for cohort, _ in parts:
             cohort.forget(slots)
         self._sweep()
         begin = np.flatnonzero(np.append(True, rows.slot[1:] != rows.slot[:-1]))
-        end, slots = np.append(begin[1:], len(x)), rows.slot[begin].tolist()
+        end, slots = np.append(begin[1:], len(rows.slot)), rows.slot[begin].tolist()
         depths = {slot: rows.depths[b:e].tolist() for slot, b, e in zip(slots, begin, end, strict=True)}
         needed = np.concatenate([np.arange(e - wanted[slot], e) for slot, e in zip(slots, end, strict=True)])
-        return Left(depths, self._logits(x, rows, needed))
+        return Left(depths, self._logits(hidden, [places for _, places in parts], rows, needed))
 
-    def _logits(self, x: Tensor, rows: Rows, needed: np.ndarray) -> Tensor:
-        """Last layers of all rows, and the head of the needed ones."""
-        wanted = None if len(needed) == len(x) else self._tensor(needed)
+    def _logits(self, hidden: list[Tensor], places: list[np.ndarray], rows: Rows, needed: np.ndarray) -> Tensor:
+        """Last layers of all rows, which stand at `places` of `hidden`, and the head of the needed ones."""
+        more, reads = [*places, needed, *rows.arrays], None
         if self.last:
-            view = self._view(self.store.ends, rows.slot, rows.position, rows.slot, rows.position)
-            reads = Reads(view.pages, rows.slot[needed], rows.position[needed] + 1, self.kernel, self.device)
+            reads = self._reads(self.store.ends, rows.slot[needed], rows.position[needed] + 1)
+            more += reads.arrays
+            view, more = self._view(self.store.ends, rows.slot, rows.position, rows.slot, rows.position, more=more)
+        else:
+            more = send(more, self.device)
+        own, wanted, more = more[: len(places)], more[len(places)], more[len(places) + 1 :]
+        order, more = more[: len(rows.arrays)], more[len(rows.arrays) :]
+        x = rows.gather([h[mine] for h, mine in zip(hidden, own, strict=True)], order)
+        if len(needed) == len(x):
+            wanted = None
+        if self.last:
+            reads.receive(more)
             x = self._layers(self.last[:-1], x, view)
             x = self._layers(self.last[-1:], x, view, wanted, reads)
         elif wanted is not None:
@@ -160,15 +190,20 @@ class Runner:
         return logits
 
     def _layers(
-        self, layers: list[int], x: Tensor, view: View, wanted: Tensor | None = None, reads: Reads | None = None
+        self,
+        layers: list[int],
+        x: Tensor,
+        view: View,
+        wanted: Tensor | None = None,
+        reads: Reads | DeviceReads | None = None,
     ) -> Tensor:
         """Physical layers, one after the other."""
         for number in layers:
             x = run_layer(self.model.model.layers[number], x, number, view, wanted, reads or view.reads)
         return x
 
-    def _block_view(self, rows: Rows) -> View:
-        """Of a pass of the block; its new rows are counted."""
+    def _block_view(self, rows: Rows) -> tuple[View, list[Tensor]]:
+        """Of a pass of the block, and the order of its rows; new rows are counted."""
         block, count = self.store.block, self.store.recursions
         if count < self.plan.num_recursions:  # all recursions read the table of recursion 0
             table, at, writers = rows.slot * count, rows.position, rows.recursion == 0
@@ -179,9 +214,8 @@ class Runner:
             at = block.rows[table] + np.arange(len(table)) - np.repeat(begin, lengths)
         new, counts = np.unique(table[writers & (rows.slot != GONE)], return_counts=True)
         block.rows[new] += counts
-        return self._view(
-            block, rows.slot, rows.position, table, at, None if writers.all() else np.flatnonzero(writers)
-        )
+        writers = None if writers.all() else np.flatnonzero(writers)
+        return self._view(block, rows.slot, rows.position, table, at, writers, rows.arrays)
 
     def _view(
         self,
@@ -191,20 +225,26 @@ class Runner:
         table: np.ndarray,
         at: np.ndarray,
         writers: np.ndarray | None = None,
-    ) -> View:
-        """Of rows that stand at places `at` of their tables. Those of nobody write to page 0."""
+        more: Sequence[np.ndarray] = (),
+    ) -> tuple[View, list[Tensor]]:
+        """Of rows that stand at places `at` of their tables, and more arrays that are needed on the device. Rows of
+        nobody write to page 0."""
         nobody = slot == GONE
         table, at = np.where(nobody, len(pages.table) - 1, table), np.where(nobody, 0, at)
         places = pages.table[table, at // pages.size].astype(np.int64) * pages.size + at % pages.size
-        reads = Reads(pages, table, np.where(nobody, 0, at + 1), self.kernel, self.device)
-        index = self._tensor(position)
-        rotation = (self.rotation[0][index], self.rotation[1][index])
-        if writers is None:
-            return View(pages, rotation, None, self._tensor(places), reads)
-        return View(pages, rotation, self._tensor(writers), self._tensor(places[writers]), reads)
+        reads = self._reads(pages, table, np.where(nobody, 0, at + 1))
+        stored = [places] if writers is None else [places[writers], writers]
+        arrays = [position, *stored, *reads.arrays]
+        sent = send([*arrays, *more], self.device)
+        reads.receive(sent[1 + len(stored) : len(arrays)])
+        rotation = (self.rotation[0][sent[0]], self.rotation[1][sent[0]])
+        view = View(pages, rotation, None if writers is None else sent[2], sent[1], reads)
+        return view, sent[len(arrays) :]
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+    def _reads(self, pages: Pages, table: np.ndarray, seen: np.ndarray) -> Reads | DeviceReads:
+        if self.device.type == "cpu":
+            return Reads(pages, table, seen, self.kernel)
+        return DeviceReads(pages, table, seen, self.kernel, self.group)
 
     def _sweep(self) -> None:
         self.cohorts = [cohort for cohort in self.cohorts if not cohort.is_empty]

@@ -27,6 +27,8 @@ def outputs_and_gradients(function, inputs: tuple, strided: bool) -> list[Tensor
     inputs = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in inputs]
     found = function(*inputs)
     outputs = found if isinstance(found, tuple) else (found,)
+    if not any(out.requires_grad for out in outputs):
+        return [*outputs]
     total = 0.0
     for out in outputs:
         seen = out.transpose(0, 1) if strided else out
@@ -56,8 +58,11 @@ def losses_and_gradients(function, inputs: tuple) -> list[Tensor]:
 def main(directory: str, cases: str, results: str) -> None:
     """One result for each case: tensors, or the text of what was raised."""
     functions, found = {}, {}
-    for name in ("fused", "fused_loss", "range_attention"):
-        spec = importlib.util.spec_from_file_location(name, os.path.join(directory, f"{name}.py"))
+    for name in ("fused", "fused_loss", "range_attention", "paged_attention"):
+        path = os.path.join(directory, f"{name}.py")
+        if not os.path.exists(path):
+            continue
+        spec = importlib.util.spec_from_file_location(name, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         functions |= vars(module)

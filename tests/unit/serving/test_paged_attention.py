@@ -1,51 +1,106 @@
-"""The compiled kernel, the padded calls of an accelerator and plain PyTorch agree."""
+"""Attention over pages: the compiled kernel, the Triton kernel, padded calls and plain PyTorch agree."""
 
 from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from mor_megatron.serving import kernel
-from mor_megatron.serving.attention import Reads
+from mor_megatron.serving.attention import DeviceReads, Reads
 from mor_megatron.serving.pages import Pages
 
 CPU = torch.device("cpu")
+KERNELS = Path(kernel.__file__).parent
+INTERPRETER = Path(__file__).parents[1] / "model" / "interpreted.py"
+SHAPES = [(2, 2, 64), (4, 1, 32), (6, 2, 128), (4, 2, 20)]
+"""Query heads, key heads, their width."""
+HALF_TOLERANCE = 4e-3  # 11 bits, and weights are rounded before they are multiplied; the interpreter's bf16 is wrong
+Case = tuple[Pages, np.ndarray, np.ndarray, torch.Tensor]
 
 
-@pytest.fixture(params=[(2, 2, 64), (4, 1, 32), (6, 2, 128), (4, 2, 20)], ids=str)
-def case(request):
-    """Queries of five tables, one of them with three queries, and one of nobody."""
-    heads, groups, width = request.param
+def case_of(shape: tuple[int, int, int]) -> Case:
+    """Queries of six tables, two of them with several queries, and two of nobody."""
+    heads, groups, width = shape
     torch.manual_seed(0)
-    pages = Pages({0}, 5, 200, 90, 7, torch.empty(groups, width))
+    pages = Pages({0}, 6, 200, 120, 7, torch.empty(groups, width))
     pages.keys[0].normal_()
     pages.values[0].normal_()
-    for table, rows in enumerate((1, 7, 64, 150, 20)):
+    for table, rows in enumerate((1, 7, 64, 150, 20, 200)):
         pages.grow(table, rows)
-    table = np.array([0, 1, 2, 3, 4, 4, 4, 5])
-    seen = np.array([1, 7, 64, 150, 3, 9, 20, 0])
+    table = np.array([0, 1, 2, 3, 4, 4, 4, *[5] * 19, 6, 6])
+    seen = np.array([1, 7, 64, 150, 3, 9, 20, *range(182, 201), 0, 0])
     return pages, table, seen, 3.0 * torch.randn(len(table), heads, width)
 
 
-def attend(case, native) -> torch.Tensor:
+@pytest.fixture(params=SHAPES, ids=str)
+def case(request) -> Case:
+    return case_of(request.param)
+
+
+def attend(case: Case, native) -> torch.Tensor:
     pages, table, seen, query = case
-    return Reads(pages, table, seen, native, CPU).attend(query, pages.keys[0], pages.values[0])
+    return Reads(pages, table, seen, native).attend(query, pages.keys[0], pages.values[0])
 
 
-def test_all_ways_agree(case, monkeypatch):
+def arguments(case: Case, dtype: torch.dtype = torch.float32) -> tuple:
+    """Of a `DeviceKernel`."""
+    pages, table, seen, query = case
+    reads = DeviceReads(pages, table, seen, lambda *arguments: arguments, query.shape[1] // pages.keys[0].shape[1])
+    reads.receive([torch.from_numpy(array).long() for array in reads.arrays])
+    return reads.attend(*(x.to(dtype) for x in (query, pages.keys[0], pages.values[0])))
+
+
+def test_all_ways_agree(case):
     plain = attend(case, None)
     native = kernel.choose("auto", torch.float32, CPU)
     if native is not None:
         torch.testing.assert_close(attend(case, native), plain, atol=1e-5, rtol=0)
-    monkeypatch.setattr(Reads, "_side_by_side", True)
-    torch.testing.assert_close(attend(case, None), plain, atol=1e-5, rtol=0)
+    torch.testing.assert_close(kernel.attend_padded(*arguments(case)), plain, atol=1e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory) -> dict[tuple, list[torch.Tensor] | str]:
+    """What the Triton kernel gives."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton (requirements-dev.txt)")
+    cases, results = (tmp_path_factory.mktemp("paged") / name for name in ("cases", "results"))
+    each = {(shape, dtype): arguments(case_of(shape), dtype) for shape in SHAPES for dtype in (torch.float32,)}
+    each[SHAPES[2], torch.float16] = arguments(case_of(SHAPES[2]), torch.float16)
+    # A single part of one table: its keys are divided among several programs.
+    query, keys, values, tables, table, seen, _, *sizes = each[SHAPES[1], torch.float32]
+    each["one part"] = (query[20:21], keys, values, tables, table[20:21], seen[20:21], torch.tensor([0, 1]), *sizes)
+    torch.save({key: ("paged_attention", inputs, False) for key, inputs in each.items()}, cases)
+    subprocess.run([sys.executable, INTERPRETER, KERNELS, cases, results], check=True, timeout=300)
+    return torch.load(results, weights_only=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_triton_kernel_equals_plain_attention(interpreted, dtype):
+    for shape in SHAPES if dtype == torch.float32 else SHAPES[2:3]:
+        found, case = interpreted[shape, dtype], case_of(shape)
+        assert not isinstance(found, str), found
+        assert found[0].dtype == dtype
+        tolerance = 1e-5 if dtype == torch.float32 else HALF_TOLERANCE
+        torch.testing.assert_close(found[0][:-2].float(), attend(case, None)[:-2], atol=tolerance, rtol=0)
+        assert not found[0][-2:].any()
+
+
+def test_keys_are_divided_where_programs_are_few(interpreted):
+    found = interpreted["one part"]
+    assert not isinstance(found, str), found
+    torch.testing.assert_close(found[0], attend(case_of(SHAPES[1]), None)[20:21], atol=1e-5, rtol=0)
 
 
 def test_plain_attention_is_attention(case):
     pages, table, seen, query = case
     out = attend(case, None)
-    for i in range(7):
+    for i in range(len(table) - 2):
         places = pages.places(table[i], seen[i])
         k, v = (x[places].repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (pages.keys[0], pages.values[0]))
         weights = (torch.einsum("nd,tnd->nt", query[i], k) / query.shape[2] ** 0.5).softmax(1)
