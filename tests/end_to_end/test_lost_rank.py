@@ -37,7 +37,9 @@ def as_srun(count: int) -> list[dict[str, str]]:
     ("count", "victim", "layout"),
     [
         pytest.param(2, 1, "", id="dp2"),
-        pytest.param(4, 2, "--pipeline-model-parallel-size 2", id="pp2-dp2", marks=pytest.mark.slow),
+        pytest.param(
+            4, 2, "--pipeline-model-parallel-size 2 --micro-batch-size 2", id="pp2-dp2", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_the_others_stop_and_name_it(corpus, tmp_path, count, victim, layout):
