@@ -23,6 +23,7 @@ from mor_megatron.huggingface.options_mor import check_options
 from mor_megatron.inference.loading import StreamDecoder
 from mor_megatron.recursion.setting import check, setting
 from mor_megatron.serving.kernel import choose
+from mor_megatron.serving.packed import pack
 from mor_megatron.serving.pages import build_store
 from mor_megatron.serving.prefix import PrefixCache
 from mor_megatron.serving.request import Event, FinishReason, Logprob, Request, SamplingParams
@@ -55,7 +56,8 @@ class EngineOptions:
     prefix_cache: bool = True
     """Keep keys and values of prompts for others that begin alike, as long as there is room."""
     attention: Literal["auto", "native", "torch"] = "auto"
-    """Attention of single rows on a CPU: by a kernel that is compiled on first use, or by PyTorch alone."""
+    """On a CPU: kernels that are compiled on first use, for attention of single rows and for products with weights that
+    are packed once; or PyTorch alone."""
 
     def __post_init__(self):
         check(self, dashes=False)
@@ -123,7 +125,9 @@ class Engine:
         )
         kernel = choose(options.attention, model.dtype, model.device)
         self.prefixes = PrefixCache(self.store) if options.prefix_cache else None
-        self.runner = Runner(model, self.store, self.max_length, kernel)
+        # The compiled products use one thread.
+        computed = pack(model) if kernel is not None and torch.get_num_threads() == 1 else model
+        self.runner = Runner(computed, self.store, self.max_length, kernel)
         self.scheduler = Scheduler(self.runner, self.prefixes, options.lanes, options.chunk)
         ends = model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])

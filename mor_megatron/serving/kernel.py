@@ -1,6 +1,7 @@
-"""The compiled attention of single rows on a CPU: built on first use, where there is a C++ compiler.
+"""What is compiled for a CPU: built on first use, where there is a C++ compiler.
 
-PyTorch alone would call its attention once a sequence, on a copy of the sequence's keys.
+Attention of single rows: PyTorch alone would call its attention once a sequence, on a copy of the sequence's keys.
+Products with packed weights: see `packed.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("paged_attention.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("paged_attention.cpp", "packed_linear.cpp")]
 COMPILE = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fPIC", "-c")
 # Linked without -ffast-math, which would make the whole process flush denormal numbers.
 LINK = ("-shared",)
@@ -59,7 +60,7 @@ def choose(choice: Choice, dtype: torch.dtype, device: torch.device) -> Kernel |
             return _load_triton()
         if dtype != torch.float32 or device.type != "cpu":
             raise ValueError(f"computes in fp32 on a CPU, and the model is {str(dtype)[6:]} on {device.type}")
-        return _load()
+        return _attention()
     except ValueError as error:
         if choice == "native":
             raise ValueError(f"attention=native {error}: use attention=torch") from None
@@ -113,16 +114,31 @@ def _load_triton() -> DeviceKernel:
 
 
 @cache
-def _load() -> Kernel:
-    """Build the kernel, or find it built.
+def library() -> ctypes.CDLL:
+    """Build the library, or find it built.
 
     Raises:
         ValueError: there is no compiler, or it fails.
     """
-    function = ctypes.CDLL(str(_build())).paged_attention
+    compiled = ctypes.CDLL(str(_build()))
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, number, pointer, pointer, pointer, number, number, *[pointer] * 4, *[number] * 4]
-    function.restype = None
+    for name, result, arguments in (
+        (
+            "paged_attention",
+            None,
+            [pointer, number, pointer, pointer, pointer, number, number, *[pointer] * 4, *[number] * 4],
+        ),
+        ("packed_size", number, [number, number]),
+        ("pack", None, [pointer, number, number, pointer]),
+        ("packed_linear", None, [pointer, number, pointer, number, number, pointer]),
+    ):
+        function = getattr(compiled, name)
+        function.restype, function.argtypes = result, arguments
+    return compiled
+
+
+def _attention() -> Kernel:
+    function = library().paged_attention
 
     def attend(query, keys, values, table, size, which, tables, seen, out) -> None:
         query = query.contiguous()
@@ -141,23 +157,26 @@ def _build() -> Path:
     if compiler is None:
         raise ValueError("needs a C++ compiler, and there is none (c++, g++, clang++, or CXX)")
     # A directory of the user may be shared by machines of different kinds.
-    kind = "|".join([SOURCE.read_text(), compiler, *COMPILE, *LINK, platform.machine(), _processor()])
+    texts = [source.read_text() for source in SOURCES]
+    kind = "|".join([*texts, compiler, *COMPILE, *LINK, platform.machine(), _processor()])
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mor-megatron"
-    library = base / f"paged_attention-{hashlib.sha256(kind.encode()).hexdigest()[:16]}.so"
-    if library.exists():
-        return library
+    result = base / f"serving-{hashlib.sha256(kind.encode()).hexdigest()[:16]}.so"
+    if result.exists():
+        return result
     try:
         base.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=base) as work:
-            compiled, linked = Path(work, "kernel.o"), Path(work, "kernel.so")
-            for command in (*COMPILE, str(SOURCE), "-o", str(compiled)), (*LINK, str(compiled), "-o", str(linked)):
+            compiled = {source: Path(work, source.stem).with_suffix(".o") for source in SOURCES}
+            linked = Path(work, "serving.so")
+            commands = [(*COMPILE, str(source), "-o", str(part)) for source, part in compiled.items()]
+            for command in (*commands, (*LINK, *map(str, compiled.values()), "-o", str(linked))):
                 subprocess.run([compiler, *command], check=True, capture_output=True, text=True)
-            linked.replace(library)
+            linked.replace(result)
     except subprocess.CalledProcessError as error:
         raise ValueError(f"did not compile with {compiler}: {error.stderr.strip().splitlines()[-1:]}") from None
     except OSError as error:
         raise ValueError(f"could not be built: {error}") from None
-    return library
+    return result
 
 
 def _processor() -> str:

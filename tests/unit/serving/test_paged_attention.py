@@ -117,7 +117,7 @@ def test_native_is_refused_in_words(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="attention=native computes in fp32 on a CPU, and the model is float64 on cpu"):
         kernel.choose("native", torch.float64, CPU)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    kernel._load.cache_clear()
+    kernel.library.cache_clear()
     monkeypatch.setattr(kernel.shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(
@@ -128,4 +128,4 @@ def test_native_is_refused_in_words(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(ValueError, match="did not compile with false"):
         kernel.choose("native", torch.float32, CPU)
-    kernel._load.cache_clear()
+    kernel.library.cache_clear()
