@@ -18,6 +18,7 @@ from mor_megatron.command import exit_status
 from mor_megatron.scaling import report
 from mor_megatron.scaling.family import FAMILY, Recipe, Run, plan_family, read_family, write_family
 from mor_megatron.scaling.results import read_result
+from mor_megatron.scaling.side_by_side import SideBySide
 
 
 def run_plan(args: argparse.Namespace) -> None:
@@ -55,15 +56,27 @@ def costs(runs: list[Run]) -> tuple[float, float]:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    """Train a family in this process; its exit status is that of pretrain_mor.py.
+    """Train a family in this process, or its models in several; the exit status is that of pretrain_mor.py.
 
     Raises:
-        ValueError: there is no family, or a run's settings, data or checkpoint do not fit.
+        ValueError: there is no family or no such model, or a run's settings, data or checkpoint do not fit.
     """
     from mor_megatron.pretraining.stopping import EXIT_STOPPED
-    from mor_megatron.scaling.train import train_family  # loads Megatron-core
 
-    return 0 if train_family(read_family(args.directory)) else EXIT_STOPPED
+    family = read_family(args.directory)
+    models = list(dict.fromkeys(Path(run.directory).name for run in family))
+    chosen = args.models or models
+    for name in chosen:
+        if name not in models:
+            raise ValueError(f"models={name} is not in {args.directory}: use some of {', '.join(models)}")
+    if args.jobs is None:
+        from mor_megatron.scaling.train import train_family  # loads Megatron-core
+
+        runs = [run for run in family if Path(run.directory).name in chosen]
+        return 0 if train_family(runs) else EXIT_STOPPED
+    command = [sys.executable, __file__, "train", str(args.directory), "--models"]
+    statuses = SideBySide(command, args.directory).train(chosen, args.jobs)
+    return next((status for status in statuses if status not in (0, EXIT_STOPPED)), max(statuses))
 
 
 def run_report(args: argparse.Namespace) -> None:
@@ -119,9 +132,11 @@ def main() -> int:
     )
     plan.add_argument("--settings", nargs=argparse.REMAINDER, default=[], help="flags for every run; must come last")
 
-    train = commands.add_parser("train", help="train all runs, one after another, in one process")
+    train = commands.add_parser("train", help="train all runs, one after another, in one process or in several")
     train.set_defaults(run=run_train)
     train.add_argument("directory", type=Path, help="of the family")
+    train.add_argument("--models", nargs="+", help="only these, by the names of their directories")
+    train.add_argument("--jobs", type=int, help="train so many models side by side, each in a process of its own")
 
     reporting = commands.add_parser(
         "report", help="print tables and fits, and plot them, from metrics.jsonl of finished runs"

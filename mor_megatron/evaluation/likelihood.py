@@ -34,6 +34,8 @@ class ModeResult:
     """Bits of all predictions divided by the bytes of the predicted text; None without a tokenizer."""
     fractions: tuple[float, ...]
     """Fraction of tokens that take each recursion, [Nr]."""
+    losses: tuple[float, ...]
+    """Negative log-likelihood of each sequence, the sum over its predictions, nats, [sequences]."""
 
     @property
     def mean_depth(self) -> float:
@@ -61,11 +63,17 @@ class _Sums:
     """Sums over batches and ranks, in float64."""
 
     def __init__(
-        self, modes: Sequence[Mode], num_recursions: int, calibration: Calibration | None, device: torch.device
+        self,
+        modes: Sequence[Mode],
+        sequences: int,
+        num_recursions: int,
+        calibration: Calibration | None,
+        device: torch.device,
     ):
         self.counts = torch.zeros(4, dtype=torch.float64, device=device)
         """Numbers of sequences, predictions, bytes, and tokens that have the same depth in two modes."""
-        self.losses = torch.zeros(len(modes), dtype=torch.float64, device=device)
+        self.losses = torch.zeros(len(modes), sequences, dtype=torch.float64, device=device)
+        """Of each sequence; another rank's are 0."""
         self.depths = torch.zeros(len(modes), num_recursions + 1, dtype=torch.float64, device=device)
         """Number of tokens by the recursions that they took."""
         self.calibration = calibration
@@ -100,17 +108,19 @@ def likelihood(
     calibration = None
     if any(mode.name == TOPK for mode in modes) and model.model.router.threshold_routers:
         calibration = Calibration(config.plan.capacities, config.router_threshold, device)
-    sums = _Sums(modes, config.num_recursions, calibration, device)
+    sums = _Sums(modes, len(pieces), config.num_recursions, calibration, device)
     mine = range(rank, len(pieces), world)
     for start in range(0, len(mine), batch_size):
-        batch = pad([pieces[i] for i in mine[start : start + batch_size]])
-        _add(model, batch, modes, sums, nbytes)
+        taken = mine[start : start + batch_size]
+        _add(model, pad([pieces[i] for i in taken]), taken, modes, sums, nbytes)
     if world > 1:
         sums.over_ranks()
     return _results(modes, sums, nbytes is not None)
 
 
-def _add(model: MoRForCausalLM, batch: Padded, modes: Sequence[Mode], sums: _Sums, nbytes: Tensor | None) -> None:
+def _add(
+    model: MoRForCausalLM, batch: Padded, places: range, modes: Sequence[Mode], sums: _Sums, nbytes: Tensor | None
+) -> None:
     labels = batch.labels.to(model.device)
     counted = batch.labels[batch.labels != IGNORED]
     sums.counts[0] += len(batch.tokens)
@@ -125,7 +135,7 @@ def _add(model: MoRForCausalLM, batch: Padded, modes: Sequence[Mode], sums: _Sum
             sums.calibration.add(logits, depths[mode.name])
         else:
             losses, depths[mode.name] = _run(model, batch, labels, mode)
-        sums.losses[i] += losses
+        sums.losses[i, places.start : places.stop : places.step] = losses
         passed = depths[mode.name]
         sums.depths[i] += torch.bincount(passed[passed >= 0].long(), minlength=sums.depths.shape[1])
     if sums.calibration is not None:
@@ -133,15 +143,15 @@ def _add(model: MoRForCausalLM, batch: Padded, modes: Sequence[Mode], sums: _Sum
 
 
 def _run(model: MoRForCausalLM, batch: Padded, labels: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
-    """The sum of the losses, and the depths [B, S]."""
+    """The sum of each sequence's losses [B], and the depths [B, S]."""
     output = model(batch.tokens.to(model.device), batch.mask.to(model.device), use_cache=False, **mode.options)
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    totals = []
     for logits, wanted in zip(
         output.logits, labels, strict=True
     ):  # fp32 copies of the logits for one sequence at a time
         losses = F.cross_entropy(logits.float(), wanted, ignore_index=IGNORED, reduction="none")
-        total += losses.sum(dtype=torch.float64)
-    return total, output.depths
+        totals.append(losses.sum(dtype=torch.float64))
+    return torch.stack(totals), output.depths
 
 
 def _results(modes: Sequence[Mode], sums: _Sums, has_bytes: bool) -> Likelihood:
@@ -149,11 +159,14 @@ def _results(modes: Sequence[Mode], sums: _Sums, has_bytes: bool) -> Likelihood:
     if tokens == 0:
         raise ValueError("no token counts as a prediction: give other data")
     results = []
-    for mode, loss, by_depth in zip(modes, sums.losses.tolist(), sums.depths.cpu(), strict=True):
+    for mode, losses, by_depth in zip(modes, sums.losses.tolist(), sums.depths.cpu(), strict=True):
+        loss = math.fsum(losses)
         nll = loss / tokens
         passing = by_depth.flip(0).cumsum(0).flip(0) / by_depth.sum()  # [Nr + 1]: at least this deep
         bits = loss / math.log(2) / total_bytes if has_bytes and total_bytes > 0 else None
-        results.append(ModeResult(mode, nll, math.exp(min(nll, 700.0)), bits, tuple(passing[1:].tolist())))
+        results.append(
+            ModeResult(mode, nll, math.exp(min(nll, 700.0)), bits, tuple(passing[1:].tolist()), tuple(losses))
+        )
     seen = sums.depths[0].sum().item()
     return Likelihood(
         sequences=int(sequences),

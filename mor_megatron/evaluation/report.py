@@ -31,6 +31,7 @@ def summary(model: MoRConfig, found: Likelihood, seq_length: int) -> dict:
             "mean_depth": result.mean_depth,
             "fractions": list(result.fractions),
             "executed_flops_per_token": executed_flops_per_token(config, result.fractions),
+            "losses": list(result.losses),
         }
     return {
         "sequences": found.sequences,

@@ -87,7 +87,12 @@ def test_a_family_from_plan_to_report(corpus, tmp_path):
         "plan", "--output", directory, *options, *files["sizes"], "--settings", "--num-attention-heads", 2
     )
     assert "24 runs" in planned
-    isoflops("train", directory)
+    assert sorted(isoflops("train", directory, "--jobs", "2").splitlines()) == sorted(
+        f"{method}-h{width}-seed{seed}: finished"
+        for method in ("vanilla", "mor")
+        for width in (8, 12, 16)
+        for seed in (1, 2)
+    )
     assert "==" not in isoflops("train", directory), "everything had finished"
     tables = report(directory)
     assert tables.returncode == 0

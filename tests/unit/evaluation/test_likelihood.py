@@ -38,12 +38,15 @@ def test_losses_of_a_padded_batch_are_those_of_each_sequence_alone(name: str):
     counted = sum(LENGTHS) - 2
     assert (found.sequences, found.tokens, found.nbytes) == (5, counted, 2 * counted)
     for result in found.results:
-        total, passed = 0.0, torch.zeros(model.config.num_recursions, dtype=torch.int64)
+        losses, passed = [], torch.zeros(model.config.num_recursions, dtype=torch.int64)
         for piece in pieces():
             with torch.no_grad():
                 output = model(piece.tokens[None], **result.mode.options)
-            total += F.cross_entropy(output.logits[0], piece.labels, ignore_index=IGNORED, reduction="sum").item()
+            loss = F.cross_entropy(output.logits[0], piece.labels, ignore_index=IGNORED, reduction="sum")
+            losses.append(loss.item())
             passed += (output.depths[0] > torch.arange(len(passed))[:, None]).sum(1)
+        total = sum(losses)
+        assert result.losses == pytest.approx(losses, rel=1e-6), result.mode
         assert result.nll == pytest.approx(total / counted, rel=1e-6), result.mode
         assert result.perplexity == pytest.approx(math.exp(total / counted), rel=1e-6)
         assert result.bits_per_byte == pytest.approx(total / math.log(2) / (2 * counted), rel=1e-6)

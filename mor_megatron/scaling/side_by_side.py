@@ -1,0 +1,58 @@
+"""Train the models of a family side by side, each in a process of its own: one small model does not fill a GPU."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from mor_megatron.pretraining.stopping import EXIT_STOPPED
+
+
+class SideBySide:
+    """The models of a family, each trained by a process of its own.
+
+    Args:
+        command: trains one model; its name follows.
+        logs: directory of the family; a process writes to DIR/NAME/train.log.
+    """
+
+    def __init__(self, command: Sequence[str], logs: Path):
+        self.command = command
+        self.logs = logs
+        self.stopped = False
+        self._running: set[subprocess.Popen] = set()
+
+    def train(self, names: Sequence[str], jobs: int) -> list[int]:
+        """Train the models, at most `jobs` at a time; their exit statuses. To be called in the main thread.
+
+        SIGTERM is passed on to those that train, and no other is started.
+        """
+        before = signal.signal(signal.SIGTERM, lambda *_: self._stop())
+        try:
+            with ThreadPoolExecutor(jobs) as pool:
+                return list(pool.map(self._one, names))
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _one(self, name: str) -> int:
+        if self.stopped:
+            return EXIT_STOPPED
+        with (
+            open(self.logs / name / "train.log", "ab") as log,
+            subprocess.Popen([*self.command, name], stdout=log, stderr=subprocess.STDOUT) as process,
+        ):
+            self._running.add(process)
+            if self.stopped:  # in between
+                process.terminate()
+            status = process.wait()
+            self._running.discard(process)
+        print(f"{name}: {'finished' if status == 0 else f'exit status {status}, see its train.log'}", flush=True)
+        return status
+
+    def _stop(self) -> None:
+        self.stopped = True
+        for process in tuple(self._running):
+            process.terminate()
