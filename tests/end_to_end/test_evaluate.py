@@ -73,6 +73,7 @@ def test_ranks_share_the_work_and_agree(workers, run: Path, corpus: str, tmp_pat
         other = together["ways"][name]
         assert other["nll"] == pytest.approx(mode["nll"], rel=FP32_TOL), name
         assert other["fractions"] == pytest.approx(mode["fractions"]), name
+        assert other["losses"] == pytest.approx(mode["losses"], rel=FP32_TOL), name
     assert together["same_depth"] == pytest.approx(alone["same_depth"])
     for one, three in zip(alone["calibration"], together["calibration"], strict=True):
         assert three["candidates"] == one["candidates"]
