@@ -5,9 +5,11 @@ Programs import torch only after they have read their arguments: --help and a wr
 
 from __future__ import annotations
 
+import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable
+from pathlib import Path
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Value of --dtype -> torch's name."""
@@ -29,6 +31,44 @@ def load_extension(arguments: Namespace) -> None:
         from mor_megatron.config.extension import load_extension as load
 
         load(arguments.extension)
+
+
+def add_server(parser: ArgumentParser) -> None:
+    """Options of a server and its engine, with vLLM's names where it has one; `serving.http.build` reads them."""
+    parser.add_argument("--model", type=Path, required=True, help="export, a run's --save directory, or a checkpoint")
+    add_extension(parser)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    parser.add_argument("--device", help="default: cuda if available, otherwise cpu")
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", help="address to listen at; default 127.0.0.1, this machine only")
+    server.add_argument("--port", type=int, help="default 8000; 0: any free one, which is printed")
+    key = "MOR_API_KEY"
+    server.add_argument(
+        "--api-key",
+        default=os.environ.get(key) or None,
+        help=f"what clients must send; default ${key}; without any, nothing",
+    )
+    server.add_argument("--served-model-name", dest="name", help="default: the last part of --model")
+    server.add_argument("--chat-template", type=Path, help="Jinja file; default: the tokenizer's own")
+    server.add_argument("--max-waiting", type=int, help="requests that wait for a lane, before 429; default 256")
+    server.add_argument("--max-logprobs", type=int, help="most likely tokens a request may ask for; default 20")
+    server.add_argument("--max-body-size", type=int, help="bytes of a request, before 413; default 8 MiB")
+    server.add_argument("--shutdown-timeout", type=int, help="seconds to drain after SIGTERM; default 60")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument(
+        "--max-model-len", dest="max_length", type=int, help="tokens of a sequence; default: the model's"
+    )
+    engine.add_argument("--max-num-seqs", dest="lanes", type=int, help="sequences that run at a time; default 32")
+    engine.add_argument(
+        "--max-num-batched-tokens", dest="chunk", type=int, help="rows of prompts inside the model; default 256"
+    )
+    engine.add_argument("--block-size", dest="page_size", type=int, help="rows of a page; default 16")
+    engine.add_argument(
+        "--kv-cache-memory-bytes", dest="kv_bytes", type=int, help="default: enough for all sequences at their longest"
+    )
+    engine.add_argument("--enable-prefix-caching", dest="prefix_cache", action=BooleanOptionalAction, default=True)
+    engine.add_argument("--turn-at", type=int, help="sequences that wait for the outer layers; default half of all")
+    engine.add_argument("--attention-backend", dest="attention", choices=("auto", "native", "torch"))
 
 
 def exit_status(work: Callable[[], int | None], failures: tuple[type[ValueError], ...] = ()) -> int:
