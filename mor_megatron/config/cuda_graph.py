@@ -25,6 +25,8 @@ def _obstacle(config: Config) -> str | None:
     method = method_of(routing)
     if method.static_from(config.recursion) is None:
         return f"routing={routing}, which runs another number of tokens in each micro-batch: use expert_choice or none"
+    if config.distillation.distill_from is not None:
+        return f"distill-from={config.distillation.distill_from}, whose teacher runs beside it: drop it"
     if config.data.reset_attention_mask:
         return "reset-attention-mask=True, whose masks depend on the documents of a micro-batch: drop it"
     if training.zero_stage != 1 or not training.bf16 or training.optimizer_cpu_offload:

@@ -55,6 +55,7 @@ _WITH_RESUMED_STATE = (
 _WITH_SAVE = ("--save", lambda config: config.checkpoint.save is not None)
 _WITH_KEEP_LAST = ("--keep-last", lambda config: config.checkpoint.keep_last is not None)
 _WITH_SPIKES = ("--loss-spike-factor", lambda config: config.faults.loss_spike_factor is not None)
+_WITH_TEACHER = ("--distill-from", lambda config: config.distillation.distill_from is not None)
 _WITH_PROFILE = ("--profile", lambda config: config.logging.profile)
 _WITH_WANDB = ("--wandb-project", lambda config: config.logging.wandb_project is not None)
 
@@ -159,6 +160,18 @@ class OptimizerConfig:
     """Global gradient norm is clipped to this; 0 switches clipping off."""
     fused_optimizer: Literal["auto", "on", "off"] = setting("auto", read_with=_WITH_ADAM)
     """PyTorch's fused AdamW, one kernel a step. auto: where this build of PyTorch has it."""
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Learning from the predictions of another model, the teacher (docs/inference.md)."""
+
+    distill_from: str | None = None
+    """Teacher: an export, or a Llama, Mistral or Qwen2 directory, of this run's tokenizer. It runs beside the model."""
+    distill_weight: float = setting(0.5, least=0, most=1, read_with=_WITH_TEACHER)
+    """w in the loss (1 - w) * cross entropy + w * T^2 * KL(teacher || model)."""
+    distill_temperature: float = setting(1.0, above=0, read_with=_WITH_TEACHER)
+    """T, which divides the logits of both in the KL divergence."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_type_hints
 from mor_megatron.config.run_schema import (
     CheckpointConfig,
     DataConfig,
+    DistillationConfig,
     FaultConfig,
     LoggingConfig,
     OptimizerConfig,
@@ -123,6 +124,7 @@ class Config:
     recursion: RecursionConfig = field(default_factory=lambda: RecursionConfig(), metadata={CHANGE: Change.FUNCTION})
     data: DataConfig = field(default_factory=DataConfig, metadata={CHANGE: Change.REPORTED})
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig, metadata={CHANGE: Change.REPORTED})
+    distillation: DistillationConfig = field(default_factory=DistillationConfig, metadata={CHANGE: Change.REPORTED})
     training: TrainingConfig = field(default_factory=TrainingConfig, metadata={CHANGE: Change.REPORTED})
     parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata={CHANGE: Change.REPORTED})
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata={CHANGE: Change.SILENT})

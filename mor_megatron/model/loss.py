@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from mor_megatron.model.distillation import Predictions
 from mor_megatron.model.elementwise import tried
 from mor_megatron.model.products import add_product
 
@@ -27,6 +28,9 @@ Merge = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """From what each rank has of a row to what all have: `over_ranks`."""
 CrossEntropy = Callable[[Tensor, Tensor, Tensor | None, int, Merge], Tensor]
 """`cross_entropy`, or what is faster and equal to it."""
+Criterion = Callable[[slice, Tensor, Tensor | None], Tensor]
+"""Losses [n] of a slice of the rows from their logits [n, V/TP], which become the gradient of the losses' sum, weighted
+by the last argument, [n]."""
 
 
 def whole_losses(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
@@ -47,6 +51,7 @@ def chunked_losses(
     chunk: int,
     vocab_size: int,
     sequence_parallel: bool,
+    teacher: Predictions | None = None,
 ) -> Tensor:
     """Cross entropy of each token, from the head's weight. Its gradient must be a multiple of `counted`.
 
@@ -58,8 +63,10 @@ def chunked_losses(
         chunk: rows whose logits are computed at once.
         vocab_size: entries of the vocabulary that are no padding.
         sequence_parallel: `hidden` is a share.
+        teacher: its predictions for the same tokens, which are learned as well.
     Returns:
-        [S, B] fp32.
+        [S, B] fp32. With a teacher, [3, S, B]: what is minimized, then cross entropy and KL divergence, which have no
+        gradient.
     Raises:
         RuntimeError: in the backward pass, on the device: the gradient is no multiple of `counted`.
     """
@@ -71,8 +78,20 @@ def chunked_losses(
     rows = hidden.reshape(-1, hidden.shape[-1])
     trains = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     real = _real(len(weight), vocab_size)
-    losses = ChunkedLoss.apply(rows, weight, labels.reshape(-1), counted.reshape(-1), chunk, real, trains)
-    return losses.view(labels.shape)
+    group = parallel_state.get_tensor_model_parallel_group()
+    own = labels.reshape(-1) - dist.get_rank(group) * len(weight)  # places in this rank's part; outside: another rank's
+
+    def cross_entropies(part: slice, logits: Tensor, weights: Tensor | None) -> Tensor:
+        return implementation(logits.device.type)(logits, own[part], weights, real, partial(over_ranks, group))
+
+    def distilled(part: slice, logits: Tensor, weights: Tensor | None) -> Tensor:
+        return teacher.compare(part, logits, own[part], weights, real, group)
+
+    criterion = cross_entropies if teacher is None else distilled
+    losses = ChunkedLoss.apply(rows, weight, counted.reshape(-1), chunk, criterion, trains)
+    if teacher is None:
+        return losses.view(labels.shape)
+    return torch.stack([losses, *teacher.parts]).view(3, *labels.shape)
 
 
 def _real(share: int, vocab_size: int) -> int:
@@ -81,13 +100,10 @@ def _real(share: int, vocab_size: int) -> int:
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Losses [n] of rows [n, H]; see `chunked_losses`."""
+    """Losses [n] of rows [n, H], which a criterion gives for a chunk; see `chunked_losses`."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, counted, chunk, real, trains) -> Tensor:
-        cross_entropy, group = implementation(hidden.device.type), parallel_state.get_tensor_model_parallel_group()
-        merge = partial(over_ranks, group)
-        own = labels - dist.get_rank(group) * len(weight)  # places in this rank's part; outside of it: another rank's
+    def forward(ctx, hidden, weight, counted, chunk, criterion: Criterion, trains) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))
         if trains:
@@ -97,7 +113,7 @@ class ChunkedLoss(torch.autograd.Function):
             part = slice(begin, begin + chunk)
             rows = hidden[part]
             logits = torch.mm(rows, weight.t(), out=buffer[: len(rows)])
-            losses[part] = cross_entropy(logits, own[part], counted[part] if trains else None, real, merge)
+            losses[part] = criterion(part, logits, counted[part] if trains else None)
             if trains:  # the logits have become their gradient
                 torch.mm(logits, weight, out=grad_hidden[part])
                 add_product(grad_weight, logits.t(), rows)
@@ -113,7 +129,7 @@ class ChunkedLoss(torch.autograd.Function):
         is_multiple = ((grad - scale * counted).abs() > 1e-5 * scale.abs()).logical_not().all()
         torch._assert_async(is_multiple, "the gradient of the losses is no multiple of the tokens' weights in the loss")
         scale = scale.squeeze(0)
-        return grad_hidden.mul_(scale), grad_weight.mul_(scale), *[None] * 5
+        return grad_hidden.mul_(scale), grad_weight.mul_(scale), *[None] * 4
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None, real: int, merge: Merge) -> Tensor:

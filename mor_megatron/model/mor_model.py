@@ -27,6 +27,7 @@ from mor_megatron.data.batch import Batch
 from mor_megatron.distributed.cpu import device
 from mor_megatron.distributed.row_exchange import ShardedRows
 from mor_megatron.model.attention import AttentionMetadata, KeyValue, LayerCall, PartialProduct, RotaryTable
+from mor_megatron.model.distillation import Distillation
 from mor_megatron.model.elementwise import implementation
 from mor_megatron.model.initialization import initialize_weights
 from mor_megatron.model.layer_spec import MoRTransformerLayer, RMSNorm, layer_spec, transformer_config
@@ -72,7 +73,9 @@ class MoRModel(MegatronModule):
         self.run_config = config
         self.pipeline: PipelinePlan = pipeline_plan(config)
         self.plan: RecursionPlan = self.pipeline.plan
-        self.stage = parallel_state.get_pipeline_model_parallel_rank()
+        # A model of one stage may stand beside a pipeline: a teacher.
+        self.stage = parallel_state.get_pipeline_model_parallel_rank() if self.pipeline.num_stages > 1 else 0
+        self.distillation: Distillation | None = None
         self.vocab_size = config.model.vocab_size
         self.padded_vocab_size = padded_vocab_size(
             self.vocab_size, config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size
@@ -152,6 +155,7 @@ class MoRModel(MegatronModule):
     def forward(self, batch: Batch, context: RoutingContext | None = None) -> Tensor:
         """Per-token cross entropy [B, S] fp32, unmasked, or logits [B, S, V] when the batch has no labels.
 
+        In training with a teacher, [3, B, S]: what is minimized, and its parts (`distillation.py`).
         The gradient of the losses must be a multiple of the batch's loss mask (`loss.chunked_losses`).
         Router losses, scaled by their coefficients and `context.router_loss_scale`, are attached to the graph; router
         metrics are left in `context.metrics`.
@@ -159,6 +163,10 @@ class MoRModel(MegatronModule):
         Raises:
             ValueError: the sequence is longer than max-position-embeddings.
         """
+        return self.predict(self.final_states(batch, context), batch)
+
+    def final_states(self, batch: Batch, context: RoutingContext | None = None) -> Tensor:
+        """What the head reads of every token, [S, B, H], or this rank's share of the sequence."""
         assert self.pipeline.num_stages == 1, "a pipeline runs through pipeline.ring"
         context = context or RoutingContext()
         metadata = self.attention_metadata(batch)
@@ -178,7 +186,7 @@ class MoRModel(MegatronModule):
 
         idle = walk_along if self.run_config.training.zero_stage == 3 else None
         stream = run_recursions(self.router, stream, run, context, idle)
-        return self.head(stream.merged(self.rows).hidden, metadata, batch)
+        return self.finish(stream.merged(self.rows).hidden, metadata)
 
     def set_input_tensor(self, input_tensor) -> None:
         """Megatron-core's schedules hand over what the previous stage sent; a single stage receives nothing."""
@@ -249,16 +257,29 @@ class MoRModel(MegatronModule):
         return rows
 
     def head(self, hidden: Tensor, metadata: AttentionMetadata, batch: Batch) -> Tensor:
-        """Unique last layers, final norm, head and loss: [S, B, H] -> [B, S] or logits [B, S, V]."""
+        """Unique last layers, final norm, head and loss: [S, B, H] -> as `forward`."""
+        return self.predict(self.finish(hidden, metadata), batch)
+
+    def finish(self, hidden: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """Unique last layers and final norm, [S, B, H] -> the same shape."""
         hidden = self.run_layers(self.plan.last, hidden, metadata, metadata.all_tokens)
-        hidden = self.final_layernorm(hidden)
-        tied = self.embedding.word_embeddings.weight if self.output_layer.weight is None else None
+        return self.final_layernorm(hidden)
+
+    @property
+    def tied_head(self) -> nn.Parameter | None:
+        """The embedding, where it is the head's weight as well."""
+        return self.embedding.word_embeddings.weight if self.output_layer.weight is None else None
+
+    def predict(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Head and loss: [S, B, H] -> as `forward`."""
+        tied = self.tied_head
         if batch.labels is None:
             logits, _ = self.output_layer(hidden, weight=tied)  # [S, B, V/TP]
             return gather_from_tensor_model_parallel_region(logits)[..., : self.vocab_size].transpose(0, 1)
         labels = batch.labels.transpose(0, 1).contiguous()
         chunk = self.loss_chunk_rows
-        if chunk == 0 or (labels.numel() <= chunk and not hidden.is_cuda):
+        teacher = None if self.distillation is None or not self.training else self.distillation.predictions(batch)
+        if teacher is None and (chunk == 0 or (labels.numel() <= chunk and not hidden.is_cuda)):
             logits, _ = self.output_layer(hidden, weight=tied)
             return whole_losses(logits, labels, self.vocab_size).transpose(0, 1)
         counted = None if batch.loss_mask is None else batch.loss_mask.transpose(0, 1)
@@ -266,9 +287,10 @@ class MoRModel(MegatronModule):
 
         def losses(hidden: Tensor, weight: Tensor | None, bias: None) -> Tensor:
             weight = weight if tied is None else tied
-            return chunked_losses(hidden, weight, labels, counted, chunk, self.vocab_size, sequence_parallel)
+            arguments = hidden, weight, labels, counted, chunk or labels.numel(), self.vocab_size, sequence_parallel
+            return chunked_losses(*arguments) if teacher is None else chunked_losses(*arguments, teacher)
 
-        return self.output_layer(hidden, product=losses).transpose(0, 1)
+        return self.output_layer(hidden, product=losses).transpose(-2, -1)
 
 
 def _run_layer(layer: MoRTransformerLayer, rows: Tensor, call: LayerCall) -> tuple[Tensor, KeyValue | None]:

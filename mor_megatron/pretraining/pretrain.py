@@ -52,6 +52,10 @@ def _pretrain(config: Config, stopper: Stopper, writers: list[Writer]) -> bool:
     kept = None if tokenizer is None else KeptTokenizer.of(config.data.tokenizer_type, tokenizer)
     batches = build_data(config, tokenizer)
     model = build_model(config)
+    if config.distillation.distill_from is not None and not config.training.skip_train:
+        from mor_megatron.huggingface.teacher import load_teacher  # imports transformers, which other runs do without
+
+        model.distillation = load_teacher(model, config, tokenizer)
     engine = build_engine(model, config)
     print_rank_0(capability_line(config))
     progress = load_checkpoint(engine, config, kept)

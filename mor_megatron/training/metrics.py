@@ -24,6 +24,8 @@ TOPK_LOSS, THRESHOLD_LOSS = "validation_loss_topk", "validation_loss_threshold"
 """Validation loss by how tokens are selected: the whole sequence's best, which is not causal; one by one, which is."""
 FIXED_DEPTH_LOSS = "validation_loss_depth_{}"
 """Validation loss with every token at one depth, counted from 1 (`--eval-fixed-depths`); causal."""
+DIVERGENCE = "distillation_kl"
+"""KL(teacher || model) of training tokens at --distill-temperature, nats; `lm_loss` beside it is the cross entropy."""
 CORPUS_LOSS = "{}/{}"
 """Loss on one of several corpora: `TOPK_LOSS` or `THRESHOLD_LOSS`, and the corpus's name."""
 
@@ -74,6 +76,7 @@ def training_record(
         "tflops_per_gpu": flops.model * tera_a_second,
         "utilisation": flops.model * tera_a_second / peak_tflops,
         "hardware_utilisation": flops.hardware * tera_a_second / peak_tflops,
+        **({} if report.divergence is None else {DIVERGENCE: report.divergence}),
         **report.routing,
     }
     return {name: value if math.isfinite(value) else None for name, value in record.items()}

@@ -52,6 +52,8 @@ class StepReport:
     """Global ranks whose own loss or gradient was not finite; empty if only their sum overflowed."""
     routing: dict[str, float]
     """Router metrics (names in `recursion.context`), means over the global batch."""
+    divergence: float | None = None
+    """Mean KL(teacher || model) over the counted tokens, at the temperature of distillation; None without a teacher."""
     loss_scale: float = 1.0
     """What losses were multiplied by in the backward pass; 1 but for fp16."""
     overflow: bool = False
@@ -163,6 +165,7 @@ class _Forward:
         self.loss_scale = loss_scale
         self.checks_routing = checks_routing
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device())
+        self.divergence_sum = torch.zeros_like(self.loss_sum)
         self.contexts: list[RoutingContext] = []
 
     def context(self) -> RoutingContext:
@@ -174,10 +177,17 @@ class _Forward:
         return self.contexts[-1]
 
     def loss(self, losses: Tensor, batch: Batch) -> Tensor:
-        """[B, S] -> the scalar to call backward on. DeepSpeed averages over ranks, hence their number in the scale."""
-        loss_sum = masked_sum(losses, batch)
-        self.loss_sum += loss_sum.detach()
-        return loss_sum * self.gradient_scale
+        """[B, S], or [3, B, S] with a teacher, -> the scalar to call backward on.
+
+        DeepSpeed averages over ranks, hence their number in the scale."""
+        if losses.dim() == 2:
+            loss_sum = masked_sum(losses, batch)
+            self.loss_sum += loss_sum.detach()
+            return loss_sum * self.gradient_scale
+        minimized, cross_entropy, divergence = (masked_sum(part, batch) for part in losses)
+        self.loss_sum += cross_entropy.detach()
+        self.divergence_sum += divergence.detach()
+        return minimized * self.gradient_scale
 
     def reduce(self, tokens: Tensor, healthy: Tensor | bool) -> StepReport:
         """Gather every rank's sums, so that all ranks see the same numbers and know whose are not finite.
@@ -190,13 +200,16 @@ class _Forward:
         routing = [self.loss_sum.new_zeros(())] * len(names)
         if has_routing:
             routing = [torch.stack([c.metrics[name] for c in self.contexts]).double().mean() for name in names]
-        is_healthy = (self.loss_sum.isfinite() & healthy).double()
+        is_healthy = ((self.loss_sum + self.divergence_sum).isfinite() & healthy).double()
         flags = (self.loss_sum.new_full((), flag) for flag in (has_loss, has_routing))
-        mine = torch.stack([is_healthy, *flags, tokens, self.loss_sum, *routing])
-        ranks = [_RankResult(*row[:5], routing=row[5:]) for row in gather_values(mine, dist.group.WORLD)]
+        mine = torch.stack([is_healthy, *flags, tokens, self.loss_sum, self.divergence_sum, *routing])
+        ranks = [_RankResult(*row[:6], routing=row[6:]) for row in gather_values(mine, dist.group.WORLD)]
         columns = list(zip(*(rank.routing for rank in ranks if rank.has_routing), strict=True))
+        losses = [rank for rank in ranks if rank.has_loss]
+        has_teacher = self.model.run_config.distillation.distill_from is not None
         return StepReport(
-            lm_loss=sum(rank.loss_sum for rank in ranks if rank.has_loss) / ranks[0].tokens,
+            lm_loss=sum(rank.loss_sum for rank in losses) / ranks[0].tokens,
+            divergence=sum(rank.divergence_sum for rank in losses) / ranks[0].tokens if has_teacher else None,
             grad_norm=math.inf,
             applied=False,
             faulty_ranks=tuple(number for number, rank in enumerate(ranks) if not rank.is_healthy),
@@ -215,6 +228,7 @@ class _RankResult(NamedTuple):
     tokens: float
     """Of the global batch, the same on all."""
     loss_sum: float
+    divergence_sum: float
     routing: list[float]
     """Router metrics, means over its micro-batches."""
 

@@ -18,14 +18,16 @@ SEEDS = range(10)
 
 @pytest.fixture(scope="session")
 def single(lone_worker: WorkerPool) -> Callable[..., Result]:
-    """single(model, optimizer, global_batch, bf16) -> the run, with its seed, that layouts are compared with."""
+    """single(model, optimizer, global_batch, bf16, changes) -> the run, with its seed, to compare layouts with."""
     known: dict[tuple, Result] = {}
 
-    def run(model: str, optimizer: str = "sgd", global_batch: int = GLOBAL_BATCH, bf16: bool = False) -> Result:
-        key = (model, optimizer, global_batch, bf16)
+    def run(
+        model: str, optimizer: str = "sgd", global_batch: int = GLOBAL_BATCH, bf16: bool = False, **changes
+    ) -> Result:
+        key = (model, optimizer, global_batch, bf16, *changes.items())
         layout = replace(ONE, global_batch=global_batch)
         for seed in SEEDS if key not in known else ():
-            config = build_config(model, layout, optimizer, bf16=bf16, seed=seed)
+            config = build_config(model, layout, optimizer, bf16=bf16, seed=seed, **changes)
             (result,) = lone_worker.run(1, ONE.groups, train, config)
             if bf16 or result.margin > DECISION_MARGIN:
                 known[key] = result

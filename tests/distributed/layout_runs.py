@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
 from mor_megatron.distributed.initialize import initialize_distributed
+from mor_megatron.huggingface.teacher import load_teacher
 from mor_megatron.model import MoRModel, build_model
 from mor_megatron.recursion.routers import score
 from mor_megatron.recursion.routing import TIE
@@ -99,6 +100,7 @@ def train(config: Config, fault: Callable[[nn.Module], None] | None = None) -> R
     initialize_distributed(config)
     model = build_model(config)
     initial = gather_parameters(model)
+    model.distillation = load_teacher(model, config)
     if fault is not None:
         fault(model)
     storages = {"built": unique_elements(model)}
@@ -203,6 +205,8 @@ def differences(got: Result, expected: Result, tolerance: float = FP32_LAYOUT_TO
         _same_names(f"metrics of step {step}", a.routing, b.routing)
         numbers = {"lm_loss": (a.lm_loss, b.lm_loss)}
         numbers |= {name: (a.routing[name], b.routing[name]) for name in b.routing}
+        if b.divergence is not None:
+            numbers["divergence"] = a.divergence, b.divergence
         numbers["grad_norm"] = (a.grad_norm, b.grad_norm)
         for name, (x, y) in numbers.items():
             note(f"step {step}: {name}", abs(x - y) / abs(y) if x != y and y else abs(x - y))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from mor_megatron.config.schema import (
     Config,
     DataConfig,
+    DistillationConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -117,7 +118,7 @@ OPTIMIZERS: dict[str, OptimizerConfig] = {
 
 
 def build_config(model: str, layout: Layout, optimizer: str = "sgd", bf16: bool = False, **changes) -> Config:
-    """The validated configuration of one cell; `changes` are fields of the model, the recursion or the training."""
+    """The validated configuration of one cell; `changes` are fields of its sections but data and optimizer."""
     shape = ModelConfig(
         hidden_size=32,
         ffn_hidden_size=48,
@@ -137,9 +138,11 @@ def build_config(model: str, layout: Layout, optimizer: str = "sgd", bf16: bool 
     )
     settings = MODELS[model] | changes
     pick = lambda section: {k: v for k, v in settings.items() if hasattr(section, k)}  # noqa: E731
-    recursion = replace(RecursionConfig(), **pick(RecursionConfig()))
+    recursion, distillation = (
+        replace(section, **pick(section)) for section in (RecursionConfig(), DistillationConfig())
+    )
     shape, training = replace(shape, **pick(shape)), replace(training, **pick(training))
-    unknown = [k for k in settings if not any(hasattr(s, k) for s in (shape, recursion, training))]
+    unknown = [k for k in settings if not any(hasattr(s, k) for s in (shape, recursion, distillation, training))]
     assert not unknown, unknown
     ends = 2 if recursion.sharing_strategy.startswith("middle") and recursion.num_recursions > 1 else 0
     shape = replace(shape, num_layers=ends + BLOCK * recursion.num_recursions)
@@ -148,6 +151,7 @@ def build_config(model: str, layout: Layout, optimizer: str = "sgd", bf16: bool 
         recursion=recursion,
         data=DataConfig(seq_length=SEQ_LENGTH),
         optimizer=OPTIMIZERS[optimizer],
+        distillation=distillation,
         training=training,
         parallel=ParallelConfig(
             tensor_model_parallel_size=layout.tp,

@@ -55,6 +55,13 @@ def losses_and_gradients(function, inputs: tuple) -> list[Tensor]:
     return [function(logits, labels, weights, real, lambda *own: own), logits]
 
 
+def statistics_and_gradients(function, inputs: tuple) -> list[Tensor]:
+    """What `distilled` returns, and what the logits became."""
+    logits, teacher, labels, weights, real, *mixture = inputs
+    logits, weights = logits.detach().clone(), weights.detach().float()
+    return [function(logits, teacher.detach(), labels, weights, real, *mixture, lambda own: own), logits]
+
+
 def main(directory: str, cases: str, results: str) -> None:
     """One result for each case: tensors, or the text of what was raised."""
     functions, found = {}, {}
@@ -70,6 +77,8 @@ def main(directory: str, cases: str, results: str) -> None:
         try:
             if name == "cross_entropy":
                 found[key] = losses_and_gradients(functions[name], inputs)
+            elif name == "distilled":
+                found[key] = statistics_and_gradients(functions[name], inputs)
             else:
                 found[key] = outputs_and_gradients(functions[name], inputs, strided)
         except Exception:

@@ -14,6 +14,7 @@ from interpreted import outputs_and_gradients
 from torch import Tensor
 
 from mor_megatron.model import elementwise
+from mor_megatron.model.distillation import Mixture, distilled_losses, losses_of
 
 MODEL = Path(elementwise.__file__).parent
 INTERPRETER = Path(__file__).with_name("interpreted.py")
@@ -66,6 +67,15 @@ CASES: dict[str, tuple[str, tuple]] = {
     "loss over several blocks": ("cross_entropy", (learned(3, 9000), some(8999, 0, 5000), learned(3), 9000)),
     "loss of another rank's labels": ("cross_entropy", (learned(4, 64), some(-9, 64, 61, 7), learned(4), 61)),
     "loss without weights": ("cross_entropy", (learned(5, 64), some(0, 57, 60, 3, 9), None, 64)),
+    "distilled": ("distilled", (learned(5, 64), learned(5, 64), some(0, 57, 60, 3, 9), learned(5), 61, 2.0, 0.3)),
+    "distilled over several blocks": (
+        "distilled",
+        (learned(3, 9000), learned(3, 9000) * 2.0, some(8999, 0, 5000), learned(3), 9000, 0.5, 0.7),
+    ),
+    "distilled, another rank's labels": (
+        "distilled",
+        (learned(4, 64), learned(4, 64).flip(0), some(-9, 64, 61, 7), learned(4), 61, 1.0, 0.5),
+    ),
     "add nothing": ("add_rows", (learned(7, 20), learned(0, 20), learned(0, 1), some())),
 }
 
@@ -106,6 +116,8 @@ def test_kernels(found, case, dtype):
     rounded = cast(cast(inputs, dtype), torch.float64)
     if name == "cross_entropy":
         ours, expected = ours[: 1 if inputs[2] is None else 2], exact_loss(*rounded)
+    elif name == "distilled":
+        ours, expected = [losses_of(ours[0], Mixture(*inputs[-2:])), ours[1]], exact_distilled(*rounded)
     else:
         expected = outputs_and_gradients(getattr(elementwise.PLAIN, name), rounded, "turned" in case)
         assert all(a.dtype == dtype for a in ours)
@@ -123,6 +135,15 @@ def exact_loss(logits: Tensor, labels: Tensor, weights: Tensor | None, real: int
     if weights is None:
         return [losses.detach()]
     return [losses.detach(), (weights.unsqueeze(1) * (logits.softmax(1) - at_label.double())).detach()]
+
+
+def exact_distilled(logits, teacher, labels, weights, real, temperature, share) -> list[Tensor]:
+    """Loss, cross entropy and divergence, and the gradient of the logits, by the plain function."""
+    logits, mixture = logits.detach().clone(), Mixture(temperature, share)
+    losses = distilled_losses(
+        logits, teacher.detach(), labels, weights.detach().float(), real, mixture, lambda own: own
+    )
+    return [losses.double(), logits]
 
 
 def test_which_is_chosen(caplog):
