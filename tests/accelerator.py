@@ -89,14 +89,15 @@ class Accelerator(TorchDispatchMode):
             _setup_privateuseone_for_python_backend(NAME, _Backend())
         self.device = torch.device(NAME, 0)
         self.waits: list[str] = []
+        self.lifted: list[bool] = []
 
     def __enter__(self):
-        self.lifted = torch._C._only_lift_cpu_tensors()
+        self.lifted.append(torch._C._only_lift_cpu_tensors())
         torch._C._set_only_lift_cpu_tensors(True)  # then the copy inside torch.tensor(.., device=) is seen
         return super().__enter__()
 
     def __exit__(self, *exception):
-        torch._C._set_only_lift_cpu_tensors(self.lifted)
+        torch._C._set_only_lift_cpu_tensors(self.lifted.pop())
         return super().__exit__(*exception)
 
     def put(self, x: Any) -> Any:
@@ -129,6 +130,9 @@ class Accelerator(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd"):
+            with self:  # in inference mode, nobody has taken it apart yet
+                return function.decompose(*args, **kwargs)
         tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
         there = any(isinstance(x, OnDevice) for x in tensors)
         if kwargs.get("device") is not None:

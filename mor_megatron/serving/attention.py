@@ -114,12 +114,35 @@ class DeviceReads:
         return self.kernel(query, keys, values, *self.sent, self.size, self.most)
 
 
+class StaticReads:
+    """What queries of a table each see, in tensors of static shapes.
+
+    Args:
+        tables: numbers of pages, [Q, pages].
+        seen: rows of its table that each query sees, [Q]; 0: the query is nobody's.
+        size: rows of a page.
+        kernel: what attends.
+    """
+
+    def __init__(self, tables: Tensor, seen: Tensor, size: int, kernel: DeviceKernel):
+        self.kernel, self.size = kernel, size
+        each = torch.arange(len(seen) + 1, device=seen.device)
+        self.numbers = (tables, each[:-1], seen, each)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """[Q, N, D] of buffers [rows, G, D]."""
+        return self.kernel(query, keys, values, *self.numbers, self.size, 1)
+
+
 def spans(table: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Begin and end of the queries of each table; those of nobody are apart."""
     begins = np.ones(len(table), bool)
     begins[1:] = (table[1:] != table[:-1]) | (seen[1:] == 0)
     begin = np.flatnonzero(begins)
     return begin, np.append(begin[1:], len(table))
+
+
+AnyReads = Reads | DeviceReads | StaticReads
 
 
 @dataclass(frozen=True)
@@ -133,11 +156,16 @@ class View:
     """Rows whose keys and values are stored, [W]; None: all. With shared keys, those of recursion 0."""
     places: Tensor
     """Where they are stored, [W]."""
-    reads: Reads | DeviceReads
+    reads: AnyReads
 
 
 def run_layer(
-    layer: MoRDecoderLayer, x: Tensor, number: int, view: View, wanted: Tensor | None, reads: Reads | DeviceReads
+    layer: MoRDecoderLayer,
+    x: Tensor,
+    number: int,
+    view: View,
+    wanted: Tensor | None,
+    reads: Reads | DeviceReads | StaticReads,
 ) -> Tensor:
     """A layer on the rows of a pass: [T, H] -> [T, H], or of the wanted rows only, [W, H].
 

@@ -22,6 +22,7 @@ from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 from mor_megatron.huggingface.options_mor import check_options
 from mor_megatron.inference.loading import StreamDecoder
 from mor_megatron.recursion.setting import check, setting
+from mor_megatron.serving.graphs import build_lanes
 from mor_megatron.serving.kernel import choose
 from mor_megatron.serving.packed import pack
 from mor_megatron.serving.pages import build_store
@@ -56,8 +57,10 @@ class EngineOptions:
     prefix_cache: bool = True
     """Keep keys and values of prompts for others that begin alike, as long as there is room."""
     attention: Literal["auto", "native", "torch"] = "auto"
-    """On a CPU: kernels that are compiled on first use, for attention of single rows and for products with weights that
-    are packed once; or PyTorch alone."""
+    """Kernels that are compiled on first use, or PyTorch alone. On a CPU they are for attention of single rows and for
+    products with weights that are packed once; on a GPU for attention."""
+    enforce_eager: bool = False
+    """On a GPU, launch kernels one by one instead of replaying CUDA graphs."""
 
     def __post_init__(self):
         check(self, dashes=False)
@@ -125,9 +128,14 @@ class Engine:
         )
         kernel = choose(options.attention, model.dtype, model.device)
         self.prefixes = PrefixCache(self.store) if options.prefix_cache else None
+        on_cpu = model.device.type == "cpu"
         # The compiled products use one thread.
-        computed = pack(model) if kernel is not None and torch.get_num_threads() == 1 else model
-        self.runner = Runner(computed, self.store, self.max_length, kernel)
+        is_packed = on_cpu and kernel is not None and torch.get_num_threads() == 1
+        self.runner = Runner(pack(model) if is_packed else model, self.store, self.max_length, kernel)
+        if not on_cpu:
+            self.runner.lanes = build_lanes(
+                model, self.store, self.runner.rotation, options.lanes, kernel, options.enforce_eager
+            )
         self.scheduler = Scheduler(self.runner, self.prefixes, options.lanes, options.chunk)
         ends = model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])

@@ -19,14 +19,12 @@ from torch import Tensor
 
 from mor_megatron.huggingface.attention_mor import rotation_of
 from mor_megatron.huggingface.modeling_mor import NEVER, MoRForCausalLM
-from mor_megatron.serving.attention import DeviceReads, Reads, View, run_layer
+from mor_megatron.serving.attention import AnyReads, DeviceReads, Reads, View, run_layer
 from mor_megatron.serving.cohort import GONE, Cohort, Entry, Rows
 from mor_megatron.serving.kernel import DeviceKernel, Kernel
+from mor_megatron.serving.lanes import Lanes, Options
 from mor_megatron.serving.pages import Pages, Store
 from mor_megatron.serving.transfer import fetch, send
-
-Options = tuple[int | None, float]
-"""Fixed depth, and router threshold."""
 
 
 @dataclass
@@ -69,22 +67,27 @@ class Runner:
         self.block = [use.physical for use in self.plan.pass_layers(0)]
         self.rotation = rotation_of(torch.arange(longest, device=self.device), model.config, model.dtype)
         self.cohorts: list[Cohort] = []
+        self.lanes: Lanes | None = None
+        """Where sequences decode, on an accelerator; None: they are cohorts."""
         self.passes, self.turns = 0, 0
 
     @property
     def is_open(self) -> bool:
         """Whether any row is inside the block."""
-        return any(cohort.is_open for cohort in self.cohorts)
+        return any(cohort.is_open for cohort in self.cohorts) or (self.lanes is not None and self.lanes.is_open.any())
 
     def open_slots(self) -> set[int]:
         """Sequences with rows inside the block."""
-        return {slot for cohort in self.cohorts for slot in cohort.open_slots()}
+        slots = {slot for cohort in self.cohorts for slot in cohort.open_slots()}
+        return slots if self.lanes is None else slots | self.lanes.open_slots()
 
     def open_rows(self) -> list[int]:
         """Rows at each recursion, [Nr]."""
         rows = Counter()
         for cohort in self.cohorts:
             rows[cohort.recursion] += len(cohort.active)
+        if self.lanes is not None:
+            rows.update(self.lanes.recursion[self.lanes.is_open].tolist())
         return [rows[r] for r in range(self.plan.num_recursions)]
 
     def demand(self) -> dict[tuple[int, int], int]:
@@ -94,21 +97,37 @@ class Runner:
             if cohort.recursion < self.store.recursions:
                 for slot, count in cohort.open_slots().items():
                     rows[slot, slot * self.store.recursions + cohort.recursion] += count
+        if self.lanes is not None:
+            rows.update(self.lanes.demand())
         return rows
 
     def forget(self, slot: int) -> None:
         """A sequence has left; its pages may go to others at once."""
         for cohort in self.cohorts:
             cohort.forget([slot])
+        if self.lanes is not None:
+            self.lanes.forget(slot)
         self._sweep()
 
     def enter(self, rows: Entering) -> None:
         """New rows; their tables have pages for them."""
         self.turns += 1
         slot, position, ids = (np.array(x, np.int64) for x in (rows.slot, rows.position, rows.ids))
+        rest = np.arange(len(ids))
+        if self.lanes is not None:
+            counts = Counter(rows.slot)
+            decodes = [counts[s] == 1 and o == self.lanes.options for s, o in zip(rows.slot, rows.options, strict=True)]
+            own, rest = np.flatnonzero(decodes), np.flatnonzero(~np.array(decodes))
+            if len(own):
+                self.lanes.enter(slot[own], position[own], ids[own])
+        if len(rest):
+            self._enter_cohorts(slot[rest], position[rest], ids[rest], [rows.options[i] for i in rest.tolist()])
+
+    def _enter_cohorts(self, slot: np.ndarray, position: np.ndarray, ids: np.ndarray, options: list[Options]) -> None:
+        """A cohort for the rows of each kind of options."""
         places: dict[Options, list[int]] = {}
-        for i, options in enumerate(rows.options):
-            places.setdefault(options, []).append(i)
+        for i, own in enumerate(options):
+            places.setdefault(own, []).append(i)
         kinds = [np.array(mine) for mine in places.values()] if len(places) > 1 else [np.arange(len(ids))]
         entries = [Entry(slot[mine], position[mine], ids[mine]) for mine in kinds]
         more = [ids, *kinds, *(array for entry in entries for array in entry.arrays)]
@@ -119,8 +138,7 @@ class Runner:
         x = self.model.model.embed_tokens(more[0])
         if self.first:
             x = self._layers(self.first, x, view)
-        for table, count in Counter(rows.slot).items():
-            self.store.ends.rows[table] += count
+        np.add.at(self.store.ends.rows, slot, 1)
         kinds, sent = more[1 : 1 + len(kinds)], iter(more[1 + len(kinds) :])
         for (depth, threshold), mine, entry in zip(places, kinds, entries, strict=True):
             own, arrays = x if len(kinds) == 1 else x[mine], [next(sent) for _ in entry.arrays]
@@ -128,23 +146,35 @@ class Runner:
 
     def advance(self) -> None:
         """One pass of the block; the tables have pages for it (`demand`)."""
+        go = None if self.lanes is None or not self.lanes.is_open.any() else self.lanes.advance()
+        self._settle(self._advance_cohorts(), go)
+        self.passes += 1
+        self._sweep()
+
+    def _advance_cohorts(self) -> list[tuple[Cohort, Tensor]]:
+        """Those that have candidates, and who of them goes on."""
         cohorts = [cohort for cohort in self.cohorts if cohort.is_open]
+        if not cohorts:
+            return []
         rows = Rows([(cohort, cohort.active) for cohort in cohorts])
         view, order = self._block_view(rows)
         x = rows.gather([cohort.stream.rows for cohort in cohorts], order)
         x = self._layers(self.block, x, view)
         live = [cohort.close(own) for cohort, own in zip(cohorts, rows.scatter(x, order), strict=True)]
-        self._settle([(cohort, own) for cohort, own in zip(cohorts, live, strict=True) if own is not None])
-        self.passes += 1
-        self._sweep()
+        return [(cohort, own) for cohort, own in zip(cohorts, live, strict=True) if own is not None]
 
-    def _settle(self, candidates: list[tuple[Cohort, Tensor]]) -> None:
-        """Ask which of the candidates go on."""
-        if candidates:
-            live = fetch(torch.cat([own for _, own in candidates]))
-            ends = np.cumsum([len(own) for _, own in candidates])
-            for (cohort, _), own in zip(candidates, np.split(live, ends[:-1]), strict=True):
-                cohort.settle(own)
+    def _settle(self, candidates: list[tuple[Cohort, Tensor]], lanes: Tensor | None) -> None:
+        """Ask which of the candidates, and of the lanes, go on."""
+        asked = [own for _, own in candidates] + ([] if lanes is None else [lanes])
+        if not asked:
+            return
+        live = np.split(
+            fetch(torch.cat(asked) if len(asked) > 1 else asked[0]), np.cumsum([len(x) for x in asked])[:-1]
+        )
+        for (cohort, _), own in zip(candidates, live, strict=False):
+            cohort.settle(own)
+        if lanes is not None:
+            self.lanes.settle(live[-1])
 
     def leave(self, slots: list[int], wanted: dict[int, int]) -> Left:
         """Take out sequences whose rows have all passed the block.
@@ -152,6 +182,21 @@ class Runner:
         Args:
             wanted: by slot, of how many of its last rows the logits are needed.
         """
+        own = [] if self.lanes is None else [slot for slot in slots if self.lanes.is_present[slot]]
+        if not own:
+            return self._leave_cohorts(slots, wanted)
+        depths = {slot: [depth] for slot, depth in zip(own, self.lanes.recursion[own].tolist(), strict=True)}
+        logits, needed = self.lanes.leave(np.array(own)), [wanted[slot] == 1 for slot in own]
+        rest = [slot for slot in slots if slot not in depths]
+        if all(needed) and not rest:
+            return Left(depths, logits)
+        others = self._leave_cohorts(rest, wanted) if rest else Left({}, logits[:0])
+        owner = np.array([*own, *(slot for slot in rest for _ in range(wanted[slot]))])
+        there = np.flatnonzero(np.append(needed, np.ones(len(others.logits), bool)))
+        (index,) = send([there[np.argsort(owner[there], kind="stable")]], self.device)
+        return Left({**depths, **others.depths}, torch.cat([logits, others.logits])[index])
+
+    def _leave_cohorts(self, slots: list[int], wanted: dict[int, int]) -> Left:
         parts = [(cohort, cohort.places(slots)) for cohort in self.cohorts]
         parts = [(cohort, places) for cohort, places in parts if len(places) > 0]
         rows, hidden = Rows(parts), [cohort.stream.hidden for cohort, _ in parts]
@@ -195,7 +240,7 @@ class Runner:
         x: Tensor,
         view: View,
         wanted: Tensor | None = None,
-        reads: Reads | DeviceReads | None = None,
+        reads: AnyReads | None = None,
     ) -> Tensor:
         """Physical layers, one after the other."""
         for number in layers:
@@ -241,7 +286,7 @@ class Runner:
         view = View(pages, rotation, None if writers is None else sent[2], sent[1], reads)
         return view, sent[len(arrays) :]
 
-    def _reads(self, pages: Pages, table: np.ndarray, seen: np.ndarray) -> Reads | DeviceReads:
+    def _reads(self, pages: Pages, table: np.ndarray, seen: np.ndarray) -> AnyReads:
         if self.device.type == "cpu":
             return Reads(pages, table, seen, self.kernel)
         return DeviceReads(pages, table, seen, self.kernel, self.group)

@@ -50,12 +50,12 @@ class Numbers:
         """On the device."""
 
     def send(self, **arrays: tuple[np.ndarray, int]) -> None:
-        """Fill the parts, each with an array that is no larger in any dimension, and a number beyond its last row."""
+        """Fill the parts, each with an array that has no more rows, and a number beyond them."""
         host = torch.empty(len(self.there), dtype=torch.int64, pin_memory=self.there.is_cuda)
         for name, part in self._parts(host).items():
             array, rest = arrays[name]
             part = part.numpy()
-            part[: len(array), ..., : array.shape[-1]] = array
+            part[: len(array)] = array
             part[len(array) :] = rest
         self.there.copy_(host, non_blocking=True)
 
