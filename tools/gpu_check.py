@@ -96,6 +96,7 @@ STAGES: dict[str, Stage] = {
     "tiny": Stage("training steps at 135M", "gpu_check_speed:tiny", 40),
     "graphs": Stage("training steps at 135M as CUDA graphs", "gpu_check_speed:graphs", 30),
     "decoding": Stage("time per generated token", "gpu_check_speed:decoding", 30),
+    "serving": Stage("the engine: equal to generate, waits, decoding at 360M", "gpu_check_serving:serving", 60, 20),
     "layouts": Stage("several GPUs against one", "gpu_check_numbers:layouts", 60, 10),
 }
 """In this order: what must be known first comes first."""

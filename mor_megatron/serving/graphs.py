@@ -40,6 +40,7 @@ def build_lanes(
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         try:
             lanes.prepare(lambda function: captured(function, pool, stream))
+            lanes.is_captured = True
         except RuntimeError as error:
             logger.warning(f"no CUDA graphs for routing={model.model.router.name}: {error}")
             torch.cuda.synchronize()

@@ -88,16 +88,18 @@ class Lanes:
         opened = self.method(0, self._stream(self.go, rows=None, hidden=self.hidden), self.context)
         self.rows, self.gate, self.choice = (_copied(x) for x in (opened.rows, opened.gate, opened.choice))
         self.keeps_hidden = opened.hidden is not None
-        self._functions: dict[tuple[str, int], tuple[Numbers, Callable[[], Tensor]]] = {}
+        self.functions: dict[tuple[str, int], tuple[Numbers, Callable[[], Tensor]]] = {}
+        """What is read and what is called, by name and rows."""
+        self.is_captured = False
 
     def prepare(self, make: Callable[[Callable[[], Tensor]], Callable[[], Tensor]]) -> None:
         """All functions of all sizes, each as `make` makes it; run once."""
-        self._functions = {}
+        self.functions = {}
         for name in ("enter", "block", "turn"):
             for size in self.sizes:
                 numbers, function = self._build(name, size)
-                self._functions[name, size] = numbers, make(function)
-                self._functions[name, size][1]()
+                self.functions[name, size] = numbers, make(function)
+                self.functions[name, size][1]()
 
     # What is there.
 
@@ -170,7 +172,7 @@ class Lanes:
     ) -> Tensor:
         """Run a function on rows that stand at places `at` of their tables; -1: they are not stored."""
         size = next(size for size in self.sizes if size >= len(slot))
-        numbers, function = self._functions[name, size]
+        numbers, function = self.functions[name, size]
         places = pages.table[table, at // pages.size].astype(np.int64) * pages.size + at % pages.size
         numbers.send(
             slot=(slot, self.nobody),

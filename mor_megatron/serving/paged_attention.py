@@ -39,8 +39,8 @@ def _attend(
     to_query = row[:, None] * query_row + head[:, None] * HEAD + column[None, :]
     real = inside[:, None] & (column < HEAD)[None, :]
     q = tl.load(query + to_query, mask=real, other=0.0)
-    sees = tl.load(seen + row, mask=inside, other=0)
-    end = tl.load(seen + last)
+    sees = tl.load(seen + row, mask=inside, other=0).to(tl.int32)
+    end = tl.load(seen + last).to(tl.int32)
     own = tables + tl.load(table + first) * pages
     each = tl.cdiv(tl.cdiv(end, SPLITS), KEYS) * KEYS
     low = split * each
