@@ -25,6 +25,7 @@ from mor_megatron.config.run_schema import (
 )
 from mor_megatron.recursion.methods import METHODS, method_of
 from mor_megatron.recursion.plan import STRATEGIES, RecursionPlan, build_plan, effective_depth
+from mor_megatron.recursion.relaxation import RelaxationSettings
 from mor_megatron.recursion.routing import RoutingMethod
 from mor_megatron.recursion.setting import Change, setting
 
@@ -103,13 +104,13 @@ class SharingConfig:
 
 
 def recursion_config() -> type[SharingConfig]:
-    """`SharingConfig` with the settings of all registered routing methods, each of which knows its own."""
+    """`SharingConfig` with the settings of relaxation and of all registered routing methods, each of which knows its own."""
     choices = [
         ("sharing_strategy", Literal[tuple(STRATEGIES)], setting("middle_cycle", read_with=_WITH_RECURSIONS)),
         ("routing", Literal[tuple(METHODS)], setting("none")),
     ]
     settings = dict.fromkeys(method.Settings for method in METHODS.values())
-    bases = (*reversed(settings), SharingConfig)
+    bases = (*reversed(settings), RelaxationSettings, SharingConfig)
     return make_dataclass("RecursionConfig", choices, bases=bases, frozen=True, namespace={"__module__": __name__})
 
 

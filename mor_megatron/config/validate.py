@@ -16,6 +16,7 @@ from mor_megatron.config.schema import Config
 from mor_megatron.config.unread import say, warn_of_unread
 from mor_megatron.recursion.methods import method_of
 from mor_megatron.recursion.plan import effective_depth
+from mor_megatron.recursion.relaxation import resolve_relaxation
 from mor_megatron.recursion.setting import check
 
 FUSED_ATTENTION = ("cudnn", "flash")
@@ -27,7 +28,7 @@ def validate(config: Config, world_size: int = 1) -> Config:
     """Check a configuration and fill in what follows from other fields. Validating twice changes nothing.
 
     Filled in: the effective `num_layers`, `kv_channels`, `capacity`, `router_func`, `router_alpha`,
-    `global_batch_size`, `train_iters` unless `train_samples` is given, and the ends of the learning rate's decay in the
+    `lora_alpha`, `global_batch_size`, `train_iters` unless `train_samples` is given, and the ends of the learning rate's decay in the
     same unit; `sequence_parallel` is off with one tensor-parallel rank. A setting that nothing will read is warned
     about.
 
@@ -124,7 +125,7 @@ def _recursion(config: Config) -> Config:
             f"sharing-strategy={strategy} has no contiguous recursion to route to with routing="
             f"{recursion.routing}: use cycle or middle_cycle"
         )
-    return config
+    return replace(config, recursion=resolve_relaxation(recursion, config.plan))
 
 
 def _data(config: Config) -> Config:
