@@ -104,7 +104,7 @@ class SharingConfig:
 
 
 def recursion_config() -> type[SharingConfig]:
-    """`SharingConfig` with the settings of relaxation and of all registered routing methods, each of which knows its own."""
+    """`SharingConfig` with the settings of relaxation and of all registered routing methods."""
     choices = [
         ("sharing_strategy", Literal[tuple(STRATEGIES)], setting("middle_cycle", read_with=_WITH_RECURSIONS)),
         ("routing", Literal[tuple(METHODS)], setting("none")),

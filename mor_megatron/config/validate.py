@@ -27,8 +27,8 @@ FUSED_LARGEST_HEAD = 256
 def validate(config: Config, world_size: int = 1) -> Config:
     """Check a configuration and fill in what follows from other fields. Validating twice changes nothing.
 
-    Filled in: the effective `num_layers`, `kv_channels`, `capacity`, `router_func`, `router_alpha`,
-    `lora_alpha`, `global_batch_size`, `train_iters` unless `train_samples` is given, and the ends of the learning rate's decay in the
+    Filled in: the effective `num_layers`, `kv_channels`, `capacity`, `router_func`, `router_alpha`, `lora_alpha`,
+    `global_batch_size`, `train_iters` unless `train_samples` is given, and the ends of the learning rate's decay in the
     same unit; `sequence_parallel` is off with one tensor-parallel rank. A setting that nothing will read is warned
     about.
 

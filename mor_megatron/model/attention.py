@@ -190,12 +190,12 @@ class MoRSelfAttention(SelfAttention):
         cos, sin = call.pattern.rotation
         stored = None
         if call.shared_kv is not None and not call.updates_shared_kv:
-            query = self.linear_qkv(hidden, product=self._queries)
+            query = self.linear_qkv(hidden, call.recursion, product=self._queries)
             filled = query.shape[0]
             query = implementation(query.device.type).rotate(_first(query, rows), cos, sin)
             key, value = call.shared_kv
         else:
-            mixed, _ = self.linear_qkv(hidden)
+            mixed, _ = self.linear_qkv(hidden, call.recursion)
             filled = mixed.shape[0]
             heads = self.num_query_groups_per_partition, self._heads, self.key_hidden_size
             mixed = _first(mixed, rows).view(rows, -1, *heads)
@@ -212,7 +212,7 @@ class MoRSelfAttention(SelfAttention):
             out = self.core_attention(query, key, value, call.pattern)
         if filled > rows:
             out = F.pad(out, (0, 0, 0, 0, 0, filled - rows))
-        out, _ = self.linear_proj(out)
+        out, _ = self.linear_proj(out, call.recursion)
         return out, stored
 
     @property

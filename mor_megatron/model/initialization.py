@@ -19,6 +19,8 @@ from mor_megatron.model.stored_names import stored_parameters
 def initialize_weights(model: nn.Module, seed: int, std: float, vocab_size: int, aliases: dict[str, str]) -> None:
     """Fill every parameter of two or more dimensions with N(0, std^2); norm weights stay 1 (docs/mor.md, sec. 1).
 
+    Those stay as they are, too, that `recursion.relaxation.keep_initial` has marked.
+
     Args:
         model: parameters carry Megatron-core's tensor-parallel attributes where they are cut.
         seed: of the run.
@@ -29,7 +31,7 @@ def initialize_weights(model: nn.Module, seed: int, std: float, vocab_size: int,
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     for name, parameter in stored_parameters(model):
-        if parameter.ndim < 2:
+        if parameter.ndim < 2 or getattr(parameter, "keeps_initial", False):
             continue
         name = aliases.get(name, name)
         shape = list(parameter.shape)

@@ -4,6 +4,8 @@ With Transformer Engine, its linears and norms instead."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -16,10 +18,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from mor_megatron.config.schema import Config
-from mor_megatron.model.attention import CoreAttention, KeyValue, LayerCall, MoRSelfAttention, PartialProduct
+from mor_megatron.model.attention import CoreAttention, KeyValue, LayerCall, MoRSelfAttention
 from mor_megatron.model.attention_by_shape import AttentionByShape
 from mor_megatron.model.elementwise import implementation
 from mor_megatron.model.kernels import attention_kernels, uses_transformer_engine
+from mor_megatron.model.relaxed_linear import Parts, relaxed
+from mor_megatron.planning.accounting import Widths
+from mor_megatron.recursion.relaxation import keep_initial
 
 
 class RMSNorm(nn.Module):
@@ -44,6 +49,22 @@ class AddedRMSNorm(RMSNorm):
         return implementation(x.device.type).add_norm(x, update, self.weight, self.eps)
 
 
+class RecursionRMSNorm(AddedRMSNorm):
+    """A norm that has a weight of its own at each recursion, [Nr, H]."""
+
+    num_recursions: ClassVar[int]
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
+        super().__init__(config, hidden_size, eps)
+        weight = keep_initial(nn.Parameter(self.weight.detach().repeat(self.num_recursions, 1)))
+        weight.sequence_parallel, weight.is_norm = config.sequence_parallel, True
+        self.weight = weight
+
+    def forward(self, x: Tensor, update: Tensor | None, recursion: int) -> tuple[Tensor, Tensor]:
+        """As `AddedRMSNorm`, at a recursion."""
+        return implementation(x.device.type).add_norm(x, update, self.weight[recursion], self.eps)
+
+
 class SwiGLU(nn.Module):
     """silu(gate) * up of [.., 2F] = (gate, up)."""
 
@@ -60,15 +81,26 @@ class MoRTransformerLayer(TransformerLayer):
 
     def forward(self, rows: Tensor, call: LayerCall) -> tuple[Tensor, KeyValue | None]:
         """[k, B, H] or [T, 1, H] -> the same shape, and the keys and values that `call` stores."""
-        rows, normal = _add_norm(self.input_layernorm, rows)
+        rows, normal = _add_norm(self.input_layernorm, rows, None, call.recursion)
         update, stored = self.self_attention(normal, call)
-        rows, normal = _add_norm(self.pre_mlp_layernorm, rows, update)
-        update, _ = self.mlp(normal)
-        return rows + update, stored
+        rows, normal = _add_norm(self.pre_mlp_layernorm, rows, update, call.recursion)
+        return rows + self.mlp(normal, call.recursion), stored
 
 
-def _add_norm(norm: nn.Module, rows: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+class MoRMLP(MLP):
+    """Megatron-core's MLP, told the recursion."""
+
+    def forward(self, rows: Tensor, recursion: int | None) -> Tensor:
+        """[.., H] -> [.., H]."""
+        inner, _ = self.linear_fc1(rows, recursion)
+        out, _ = self.linear_fc2(self.activation_func(inner), recursion)
+        return out
+
+
+def _add_norm(norm: nn.Module, rows: Tensor, update: Tensor | None, recursion: int | None) -> tuple[Tensor, Tensor]:
     """rows + update, or rows, and the norm of that, by a norm of ours or of a library."""
+    if isinstance(norm, RecursionRMSNorm):
+        return norm(rows, update, recursion)
     if isinstance(norm, AddedRMSNorm):
         return norm(rows, update)
     rows = rows if update is None else rows + update
@@ -124,13 +156,16 @@ def _leave_alone(weight: Tensor) -> None:
     pass
 
 
-def layer_spec(config: Config) -> ModuleSpec:
+def layer_spec(config: Config, is_shared: bool = False) -> ModuleSpec:
     """Our layer with parallel linears and norms from Megatron-core's backend and our parts between them.
 
     Transformer Engine's module of a norm and a linear in one is not used: queries alone are projected from the
     normalised rows where recursions share keys, it names the norm's weight in another way, and it saves time only in
     fp8. So parameter names are the same for every backend. (Transformer Engine: reasoned, not run.)
 
+    Args:
+        config: of the run.
+        is_shared: the layer belongs to the shared block, where recursions may differ.
     Raises:
         ValueError: a flag asks for a library that cannot be used here.
     """
@@ -145,7 +180,9 @@ def layer_spec(config: Config) -> ModuleSpec:
     kernels = attention_kernels(config)
     if kernels is not None:
         core_attention = ModuleSpec(AttentionByShape, params={"kernels": kernels})
-    fused = type(f"Partial{column.__name__}", (PartialProduct, column), {})
+    if is_shared and config.recursion.recursion_norms:
+        norm = type("SharedNorm", (RecursionRMSNorm,), {"num_recursions": config.plan.num_recursions})
+    qkv, out, gate_up, down = _parts(config) if is_shared else (None,) * 4
     return ModuleSpec(
         module=MoRTransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -153,12 +190,31 @@ def layer_spec(config: Config) -> ModuleSpec:
             self_attention=ModuleSpec(
                 module=MoRSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(linear_qkv=fused, core_attention=core_attention, linear_proj=row),
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=relaxed(column, config, qkv),
+                    core_attention=core_attention,
+                    linear_proj=relaxed(row, config, out),
+                ),
             ),
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=SwiGLU),
+                module=MoRMLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=relaxed(column, config, gate_up),
+                    linear_fc2=relaxed(row, config, down),
+                    activation_func=SwiGLU,
+                ),
             ),
         ),
+    )
+
+
+def _parts(config: Config) -> tuple[Parts, Parts, Parts, Parts]:
+    """Of the four linear layers."""
+    widths, groups = Widths.of(config), config.model.key_value_heads // config.parallel.tensor_model_parallel_size
+    return (
+        Parts({"q": widths.query, "k": widths.key_value, "v": widths.key_value}, groups=groups),
+        Parts({"o": widths.hidden}, is_row=True),
+        Parts({"gate": widths.ffn, "up": widths.ffn}),
+        Parts({"down": widths.hidden}, is_row=True),
     )

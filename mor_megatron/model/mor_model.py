@@ -40,6 +40,7 @@ from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.dispatch import ActiveTokens, LocalRows
 from mor_megatron.recursion.methods import method_of
 from mor_megatron.recursion.plan import RecursionPlan, VirtualLayer
+from mor_megatron.recursion.relaxation import RecursionEmbedding
 from mor_megatron.recursion.routing import RoutingMethod, Stream, run_recursions
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -88,10 +89,11 @@ class MoRModel(MegatronModule):
         if layer_config.sequence_parallel:
             self.rows = ShardedRows(parallel_state.get_tensor_model_parallel_group(), device(), add_rows)
 
-        spec = layer_spec(config)
+        shared = {layer.physical for layer in self.plan.shared}
+        specs = {is_shared: layer_spec(config, is_shared) for is_shared in (False, True)}
         self.layers = PhysicalLayers(
             {
-                str(physical): build_module(spec, config=layer_config, layer_number=1 + physical)
+                str(physical): build_module(specs[physical in shared], config=layer_config, layer_number=1 + physical)
                 for physical in self.pipeline.physical_layers(self.stage)
             }
         )
@@ -116,6 +118,11 @@ class MoRModel(MegatronModule):
                 )
             for weight in self.router.parameters():
                 weight.sequence_parallel = layer_config.sequence_parallel
+        self.recursion_embedding = None
+        if self.is_first_stage and config.recursion.recursion_embedding:
+            width, dtype = layer_config.hidden_size, layer_config.params_dtype
+            self.recursion_embedding = RecursionEmbedding(self.plan.num_recursions, width, dtype)
+            self.recursion_embedding.weight.sequence_parallel = layer_config.sequence_parallel
         if self.is_last_stage:
             self.final_layernorm = RMSNorm(layer_config, layer_config.hidden_size, layer_config.layernorm_epsilon)
             self.output_layer = OutputLayer(
@@ -241,6 +248,8 @@ class MoRModel(MegatronModule):
             """The rows, and the keys and values that these layers store: a region changes nothing outside itself."""
             stored: dict[int, KeyValue] = {}
             for layer in layers:
+                if self.recursion_embedding is not None and layer in self.plan.openings:
+                    rows = self.recursion_embedding(rows, layer.recursion)
                 arguments = self.layers[layer.physical], rows, call_of(layer, ChainMap(stored, shared))
                 rows, own = _run_layer(*arguments) if each is None else each(_run_layer, *arguments)
                 if own is not None:

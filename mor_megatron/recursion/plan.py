@@ -145,6 +145,11 @@ class RecursionPlan:
     def _passes(self) -> tuple[tuple[VirtualLayer, ...], ...]:
         return tuple(tuple(x for x in self.layers if x.recursion == r) for r in range(self.num_recursions))
 
+    @cached_property
+    def openings(self) -> frozenset[VirtualLayer]:
+        """The first layer of each recursion."""
+        return frozenset(layers[0] for layers in self._passes)
+
     def capacity(self, layer: VirtualLayer) -> float:
         """Fraction of tokens that a virtual layer processes."""
         return 1.0 if layer.recursion is None else self.capacities[layer.recursion]

@@ -12,8 +12,9 @@ from mor_megatron.distributed.cpu import device
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Trainable parameters split by decay and learning-rate multiplier.
 
-    Norm weights and biases, which are the one-dimensional parameters, are not decayed. A parameter with an attribute
-    `lr_mult` (the auxiliary router) joins a group of that rate. Each group carries `lr_mult` for `set_learning_rate`.
+    Norm weights and biases are not decayed: one-dimensional parameters, and those with an attribute `is_norm`. A
+    parameter with an attribute `lr_mult` (the auxiliary router) joins a group of that rate. Each group carries
+    `lr_mult` for `set_learning_rate`.
 
     Returns:
         Groups in a fixed order (decayed before not decayed, then by multiplier), parameters in the model's order, so
@@ -22,7 +23,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            key = (parameter.ndim <= 1, float(getattr(parameter, "lr_mult", 1.0)))
+            undecayed = parameter.ndim <= 1 or getattr(parameter, "is_norm", False)
+            key = (undecayed, float(getattr(parameter, "lr_mult", 1.0)))
             groups.setdefault(key, []).append(parameter)
     return [
         {"params": parameters, "weight_decay": 0.0 if undecayed else weight_decay, "lr_mult": lr_mult}

@@ -28,6 +28,19 @@ def without_one_recursion(model: MoRModel) -> None:
     model.run_layers = spoiled
 
 
+def adapters_without_one_recursion(model: MoRModel) -> None:
+    """The second recursion adds nothing to the gradients of its own adapters."""
+
+    def without(gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        gradient[1] = 0.0
+        return gradient
+
+    for name, weight in model.named_parameters():
+        if ".adapters." in name:
+            weight.register_hook(without)
+
+
 def doubled_norm_gradient(model: MoRModel) -> None:
     """One replicated weight's gradient is summed over two tensor-parallel ranks that each had the whole of it."""
     layer = model.layers[min(int(number) for number in model.layers)]
@@ -42,6 +55,11 @@ def unreduced_norm_gradient(model: MoRModel) -> None:
 def unreduced_router_gradient(model: MoRModel) -> None:
     """The same of a router of one output."""
     model.router.routers[1].out.weight.sequence_parallel = False
+
+
+def unreduced_adapter_gradient(model: MoRModel) -> None:
+    """The same of the factor that a row-parallel layer's ranks all have."""
+    model.layers[1].mlp.linear_fc2.adapters.down_b.sequence_parallel = False
 
 
 def copy_counted_twice(model: MoRModel) -> None:

@@ -89,6 +89,8 @@ LAYOUTS = [
 EXPERT = {"routing": "expert_choice", "router_aux_loss_coeff": 0.1, "router_z_loss_coeff": 0.01}
 EXPERT3 = EXPERT | {"num_recursions": 3, "capacity": (1.0, 0.65, 0.3)}  # 24, 15 and 7 tokens
 TOKEN3 = {"routing": "token_choice", "num_recursions": 3, "router_z_loss_coeff": 0.01}
+GROUPS = {"group_query_attention": True, "num_query_groups": 2, "add_qkv_bias": True}
+LORA = {"relaxation": "lora", "lora_rank": 3, "lora_alpha": 6.0}
 
 MODELS: dict[str, dict] = {
     "vanilla": {"num_recursions": 1},
@@ -99,11 +101,15 @@ MODELS: dict[str, dict] = {
     "expert-sharing-update": EXPERT3 | {"kv_mode": "sharing_update"},
     "expert-aux-router": EXPERT3 | {"router_objective": "aux_router", "router_type": "mlp"},
     "expert-untied": EXPERT3 | {"untie_embeddings_and_output_weights": True},
-    "expert-gqa": EXPERT3
-    | {"kv_mode": "sharing", "group_query_attention": True, "num_query_groups": 2, "add_qkv_bias": True},
+    "expert-gqa": EXPERT3 | GROUPS | {"kv_mode": "sharing"},
+    "expert-relaxed": EXPERT3 | LORA | {"recursion_norms": True, "recursion_embedding": True},
+    "expert-relaxed-gqa": EXPERT3 | LORA | GROUPS | {"kv_mode": "sharing"},
     "cycle": EXPERT3 | {"sharing_strategy": "cycle"},
     "middle-sequence": {"num_recursions": 2, "sharing_strategy": "middle_sequence", "kv_mode": "sharing"},
+    "sequence-relaxed": LORA
+    | {"num_recursions": 2, "sharing_strategy": "middle_sequence", "recursion_norms": True, "lora_targets": "mlp"},
     "token-balance": TOKEN3,
+    "token-relaxed": TOKEN3 | LORA | {"lora_recursions": "all_but_first", "kv_mode": "sharing_update"},
     "token-loss-free": TOKEN3 | {"router_balance": "loss_free", "router_bias_update_rate": 0.01},
     "token-sharing": TOKEN3 | {"kv_mode": "sharing"},
 }

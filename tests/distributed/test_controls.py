@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 from faults import (
+    adapters_without_one_recursion,
     copy_counted_twice,
     doubled_norm_gradient,
+    unreduced_adapter_gradient,
     unreduced_norm_gradient,
     unreduced_router_gradient,
     without_one_recursion,
@@ -20,12 +22,16 @@ CONTROLS = [
     ("pp2", copy_counted_twice),
     ("tp2", doubled_norm_gradient),
     ("tp2-sp", unreduced_norm_gradient),
+    ("pp2", adapters_without_one_recursion),
+    ("tp2-sp", unreduced_adapter_gradient),
 ]
 MORE = [
     ("dp2", without_one_recursion),
     ("tp2-pp2", without_one_recursion),
     ("tp2-sp", unreduced_router_gradient),
+    ("dp2-zero3", adapters_without_one_recursion),
 ]
+RELAXED = {adapters_without_one_recursion, unreduced_adapter_gradient}
 
 
 def _cases():
@@ -36,7 +42,7 @@ def _cases():
 
 @pytest.mark.parametrize(("layout", "fault"), _cases())
 def test_the_comparison_sees(workers, single, layout, fault):
-    model = "expert-nr3"
+    model = "expert-relaxed" if fault in RELAXED else "expert-nr3"
     expected = single(model)
     config = build_config(model, layout, seed=expected.seed)
     found = differences(workers.run(layout.world_size, layout.groups, train, config, fault)[0], expected)

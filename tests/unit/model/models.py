@@ -34,13 +34,22 @@ RECURSIONS = {
     "token_sharing_update": {"num_recursions": 3, "routing": "token_choice", "kv_mode": "sharing_update"},
 }
 
+LORA = {"relaxation": "lora", "lora_rank": 3, "lora_alpha": 6.0}
+RELAXED = {
+    "recursive_relaxed": RECURSIONS["recursive"] | LORA | {"recursion_norms": True},
+    "sequence_relaxed": RECURSIONS["sequence_sharing"] | LORA | {"recursion_norms": True},
+    "expert_relaxed": RECURSIONS["expert"] | LORA | {"recursion_norms": True, "recursion_embedding": True},
+    "token_relaxed": RECURSIONS["token_sharing_update"] | LORA | {"lora_recursions": "all_but_first"},
+}
+"""Models whose recursions differ."""
+
 
 def small_config(name: str, **model) -> Config:
     shape = ModelConfig(
         num_layers=8, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, max_position_embeddings=SEQ,
         init_method_std=0.1, vocab_size=VOCAB,
     )  # fmt: skip
-    recursion = RecursionConfig(**RECURSIONS[name])
+    recursion = RecursionConfig(**(RECURSIONS | RELAXED)[name])
     return validate(Config(model=replace(shape, **model), recursion=recursion, data=DataConfig(seq_length=SEQ)))
 
 

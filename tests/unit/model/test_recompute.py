@@ -78,7 +78,7 @@ def plain(process_group):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", RECURSIONS)
+@pytest.mark.parametrize("name", [*RECURSIONS, "sequence_relaxed", "expert_relaxed"])
 def test_same_bits_less_memory_same_routing(plain, name, mode):
     expected, bytes_kept, router_uses = plain(name)
     got, fewer, again = _run(_config(name, mode))
