@@ -42,6 +42,7 @@ HF = "hf_llama"
 MODELS = {
     "vanilla": {},
     "recursive_nr3": {"num_recursions": 3},
+    "recursive_nr3_lora64": {"num_recursions": 3, "relaxation": "lora", "lora_rank": 64},
     "expert_nr2": {"num_recursions": 2, "routing": "expert_choice"},
     "expert_nr3": {"num_recursions": 3, "routing": "expert_choice"},
     "expert_nr4": {"num_recursions": 4, "routing": "expert_choice"},

@@ -3,7 +3,7 @@
 | weight                         | held by                    | a rank's gradient is     | and so it is   |
 |--------------------------------|----------------------------|--------------------------|----------------|
 | a layer of Nr recursions       | one pipeline rank (a ring) | the whole                | left alone     |
-| norms, routers                 | all tensor-parallel ranks  | the whole                | left alone     |
+| norms, routers, uncut factors  | all tensor-parallel ranks  | the whole                | left alone     |
 | the same, sequence parallel    | all tensor-parallel ranks  | that of its own tokens   | summed         |
 | embedding tied to a head       | first, last pipeline rank  | that of its own use      | summed         |
 

@@ -84,17 +84,9 @@ class MoRTransformerLayer(TransformerLayer):
         rows, normal = _add_norm(self.input_layernorm, rows, None, call.recursion)
         update, stored = self.self_attention(normal, call)
         rows, normal = _add_norm(self.pre_mlp_layernorm, rows, update, call.recursion)
-        return rows + self.mlp(normal, call.recursion), stored
-
-
-class MoRMLP(MLP):
-    """Megatron-core's MLP, told the recursion."""
-
-    def forward(self, rows: Tensor, recursion: int | None) -> Tensor:
-        """[.., H] -> [.., H]."""
-        inner, _ = self.linear_fc1(rows, recursion)
-        out, _ = self.linear_fc2(self.activation_func(inner), recursion)
-        return out
+        inner, _ = self.mlp.linear_fc1(normal, call.recursion)
+        update, _ = self.mlp.linear_fc2(self.mlp.activation_func(inner), call.recursion)
+        return rows + update, stored
 
 
 def _add_norm(norm: nn.Module, rows: Tensor, update: Tensor | None, recursion: int | None) -> tuple[Tensor, Tensor]:
@@ -198,7 +190,7 @@ def layer_spec(config: Config, is_shared: bool = False) -> ModuleSpec:
             ),
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
-                module=MoRMLP,
+                module=MLP,
                 submodules=MLPSubmodules(
                     linear_fc1=relaxed(column, config, gate_up),
                     linear_fc2=relaxed(row, config, down),

@@ -57,9 +57,11 @@ def unreduced_router_gradient(model: MoRModel) -> None:
     model.router.routers[1].out.weight.sequence_parallel = False
 
 
-def unreduced_adapter_gradient(model: MoRModel) -> None:
-    """The same of the factor that a row-parallel layer's ranks all have."""
-    model.layers[1].mlp.linear_fc2.adapters.down_b.sequence_parallel = False
+def unreduced_adapter_gradients(model: MoRModel) -> None:
+    """The same of the factors of adapters that all tensor-parallel ranks have."""
+    for name, weight in model.named_parameters():
+        if ".adapters." in name:
+            weight.sequence_parallel = False
 
 
 def copy_counted_twice(model: MoRModel) -> None:

@@ -7,7 +7,7 @@ from faults import (
     adapters_without_one_recursion,
     copy_counted_twice,
     doubled_norm_gradient,
-    unreduced_adapter_gradient,
+    unreduced_adapter_gradients,
     unreduced_norm_gradient,
     unreduced_router_gradient,
     without_one_recursion,
@@ -23,7 +23,7 @@ CONTROLS = [
     ("tp2", doubled_norm_gradient),
     ("tp2-sp", unreduced_norm_gradient),
     ("pp2", adapters_without_one_recursion),
-    ("tp2-sp", unreduced_adapter_gradient),
+    ("tp2-sp", unreduced_adapter_gradients),
 ]
 MORE = [
     ("dp2", without_one_recursion),
@@ -31,7 +31,7 @@ MORE = [
     ("tp2-sp", unreduced_router_gradient),
     ("dp2-zero3", adapters_without_one_recursion),
 ]
-RELAXED = {adapters_without_one_recursion, unreduced_adapter_gradient}
+RELAXED = {adapters_without_one_recursion, unreduced_adapter_gradients}
 
 
 def _cases():
