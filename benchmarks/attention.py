@@ -103,11 +103,12 @@ def kernels_for(pattern: AttentionPattern) -> dict[str, Attention]:
             named["masked"] = by_shape(no_ranges="measured without")
         return named | {"in blocks": plain_attention()}
     if pattern.active.ragged:
-        named = {"varlen": by_shape()}
+        named = {"ranges": by_shape(), "varlen": by_shape(no_ranges="measured without")}
         padded = {"padded, cuDNN": CUDNN, "padded, flash": FLASH}
     else:
         named, padded = {}, {"cuDNN": CUDNN, "flash": FLASH, "efficient": EFFICIENT}
-    return named | {name: by_shape(backend, no_varlen="measured without") for name, backend in padded.items()}
+    others = {"no_ranges": "measured without", "no_varlen": "measured without"}
+    return named | {name: by_shape(backend, **others) for name, backend in padded.items()}
 
 
 def measure(budget: float, sizes: list[str], device: str) -> Iterator[Row]:

@@ -199,8 +199,8 @@ class TrainingConfig:
     """Linear layers and norms: Megatron-core's own, or Transformer Engine's. auto: the latter where it is installed,
     with CUDA, bf16 or fp16, and zero-stage below 3."""
     attention_backend: Literal["auto", "cudnn", "flash", "sdpa"] = "auto"
-    """Attention on a GPU. cudnn, flash: this kernel for regular rows, varlen_attn for ragged ones, and our own kernel
-    under masks. auto: cudnn from Hopper on, else flash. sdpa: scaled-dot-product attention for all."""
+    """Attention on a GPU. cudnn, flash: this kernel for regular rows, and our own for ragged rows and under masks.
+    auto: cudnn from Hopper on, else flash. sdpa: scaled-dot-product attention for all."""
     deterministic_mode: bool = False
     """Only kernels that give the same bits every time: on a GPU, some of those that PyTorch, cuBLAS and NCCL would
     choose do not. Slower there; CPUs need it for nothing."""

@@ -3,11 +3,11 @@
 | rows | attention | kernel |
 |---|---|---|
 | as many in every sequence | among themselves | cuDNN or flash, through PyTorch's scaled-dot-product attention |
-| ragged | among themselves | `varlen_attn`: flash on packed rows |
-| any | to the keys of all tokens; within documents | range attention, our own |
+| ragged | among themselves | range attention, our own; else `varlen_attn`, flash on packed rows |
+| any | to the keys of all tokens; within documents | range attention |
 
-Rows go into a frame for scaled-dot-product attention where one of the last two is not to be used (`model/kernels.py`
-decides), and where nearly all tokens attend to the keys of all.
+Rows go into a frame for scaled-dot-product attention where these are not to be used (`model/kernels.py` decides), and
+where nearly all tokens attend to the keys of all.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class AttentionKernels:
     rows: frozenset[int]
     """Numbers of rows that come back in every micro-batch. Others are not for cuDNN, which makes a plan for each."""
     no_varlen: str | None = None
-    """Why `varlen_attn` is not used; None: it is."""
+    """Why `varlen_attn` does not take over where range attention is not used; None: it does."""
     no_ranges: str | None = None
     """Why range attention is not used; None: it is."""
 
@@ -55,7 +55,10 @@ class AttentionByShape(CoreAttention):
         if pattern.masked:
             attend = self._ranges if self.kernels.no_ranges is None and not _nearly_all(pattern) else self._framed
         elif pattern.active.ragged:
-            attend = self._varlen if self.kernels.no_varlen is None else self._framed
+            if self.kernels.no_ranges is None:
+                attend = self._packed
+            else:
+                attend = self._varlen if self.kernels.no_varlen is None else self._framed
         else:
             return self._sdpa(query, key, value, None)
         return attend(query, key, value, pattern)
@@ -69,6 +72,10 @@ class AttentionByShape(CoreAttention):
         frame = pattern.exact
         out = _range_attention()(*frame.inputs(query, key, value), *frame.ranges, self.softmax_scale)
         return frame.take(out.flatten(2))
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern) -> Tensor:
+        ranges = pattern.compact.packed_ranges
+        return _range_attention()(query, key, value, *ranges, self.softmax_scale).flatten(2)
 
     def _framed(self, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern) -> Tensor:
         frame = pattern.spread if pattern.keys_of_all else pattern.compact

@@ -122,6 +122,13 @@ class Frame:
         """What each slot sees, for range attention."""
         return ranges(*self.visible, self.num_keys)
 
+    @cached_property
+    def packed_ranges(self) -> Ranges:
+        """Ragged rows as they stand, as if of one sequence: each sees those of its own up to itself."""
+        sequences = self.active.sequences.view(1, -1)
+        last = torch.arange(sequences.shape[1], dtype=torch.int32, device=sequences.device).unsqueeze(0)
+        return ranges(self.cu_seqlens[sequences], last, sequences.shape[1])
+
     @property
     def _device(self) -> torch.device:
         return self.documents.device if self.active.rows is None else self.active.rows.device

@@ -56,10 +56,10 @@ def attention_kernels(config: Config) -> AttentionKernels | None:
     elif config.training.precision == "fp32":
         no_varlen = no_ranges = "fp32"
     else:
-        if config.routing_method.routes:
-            no_varlen = tried("varlen_attn", heads)
-        if needs_masks(config):
+        if config.routing_method.routes or needs_masks(config):
             no_ranges = tried("range attention", heads)
+        if config.routing_method.routes and no_ranges is not None:
+            no_varlen = tried("varlen_attn", heads)
     return AttentionKernels(
         fixed=(*(REGULAR[name] for name in taken), *OTHERS),
         rows=frozenset({length, *(kept(capacity, length) for capacity in plan.capacities)}),

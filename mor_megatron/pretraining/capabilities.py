@@ -61,7 +61,8 @@ def _attention(config: Config) -> dict[str, str]:
     names = {SDPBackend.CUDNN_ATTENTION: "cuDNN", SDPBackend.FLASH_ATTENTION: "flash"}
     found = {"attention": names.get(kernels.fixed[0], "PyTorch")}
     if config.routing_method.routes:
-        found["attention of ragged rows"] = _or_padded("varlen_attn", kernels.no_varlen)
+        ragged = "range attention" if kernels.no_ranges is None else _or_padded("varlen_attn", kernels.no_varlen)
+        found["attention of ragged rows"] = ragged
     if needs_masks(config):
         found["attention under masks"] = _or_padded("range attention", kernels.no_ranges)
     return found

@@ -27,6 +27,7 @@ BATCH = 3
 HOPPER = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 ROWS = frozenset({SEQ, kept(2 / 3, SEQ), kept(1 / 3, SEQ)})
 BY_SHAPE = AttentionKernels(HOPPER, ROWS)
+VARLEN = AttentionKernels(HOPPER, ROWS, no_ranges="forced")
 SDPA = AttentionKernels(HOPPER, ROWS, no_varlen="forced", no_ranges="forced")
 DOCUMENTS = torch.arange(SEQ).div(10, rounding_mode="floor").expand(BATCH, SEQ)
 
@@ -75,7 +76,7 @@ def run(model, documents: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", RECURSIONS)
-@pytest.mark.parametrize("kernels", [BY_SHAPE, SDPA], ids=["by_shape", "sdpa"])
+@pytest.mark.parametrize("kernels", [BY_SHAPE, VARLEN, SDPA], ids=["by_shape", "varlen", "sdpa"])
 def test_equals_the_way_of_the_cpu(process_group, monkeypatch, name, kernels):
     config = small_config(name, group_query_attention=True, num_query_groups=2)
     ours, expected = build(config, kernels, monkeypatch), build(config, None, monkeypatch)
@@ -135,11 +136,11 @@ class Spy:
         ("vanilla", "capacity", {"cudnn"}, 1),
         ("recursive", "capacity", {"cudnn"}, 1),
         ("expert", "capacity", {"cudnn", "other"}, 3),
-        ("expert", "threshold", {"cudnn", "varlen"}, 1),
+        ("expert", "threshold", {"cudnn", "ranges"}, 1),
         ("expert_sharing", "capacity", {"cudnn", "ranges"}, 1),
         ("expert_sharing_update", "capacity", {"cudnn", "ranges"}, 1),
         ("expert_sharing", "threshold", {"cudnn", "ranges"}, 1),
-        ("token", "capacity", {"cudnn", "varlen"}, 1),
+        ("token", "capacity", {"cudnn", "ranges"}, 1),
         ("token_sharing", "capacity", {"cudnn", "ranges"}, 1),
     ],
 )

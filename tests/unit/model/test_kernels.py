@@ -118,7 +118,7 @@ def test_a_kernel_that_fails_is_replaced_and_reported(gpu, monkeypatch, process_
     gpu(HOPPER)
     found = capabilities.capabilities(_config("expert_sharing"))
     assert found["attention"] == "cuDNN"
-    assert found["attention of ragged rows"] == "varlen_attn"
+    assert found["attention of ragged rows"] == "range attention"
     assert found["attention under masks"] == "range attention"
     gpu(HOPPER, broken="range attention")
     found = capabilities.capabilities(_config("expert_sharing"))
