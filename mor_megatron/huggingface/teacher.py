@@ -60,7 +60,7 @@ def _teacher(path: Path, config: Config, tokenizer: Tokenizer | None) -> MoRMode
     if kind_of(path) == "mor":
         weights, own = read_export(path)
     else:
-        weights, own, _ = read_llama(path, RecursionConfig(), None, "stepwise", 0)
+        weights, own, *_ = read_llama(path, RecursionConfig(), None, "stepwise", 0)
     _check_vocabulary(path, own, config, tokenizer)
     longest, length = own.model.max_position_embeddings, config.data.seq_length
     if length > longest:
