@@ -69,6 +69,7 @@ def add_server(parser: ArgumentParser) -> None:
     engine.add_argument("--enable-prefix-caching", dest="prefix_cache", action=BooleanOptionalAction, default=True)
     engine.add_argument("--turn-at", type=int, help="sequences that wait for the outer layers; default half of all")
     engine.add_argument("--attention-backend", dest="attention", choices=("auto", "native", "torch"))
+    engine.add_argument("--enforce-eager", action="store_true", help="on a GPU, launch kernels without CUDA graphs")
 
 
 def exit_status(work: Callable[[], int | None], failures: tuple[type[ValueError], ...] = ()) -> int:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 LN_2 = tl.constexpr(math.log(2))
 """exp(x) = exp2(x / LN_2), and exp2 is the instruction that a GPU has."""
-MOST_SPLITS = 16
+SPLITS = 8
+"""Parts of the keys of a table, where programs are fewer than processors."""
 
 
 @triton.jit(do_not_specialize=["pages"])
@@ -120,7 +121,7 @@ def paged_attention(
     group, programs = heads // groups, (len(begin) - 1) * groups
     queries = max(16, triton.next_power_of_2(most * group))
     tile = 64 if width <= 64 else 32
-    splits = _splits(programs, triton.cdiv(tables.shape[1] * size, tile), query.device)
+    splits = SPLITS if programs <= _processors(query.device) else 1
     out = torch.empty_like(query)
     options = {"HEAD": width, "WIDTH": max(16, triton.next_power_of_2(width))}
     parts, peaks, totals = out, out, out
@@ -138,12 +139,6 @@ def paged_attention(
     return out
 
 
-def _splits(programs: int, tiles: int, device: torch.device) -> int:
-    """Parts of the keys of a table: a power of two, so that few kernels are compiled."""
-    wanted = min(2 * _processors(device) // max(1, programs), tiles, MOST_SPLITS)
-    return 1 << max(0, wanted.bit_length() - 1)
-
-
 @cache
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
