@@ -2,7 +2,7 @@
 
 Two counts of FLOPs, never to be mixed:
 - the *paper's*: forward, linear layers and attention only, GQA ignored, capacities as planned. It reproduces the
-  published step counts (docs/mor.md, sec. 7) and sets isoFLOP budgets.
+  published step counts (docs/mor.md, sec. 7) and sets isoFLOP budgets. Adapters of recursions come on top.
 - *executed*: what a step multiplies: GQA, router and head included, causal pairs once, tokens as they were really
   routed. A training step costs three forwards, the *model* FLOPs (PaLM, arXiv 2204.02311, app. B: MFU); the *hardware*
   FLOPs (HFU) add what recomputation multiplies once more.
@@ -21,10 +21,13 @@ import torch
 from mor_megatron.config.schema import Config, RecursionConfig
 from mor_megatron.recursion.context import TOKENS_PER_RECURSION
 from mor_megatron.recursion.plan import RecursionPlan, VirtualLayer
+from mor_megatron.recursion.relaxation import adapted
 from mor_megatron.recursion.routing import RoutingMethod
 
 FORWARDS_PER_STEP = 3
 """A backward pass multiplies twice what a forward pass does."""
+ROW_PARALLEL = ("o", "down")
+"""Linear maps whose input tensor-parallel ranks divide, not their output."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,17 @@ class Widths:
         return cls(model.hidden_size, model.ffn_hidden_size, query, key_value, model.add_qkv_bias)
 
     @property
+    def maps(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of a layer's linear maps (`relaxation.PARTS`)."""
+        outputs = {"q": self.query, "k": self.key_value, "v": self.key_value, "gate": self.ffn, "up": self.ffn}
+        inputs = {"o": self.query, "down": self.ffn}
+        maps = {part: (self.hidden, width) for part, width in outputs.items()}
+        return maps | {part: (width, self.hidden) for part, width in inputs.items()}
+
+    @property
     def layer_matrices(self) -> int:
         """Weights of a layer's linear maps, biases left out."""
-        return self.hidden * (2 * self.query + 2 * self.key_value) + 3 * self.hidden * self.ffn
+        return sum(inputs * outputs for inputs, outputs in self.maps.values())
 
     @property
     def layer_biases(self) -> int:
@@ -124,6 +135,7 @@ def count_parameters(config: Config) -> ParameterCount:
     embedding = _vocabulary(config) * widths.hidden * (2 if config.model.untie_embeddings_and_output_weights else 1)
     rest = router_parameters(config) + widths.hidden  # final norm
     layer = layer_parameters(config)
+    rest += plan.block_size * relaxation_parameters(config) + recursion_embedding_parameters(config)
     non_embedding = plan.num_physical_layers * layer + rest
     unrolled = plan.num_layers * layer + widths.hidden + embedding
     return ParameterCount(non_embedding + embedding, non_embedding, unrolled)
@@ -133,6 +145,25 @@ def layer_parameters(config: Config, tensor_parallel_size: int = 1) -> int:
     """Weights of one layer on one tensor-parallel rank: its share of matrices and biases, and whole norms."""
     widths = Widths.of(config)
     return (widths.layer_matrices + widths.layer_biases) // tensor_parallel_size + widths.layer_norms
+
+
+def relaxation_parameters(config: Config, tensor_parallel_size: int = 1) -> int:
+    """Weights beyond those of `layer_parameters` that a layer of the shared block has on one tensor-parallel rank:
+    adapters, which are divided on the side where their map is, and norms of further recursions."""
+    recursion, plan, widths = config.recursion, config.plan, Widths.of(config)
+    norms = (plan.num_recursions - 1) * widths.layer_norms if recursion.recursion_norms else 0
+    adapters = 0
+    for part, recursions in adapted(recursion, plan).items():
+        inputs, outputs = widths.maps[part]
+        cut, whole = (inputs, outputs) if part in ROW_PARALLEL else (outputs, inputs)
+        adapters += len(recursions) * recursion.lora_rank * (cut // tensor_parallel_size + whole)
+    return adapters + norms
+
+
+def recursion_embedding_parameters(config: Config) -> int:
+    """Weights of the vectors that recursions begin with."""
+    recursion = config.recursion
+    return recursion.num_recursions * config.model.hidden_size if recursion.recursion_embedding else 0
 
 
 def padded_vocab_size(vocab_size: int, divisor: int, tensor_parallel_size: int = 1) -> int:
@@ -169,7 +200,20 @@ def paper_flops_per_token(config: Config) -> float:
         c = active_fraction(layer, fractions)
         shares = skips_keys(plan, layer)
         total += c * ((2 if shares else 4) * projection + ffn) + c * (1.0 if shares else c) * attention
+        total += c * adapter_flops(config, layer)
     return total
+
+
+def adapted_maps(config: Config, layer: VirtualLayer) -> list[str]:
+    """The linear maps of a virtual layer that have an adapter there."""
+    recursions = adapted(config.recursion, config.plan)
+    return [part for part, used in recursions.items() if layer.recursion in used]
+
+
+def adapter_flops(config: Config, layer: VirtualLayer) -> int:
+    """Forward FLOPs of the adapters of one virtual layer for each of its tokens."""
+    maps = Widths.of(config).maps
+    return 2 * config.recursion.lora_rank * sum(sum(maps[part]) for part in adapted_maps(config, layer))
 
 
 def iterations_for_budget(config: Config, budget: float) -> int:
@@ -263,7 +307,8 @@ def layer_work(config: Config, fractions: Sequence[float] | None = None) -> list
         outputs = 2 * widths.query + (0 if shares else 2 * widths.key_value) + 3 * widths.ffn
         keys = 1.0 if plan.kv_mode != "caching" and layer.kv_source != layer.index else c
         attention = c * keys * 2 * config.data.seq_length * widths.query
-        work.append(LayerWork(c * 2 * widths.hidden * outputs, attention))
+        linear = 2 * widths.hidden * outputs + adapter_flops(config, layer)
+        work.append(LayerWork(c * linear, attention))
     return work
 
 

@@ -9,6 +9,7 @@ under sequence parallelism and else 1; Q and KV are the widths of all queries an
 | queries, and keys and values where they are its own | (Q + 2 KV) / T     |            |
 | attention's output                                  | Q / T              | heads / T  |
 | product of gate and up, activation                  | 3 F / T            |            |
+| between the products of each adapter                | R                  |            |
 
 A routed recursion also keeps the rows of its candidates, which its router reads in fp32, and its output, which the gate
 weighs. Recomputation keeps the input of every layer or pass, and keys that later recursions share; what it forgot comes
@@ -21,7 +22,14 @@ import math
 from dataclasses import dataclass
 
 from mor_megatron.config.schema import Config
-from mor_megatron.planning.accounting import Widths, active_fraction, padded_vocab_size, planned_fractions, skips_keys
+from mor_megatron.planning.accounting import (
+    Widths,
+    active_fraction,
+    adapted_maps,
+    padded_vocab_size,
+    planned_fractions,
+    skips_keys,
+)
 from mor_megatron.planning.stages import PipelinePlan
 from mor_megatron.recursion.plan import VirtualLayer
 
@@ -122,6 +130,7 @@ class _Rows:
         self.whole_stream = self.number * widths.hidden  # the same where the shards are gathered
         self.queries, self.keys = self.number * widths.query / tp, 2 * self.number * widths.key_value / tp
         self.ffn = self.number * widths.ffn / tp
+        self.rank = self.number * config.recursion.lora_rank
         self.norms, self.softmax = 8 / cut, 4 * config.model.num_attention_heads / tp
         self.hidden_fp32 = 4 * widths.hidden / cut
         self.largest_weight = 2 * widths.hidden * widths.ffn / tp
@@ -137,7 +146,8 @@ class _Rows:
         if layer.kv_source != layer.index and rows < self.tokens:
             attention += 0 if self.is_cuda else self.queries  # computed in blocks of rows, then put together
             replaced = self.tokens * self.keys if self.plan.kv_mode == "sharing_update" else 0.0
-        return rows * (4 * self.stream + self.norms + attention + 3 * self.ffn) + replaced
+        adapters = self.rank * len(adapted_maps(self.config, layer))
+        return rows * (4 * self.stream + self.norms + attention + 3 * self.ffn + adapters) + replaced
 
     def kept(self, uses: Uses) -> float:
         """What the uses of a recursion keep, as `recompute_granularity` has it."""

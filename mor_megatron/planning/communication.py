@@ -4,7 +4,8 @@ In a group of n, an all-reduce of b bytes sends 2 b (n-1)/n, an all-gather or re
 
 - *tensor*: a layer has two all-reduces of its rows forward and two backward; recomputation repeats those of the forward
   pass. With sequence parallelism each is an all-gather and a reduce-scatter, and the backward pass gathers two inputs
-  once more. So has the head; the embedding has one all-reduce.
+  once more. So has the head; the embedding has one all-reduce. An adapter has one all-reduce of rows as wide as its
+  rank, forward or backward; with sequence parallelism a gather and a scatter, one each way.
 - *pipeline*: the message of each chunk (docs/parallelism.md), and its gradient on the way back.
 - *embedding*: the fp32 gradient of a tied head, over first and last stage.
 - *data*: ZeRO 0 all-reduces fp32 gradients once, ZeRO 1 also gathers updated weights, ZeRO 2 reduces in every
@@ -18,7 +19,15 @@ from dataclasses import dataclass
 
 from mor_megatron.config.layout import data_parallel_size
 from mor_megatron.config.schema import Config
-from mor_megatron.planning.accounting import active_fraction, layer_parameters, padded_vocab_size, planned_fractions
+from mor_megatron.planning.accounting import (
+    ROW_PARALLEL,
+    active_fraction,
+    adapted_maps,
+    layer_parameters,
+    padded_vocab_size,
+    planned_fractions,
+    relaxation_parameters,
+)
 from mor_megatron.planning.stages import PipelinePlan
 
 LIVE_WEIGHTS = 1_000_000_000
@@ -99,12 +108,27 @@ def _tensor(config: Config, pipeline: PipelinePlan, stage: int) -> float:
         for layer in pipeline.layers(stage, chunk)
     )
     again = 4 if config.training.recompute_granularity == "full" else 0
-    sent = uses * half * (again + (10 if parallel.sequence_parallel else 8))
+    sent = uses * half * (again + (10 if parallel.sequence_parallel else 8)) + _of_adapters(config, pipeline, stage)
     if stage == 0:
         sent += 2 * half
     if stage == pipeline.num_stages - 1:
         sent += half * (3 if parallel.sequence_parallel else 2)
     return sent
+
+
+def _of_adapters(config: Config, pipeline: PipelinePlan, stage: int) -> float:
+    """Of one micro-batch: rows as wide as the rank."""
+    tp, sequence_parallel = config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel
+    fractions, halves = planned_fractions(config), 0.0
+    for chunk in range(pipeline.num_chunks):
+        for layer in pipeline.layers(stage, chunk):
+            parts = adapted_maps(config, layer)
+            forward = len(parts) if sequence_parallel else 2 * len([part for part in parts if part in ROW_PARALLEL])
+            again = forward if config.training.recompute_granularity == "full" else 0
+            halves += active_fraction(layer, fractions) * (2 * len(parts) + again)
+    number = 2 if config.training.precision != "fp32" else 4
+    tokens = config.training.micro_batch_size * config.data.seq_length
+    return halves * tokens * config.recursion.lora_rank * number * (tp - 1) / tp
 
 
 def _embedding(config: Config, pipeline: PipelinePlan, stage: int) -> float:
@@ -129,7 +153,8 @@ def _data(config: Config, pipeline: PipelinePlan, parameters: int, num_microbatc
         return (2 * gradients * num_microbatches + weights) * share
     gathered = parameters
     if parameters > LIVE_WEIGHTS:
-        block = pipeline.plan.block_size * layer_parameters(config, config.parallel.tensor_model_parallel_size)
+        tp = config.parallel.tensor_model_parallel_size
+        block = pipeline.plan.block_size * (layer_parameters(config, tp) + relaxation_parameters(config, tp))
         again = 1 if training.recompute_granularity != "full" else 2
         gathered = (1 + again) * (parameters + (pipeline.plan.num_recursions - 1) * block)
     return num_microbatches * share * (gradients + gathered * weights / parameters)

@@ -26,7 +26,13 @@ from typing import NamedTuple
 from mor_megatron.config.deepspeed_settings import deepspeed_settings, overlaps_reduction
 from mor_megatron.config.layout import data_parallel_size
 from mor_megatron.config.schema import Config
-from mor_megatron.planning.accounting import layer_parameters, padded_vocab_size, router_parameters
+from mor_megatron.planning.accounting import (
+    layer_parameters,
+    padded_vocab_size,
+    recursion_embedding_parameters,
+    relaxation_parameters,
+    router_parameters,
+)
 from mor_megatron.planning.activations import activations, adds_each_use, head_bytes
 from mor_megatron.planning.communication import LIVE_WEIGHTS, message_bytes
 from mor_megatron.planning.schedule import passes
@@ -56,14 +62,16 @@ def rank_parameters(config: Config, pipeline: PipelinePlan, stage: int) -> int:
     """Weights on each tensor-parallel rank of a pipeline stage, vocabulary padding included.
 
     Matrices, embedding and head are divided among tensor-parallel ranks; norms and routers are whole on each. The first
-    stage has embedding and routers, the last the head; a tied head is a weight of its own only if they are two ranks.
+    stage has the embeddings and the routers, the last the head; a tied head is a weight of its own only if they are two
+    ranks.
     """
     tp, hidden = config.parallel.tensor_model_parallel_size, config.model.hidden_size
     padded = padded_vocab_size(config.model.vocab_size, config.model.make_vocab_size_divisible_by, tp)
     is_first, is_last = stage == 0, stage == pipeline.num_stages - 1
     count = len(pipeline.physical_layers(stage)) * layer_parameters(config, tp)
+    count += pipeline.block_layers[stage] * relaxation_parameters(config, tp)
     if is_first:
-        count += padded // tp * hidden + router_parameters(config)
+        count += padded // tp * hidden + router_parameters(config) + recursion_embedding_parameters(config)
     if is_last:
         count += hidden  # final norm
         if config.model.untie_embeddings_and_output_weights or not is_first:
@@ -185,7 +193,8 @@ def _waiting_gradients(config: Config, pipeline: PipelinePlan, stage: int) -> li
     is_tied = pipeline.num_stages == 1 and not config.model.untie_embeddings_and_output_weights
     head = 4.0 * _vocabulary_weights(config) if is_tied else 0.0
     layers = pipeline.block_layers[stage] if not pipeline.is_ring else 0  # a ring's passes are whole backward passes
-    block = 4.0 * layers * layer_parameters(config, config.parallel.tensor_model_parallel_size)
+    tp = config.parallel.tensor_model_parallel_size
+    block = 4.0 * layers * (layer_parameters(config, tp) + relaxation_parameters(config, tp))
     return [head + (block if r < count - 1 else 0.0) for r in range(count)]
 
 

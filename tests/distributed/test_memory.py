@@ -22,13 +22,14 @@ CASES = [
     *((name, "expert-nr3", "adam", False) for name in ("dp2-zero0", "dp2", "dp2-zero2", "dp2-zero3")),
     *((name, "expert-nr3", "adam", True) for name in ("dp2-zero0", "dp2", "dp2-zero2", "dp2-zero3")),
     ("dp2", "vanilla", "sgd", False),
-    ("pp2-uneven", "token-balance", "adam", False),
+    ("pp2-uneven", "token-relaxed", "adam", False),
     ("tp2", "expert-gqa", "adam", False),
     ("tp2-pp2", "expert-untied", "adam", False),
     ("pp4", "expert-aux-router", "adam", False),
+    ("tp2-pp2", "expert-relaxed", "adam", False),
 ]
 
-QUICK = [CASES[0], CASES[3], CASES[5], CASES[6], *CASES[8:10], CASES[12]]
+QUICK = [CASES[0], CASES[3], CASES[5], CASES[6], *CASES[8:10], CASES[13]]
 """Every ZeRO stage and kind of layout once."""
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import (
     RECURSIONS,
+    RELAXED,
     SEQ,
     VOCAB,
     random_ids,
@@ -32,7 +33,7 @@ ROUTED = [name for name, r in RECURSIONS.items() if r.get("routing")]
 EXPERT = [name for name, r in RECURSIONS.items() if r.get("routing") == "expert_choice"]
 
 
-@pytest.mark.parametrize("name", RECURSIONS)
+@pytest.mark.parametrize("name", [*RECURSIONS, *RELAXED])
 @pytest.mark.parametrize("untied", [False, True])
 def test_each_physical_layer_is_stored_once(name, untied):
     model = small_model(name, untie_embeddings_and_output_weights=untied, make_vocab_size_divisible_by=1)

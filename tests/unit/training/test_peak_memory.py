@@ -28,6 +28,7 @@ EXPERT = "--num-recursions 3 --routing expert_choice"
         "--zero-stage 1 --bf16",
         f"--zero-stage 0 --bf16 {EXPERT}",
         f"--zero-stage 0 {EXPERT} --recompute-granularity full --recompute-unit recursion",
+        f"--zero-stage 0 {EXPERT} --relaxation lora --lora-rank 12 --lora-alpha 6 --recursion-norms",
     ],
 )
 def test_the_peak_of_a_real_iteration(process_group, flags):
