@@ -6,7 +6,7 @@ This file travels with an exported model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
 
 import torch
@@ -19,6 +19,7 @@ from mor_megatron.recursion.plan import VirtualLayer
 
 from .cache_mor import MoRCache
 from .configuration_mor import MoRConfig
+from .relaxed_mor import Recursions, Relaxed
 from .rows_mor import Rows
 
 Pair = tuple[Tensor, Tensor]
@@ -161,12 +162,12 @@ class Visibility:
         )
 
 
-class MoRAttention(nn.Module):
+class MoRAttention(Relaxed):
     """Self-attention of packed rows, through the attention functions of transformers."""
 
     is_causal = True
 
-    def __init__(self, config: MoRConfig):
+    def __init__(self, config: MoRConfig, recursions: Mapping[str, range]):
         super().__init__()
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
@@ -176,28 +177,27 @@ class MoRAttention(nn.Module):
         self.k_proj = nn.Linear(width, groups, bias=config.qkv_bias)
         self.v_proj = nn.Linear(width, groups, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=False)
+        self.add_adapters(config, recursions, "q", "k", "v")
+        self.add_adapters(config, recursions, "o")
 
     def forward(
         self, hidden: Tensor, visibility: Visibility, use: VirtualLayer, source: Pair | None
     ) -> tuple[Tensor, Pair | None]:
         """[T, H] -> [T, H], and the rows' own keys and values [T, G, D] if there are any."""
-        rows = visibility.rows
-        query = rotate(self._heads(self.q_proj(hidden)), visibility.rotation)
-        own = None
-        if visibility.projects:
-            own = (
-                rotate(self._heads(self.k_proj(hidden)), visibility.rotation),
-                self._heads(self.v_proj(hidden)),
-            )
+        rows, r = visibility.rows, use.recursion
+        query, *own = self.heads(hidden, r, *("qkv" if visibility.projects else "q"))
+        query = rotate(query, visibility.rotation)
+        own = (rotate(own[0], visibility.rotation), own[1]) if own else None
         seen = visibility.exchange(use.index, own, source, use.kv_source if visibility.reads else use.index)
         queries = rows.pad(query).transpose(1, 2).chunk(len(seen))
         attend, options = visibility.function, {"dropout": 0.0, "scaling": self.scaling}
         parts = [attend(self, q, *pair, visibility.mask, **options)[0] for q, pair in zip(queries, seen, strict=True)]
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self.o_proj(rows.unpad(out.flatten(2))), own
+        return self.project(rows.unpad(out.flatten(2)), r, "o")[0], own
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.view(x.shape[0], -1, self.head_dim)
+    def heads(self, hidden: Tensor, recursion: Recursions, *parts: str) -> list[Tensor]:
+        """Queries, keys, values: q, k, v; [T, H] -> [T, heads, D], not rotated."""
+        return [x.view(len(hidden), -1, self.head_dim) for x in self.project(hidden, recursion, *parts)]
 
 
 def rotation_of(positions: Tensor, config: MoRConfig, dtype: torch.dtype) -> Pair:

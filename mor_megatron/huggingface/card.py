@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from mor_megatron.config.schema import RecursionConfig
 from mor_megatron.huggingface.export import Checkpoint
 from mor_megatron.huggingface.verify import AnotherModelError, Comparison
+from mor_megatron.planning.accounting import (
+    layer_parameters,
+    recursion_embedding_parameters,
+    relaxation_parameters,
+)
 
 _MOR = "A Transformer that runs a shared block of layers several times (arXiv 2507.10524)."
 _LLAMA = (
@@ -49,14 +55,14 @@ def write_card(model: PreTrainedModel, checkpoint: Checkpoint, verified: Compari
     config, run = model.config, checkpoint.config
     recursion, plan = run.recursion, run.plan
     stored = sum(p.numel() for p in model.parameters())
-    per_layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    own = plan.block_size * relaxation_parameters(run) + recursion_embedding_parameters(run)
     positions, trained = len(model.model.layers), plan.num_physical_layers
     is_llama = isinstance(model, LlamaForCausalLM)
     if is_llama:
         parameters = f"{stored:,} stored"
         layers = f"{positions}, copies of {trained} trained ones" if positions > trained else f"{positions}"
     else:
-        unrolled = stored + per_layer * (len(plan.layers) - trained)
+        unrolled = stored - own + layer_parameters(run) * (len(plan.layers) - trained)
         parameters = f"{stored:,} stored; {unrolled:,} if no layer were shared"
         layers = f"{len(plan.layers)} positions on {trained} stored layers"
     progress = checkpoint.manifest.progress
@@ -65,6 +71,7 @@ def write_card(model: PreTrainedModel, checkpoint: Checkpoint, verified: Compari
         "parameters": parameters,
         "layers": layers,
         "recursions": f"{plan.num_recursions} ({plan.strategy})" if plan.num_recursions > 1 else "1",
+        **({"recursions differ by": f"{_differences(recursion)}: {own:,} parameters"} if own else {}),
         "routing": run.routing_method.about,
         "keys and values": recursion.kv_mode,
         "width, feed-forward, heads, key/value heads": (
@@ -95,6 +102,18 @@ def write_card(model: PreTrainedModel, checkpoint: Checkpoint, verified: Compari
     if verified is not None:
         parts += ["## Verified", f"Against the training code, in fp32, on {verified}."]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _differences(recursion: RecursionConfig) -> str:
+    """What a recursion has of its own (arXiv 2410.20672)."""
+    found = []
+    if recursion.relaxation == "lora":
+        maps = "all linear maps" if recursion.lora_targets == "all" else f"the linear maps of {recursion.lora_targets}"
+        but = " but the first" if recursion.lora_recursions == "all_but_first" else ""
+        found.append(f"adapters of rank {recursion.lora_rank} on {maps}, in all recursions{but}")
+    found += ["weights of norms"] if recursion.recursion_norms else []
+    found += ["a vector that is added first"] if recursion.recursion_embedding else []
+    return "; ".join(found)
 
 
 def _advice(config) -> str:

@@ -13,6 +13,7 @@ import transformers
 
 from mor_megatron.recursion.methods import method_of
 from mor_megatron.recursion.plan import KV_MODES, RecursionPlan, build_plan
+from mor_megatron.recursion.relaxation import RelaxationSettings, resolve_relaxation
 from mor_megatron.recursion.routing import RoutingMethod
 from mor_megatron.recursion.setting import check, rule_of
 
@@ -95,6 +96,7 @@ class MoRConfig(transformers.PreTrainedConfig):
             )
         try:
             self._resolve_routing(kwargs)
+            self._resolve_relaxation(kwargs)
         except ValueError as error:
             raise ValueError(_in_our_words(str(error))) from None
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
@@ -119,6 +121,23 @@ class MoRConfig(transformers.PreTrainedConfig):
             value = getattr(self, exported_name(entry.name), entry.default)
             values[entry.name] = tuple(value) if isinstance(value, list) else value
         return self.routing_method.Settings(**values)
+
+    @property
+    def relaxation_settings(self) -> RelaxationSettings:
+        """How recursions differ; this configuration has them as attributes where they do."""
+        own = fields(RelaxationSettings)
+        return RelaxationSettings(**{entry.name: getattr(self, entry.name, entry.default) for entry in own})
+
+    def _resolve_relaxation(self, kwargs: dict[str, Any]) -> None:
+        """Check how recursions differ; keep the settings as attributes if they do."""
+        given = {entry.name: kwargs.pop(entry.name, entry.default) for entry in fields(RelaxationSettings)}
+        settings = RelaxationSettings(**given)
+        check(settings)
+        settings = resolve_relaxation(settings, self.plan)
+        for entry in fields(settings) if settings.is_relaxed else ():
+            _, is_read = rule_of(entry).read_with or ("", lambda _: True)
+            if is_read(settings):
+                setattr(self, entry.name, getattr(settings, entry.name))
 
     def _resolve_routing(self, kwargs: dict[str, Any]) -> None:
         """Check how deep tokens go; keep the routing method's settings as attributes, defaults filled in."""

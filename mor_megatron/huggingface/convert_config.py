@@ -9,10 +9,13 @@ from mor_megatron.config.schema import Config, DataConfig, ModelConfig, Recursio
 from mor_megatron.config.validate import validate
 from mor_megatron.huggingface.configuration_mor import MoRConfig, exported_name
 from mor_megatron.recursion.methods import method_of
+from mor_megatron.recursion.relaxation import RelaxationSettings
 from mor_megatron.recursion.setting import Rule, rule_of
 
 SHARING = ("num_recursions", "sharing_strategy", "kv_mode", "routing")
 """Settings of every recursive model, of one name and meaning in both; those of its routing method come on top."""
+RELAXATION = tuple(entry.name for entry in fields(RelaxationSettings))
+"""The same of relaxation, which an export names if it has any."""
 
 
 def export_config(config: Config, **tokens: int | None) -> MoRConfig:
@@ -23,7 +26,7 @@ def export_config(config: Config, **tokens: int | None) -> MoRConfig:
         tokens: bos_token_id, eos_token_id, pad_token_id, padding_row; the last is a row behind the vocabulary.
     """
     model, recursion = config.model, config.recursion
-    settings = {name: getattr(recursion, name) for name in SHARING}
+    settings = {name: getattr(recursion, name) for name in (*SHARING, *RELAXATION)}
     for name in _method_settings(recursion.routing):
         value = getattr(recursion, name)
         settings[exported_name(name)] = list(value) if isinstance(value, tuple) else value
@@ -100,6 +103,7 @@ def _recursion(exported: MoRConfig) -> RecursionConfig:
     if exported.num_recursions == 1:
         return RecursionConfig()
     settings = {name: getattr(exported, name) for name in SHARING}
+    settings |= {name: getattr(exported, name) for name in RELAXATION if hasattr(exported, name)}
     stored = exported.routing_settings
     for name, rule in _method_settings(exported.routing).items():
         if rule.read_with is None or rule.read_with[1](stored):  # a run reports a setting that would do nothing

@@ -2,63 +2,62 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mor_megatron.recursion.plan import VirtualLayer
+from mor_megatron.recursion.relaxation import adapted
 
 from .attention_mor import MoRAttention, Pair, Visibility
 from .configuration_mor import MoRConfig
+from .relaxed_mor import MoRRMSNorm, Recursions, Relaxed
 
 
-class MoRRMSNorm(nn.Module):
-    """x / rms(x) * weight; statistics in fp32, rounded before the weight, as LLaMA does."""
-
-    def __init__(self, config: MoRConfig):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.eps = config.rms_norm_eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[.., H] -> [.., H]."""
-        if x.dtype == self.weight.dtype == torch.float32:  # one pass; nothing is rounded in between
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
-
-
-class MoRMLP(nn.Module):
+class MoRMLP(Relaxed):
     """SwiGLU."""
 
-    def __init__(self, config: MoRConfig):
+    def __init__(self, config: MoRConfig, recursions: Mapping[str, range]):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.add_adapters(config, recursions, "gate", "up")
+        self.add_adapters(config, recursions, "down")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, recursion: Recursions) -> Tensor:
         """[T, H] -> [T, H]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.project(x, recursion, "gate", "up")
+        return self.project(F.silu(gate) * up, recursion, "down")[0]
 
 
 class MoRDecoderLayer(GradientCheckpointingLayer):
-    """One stored layer."""
+    """One stored layer.
 
-    def __init__(self, config: MoRConfig):
+    Args:
+        is_shared: it is one of those that recursions run.
+    """
+
+    def __init__(self, config: MoRConfig, is_shared: bool):
         super().__init__()
-        self.self_attn = MoRAttention(config)
-        self.mlp = MoRMLP(config)
-        self.input_layernorm = MoRRMSNorm(config)
-        self.post_attention_layernorm = MoRRMSNorm(config)
+        settings = config.relaxation_settings
+        recursions = adapted(settings, config.plan) if is_shared else {}
+        self.self_attn = MoRAttention(config, recursions)
+        self.mlp = MoRMLP(config, recursions)
+        norms = config.num_recursions if is_shared and settings.recursion_norms else None
+        self.input_layernorm = MoRRMSNorm(config, norms)
+        self.post_attention_layernorm = MoRRMSNorm(config, norms)
 
     def forward(
         self, hidden: Tensor, visibility: Visibility, use: VirtualLayer, source: Pair | None
     ) -> tuple[Tensor, Pair | None]:
         """[T, H] -> [T, H], and the rows' own keys and values if later recursions read them."""
-        update, own = self.self_attn(self.input_layernorm(hidden), visibility, use, source)
+        r = use.recursion
+        update, own = self.self_attn(self.input_layernorm(hidden, r), visibility, use, source)
         hidden = hidden + update
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), own
+        return hidden + self.mlp(self.post_attention_layernorm(hidden, r), r), own
 
 
-__all__ = ["MoRDecoderLayer", "MoRRMSNorm"]
+__all__ = ["MoRDecoderLayer"]

@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.plan import STRATEGIES, VirtualLayer
+from mor_megatron.recursion.relaxation import Adapters, RecursionEmbedding
 from mor_megatron.recursion.routing import RoutingMethod, Stream, run_recursions
 
 from .attention_mor import Pair, Visibility, rotation_of
@@ -26,9 +27,10 @@ from .cache_mor import MoRCache
 from .code_mor import write_code
 from .columns_mor import Columns, predictable
 from .configuration_mor import MoRConfig
-from .layers_mor import MoRDecoderLayer, MoRRMSNorm
+from .layers_mor import MoRDecoderLayer
 from .options_mor import check_options, refuse_unknown
 from .outputs_mor import MoRHeadOutput, MoRModelOutput
+from .relaxed_mor import MoRRMSNorm, Recursions
 from .rows_mor import PackedRows, Rows
 from .serving_mor import NotServed, refuse_graphs
 from .versions_mor import CACHE
@@ -66,10 +68,13 @@ class MoRPreTrainedModel(NotServed, PreTrainedModel):
         if isinstance(module, RoutingMethod):
             for buffer in module.buffers(recurse=False):
                 init.zeros_(buffer)
-        if not isinstance(module, nn.Linear | nn.Embedding):  # what only a routing method's own modules have
-            for parameter in module.parameters(recurse=False):
-                if parameter.ndim > 1:
-                    init.normal_(parameter, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear | nn.Embedding | MoRRMSNorm):
+            return
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, Adapters | RecursionEmbedding) and not name.endswith("_a"):
+                init.zeros_(parameter)
+            elif parameter.ndim > 1:  # of adapters, and of a routing method's own modules
+                init.normal_(parameter, std=self.config.initializer_range)
 
 
 class MoRModel(MoRPreTrainedModel):
@@ -79,12 +84,20 @@ class MoRModel(MoRPreTrainedModel):
         super().__init__(config)
         self.plan = config.plan
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(MoRDecoderLayer(config) for _ in range(self.plan.num_physical_layers))
+        shared = {use.physical for use in self.plan.shared}
+        self.layers = nn.ModuleList(MoRDecoderLayer(config, i in shared) for i in range(self.plan.num_physical_layers))
         self.norm = MoRRMSNorm(config)
+        self.recursion_embedding: RecursionEmbedding | None = None
+        if config.relaxation_settings.recursion_embedding:
+            self.recursion_embedding = RecursionEmbedding(config.num_recursions, config.hidden_size)
         self.router: RoutingMethod = config.routing_method(config.routing_settings, self.plan, PackedRows())
         self.router.build(config.hidden_size, torch.get_default_dtype())
         self.gradient_checkpointing = False
         self.post_init()
+
+    def opened(self, rows: Tensor, recursion: Recursions) -> Tensor:
+        """Rows as the first layer of their recursions reads them, [T, H]."""
+        return rows if self.recursion_embedding is None else self.recursion_embedding(rows, recursion)
 
     @can_return_tuple
     def forward(
@@ -203,6 +216,8 @@ class MoRModel(MoRPreTrainedModel):
 
         def run(layers: tuple[VirtualLayer, ...], hidden: Tensor, active: Rows, residual: Tensor) -> Tensor:
             for layer in layers:
+                if layer in self.plan.openings:
+                    hidden = self.opened(hidden, layer.recursion)
                 if read is not None:
                     read[layer.index] = active.put(residual, hidden)
                 reads = layer.kv_source != layer.index

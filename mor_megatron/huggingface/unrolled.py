@@ -1,12 +1,13 @@
 """A model without routing as a plain Llama, which every engine and quantiser of that family takes.
 
 A vanilla model has a Llama's layers under other names. A recursive one is unrolled: its shared layers are copied to
-every position at which they run. Nothing is approximated, and what the models share is lost.
+every position at which they run, and the adapters of its recursions are added to the copies. Nothing is approximated,
+and what the models share is lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from mor_megatron.config.schema import Config
 from mor_megatron.huggingface.export import special_tokens
 from mor_megatron.huggingface.published import LLAMA3
-from mor_megatron.huggingface.weights import layer_names, outer_names, split
+from mor_megatron.huggingface.weights import MAPS, adapted_maps, layer_names, outer_names, split
 from mor_megatron.planning.accounting import count_parameters
 from mor_megatron.recursion.plan import VirtualLayer
 
@@ -39,13 +40,16 @@ def to_llama(
     """
     layers = unrolled_layers(config, depth)
     model, tied = config.model, not config.model.untie_embeddings_and_output_weights
-    names = [outer_names(tied)]
-    names += [layer_names(use.physical, f"model.layers.{i}", model.add_qkv_bias) for i, use in enumerate(layers)]
-    state: dict[str, Tensor] = {}
-    for table in names:
-        for ours, theirs in table.items():
-            parts = split(ours, weights[ours], len(theirs), model)
+    state = {theirs: weights[ours].clone() for ours, (theirs,) in outer_names(tied).items()}
+    for i, use in enumerate(layers):
+        for ours, theirs in layer_names(use.physical, f"model.layers.{i}", model.add_qkv_bias).items():
+            weight = weights[ours]
+            if weight.ndim == 2 and "layernorm" in ours:
+                weight = weight[use.recursion]
+            parts = split(ours, weight, len(theirs), model)
             state |= {name: part.clone() for name, part in zip(theirs, parts, strict=True)}
+        for name, update in _updates(weights, config, use):
+            state[f"model.layers.{i}.{name}_proj.weight"] += update
     if model.add_qkv_bias:  # a Llama with biases has one more, which adds nothing
         zeros = {f"model.layers.{i}.self_attn.o_proj.bias": torch.zeros(model.hidden_size) for i in range(len(layers))}
         state |= zeros
@@ -82,7 +86,19 @@ def unrolled_layers(config: Config, depth: int | None = None) -> tuple[VirtualLa
             f"kv-mode={recursion.kv_mode} lets a recursion attend to the keys and values of the first, which no Llama "
             f"does: {remedy}"
         )
+    if recursion.recursion_embedding:
+        raise ValueError(f"recursion-embedding=True adds a vector between layers, which no Llama does: {remedy}")
     return layers
+
+
+def _updates(weights: Mapping[str, Tensor], config: Config, use: VirtualLayer) -> Iterator[tuple[str, Tensor]]:
+    """What adapters add to the linear maps of one use of a layer: `mlp.down`, and a matrix [outputs, inputs]."""
+    settings = config.recursion
+    for layer, part, recursions in adapted_maps(config):
+        if use.recursion in recursions:
+            a, b = (weights[f"layers.{use.physical}.{layer}.adapters.{part}_{x}"] for x in "ab")
+            i = use.recursion - recursions.start
+            yield f"{MAPS[layer][0]}.{part}", settings.lora_alpha / settings.lora_rank * b[i].t() @ a[i]
 
 
 def unrolling(llama: LlamaForCausalLM, config: Config) -> str:

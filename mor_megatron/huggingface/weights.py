@@ -6,20 +6,30 @@ LLaMA family keeps them apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from mor_megatron.config.schema import Config, ModelConfig
+from mor_megatron.huggingface.relaxed_mor import ADAPTERS
 from mor_megatron.model.mor_model import EMBEDDING, HEAD
 from mor_megatron.model.stored_names import stored_name
 from mor_megatron.planning.accounting import routers
+from mor_megatron.recursion.relaxation import adapted
 
-FINAL_NORM = "final_layernorm.weight"
+FINAL_NORM, RECURSION_EMBEDDING = "final_layernorm.weight", "recursion_embedding.weight"
 
 Names = dict[str, tuple[str, ...]]
 """Our name -> their names of the tensors that make it up."""
+
+MAPS = {
+    "self_attention.linear_qkv": ("self_attn", ("q", "k", "v")),
+    "self_attention.linear_proj": ("self_attn", ("o",)),
+    "mlp.linear_fc1": ("mlp", ("gate", "up")),
+    "mlp.linear_fc2": ("mlp", ("down",)),
+}
+"""Our name of a linear layer -> their module, and their names of the maps in it (`relaxation.PARTS`)."""
 
 
 def outer_names(tied: bool) -> Names:
@@ -40,14 +50,19 @@ def layer_names(physical: int, theirs: str, qkv_bias: bool = False) -> Names:
     names = {
         f"{ours}.input_layernorm.weight": (f"{theirs}.input_layernorm.weight",),
         f"{ours}.pre_mlp_layernorm.weight": (f"{theirs}.post_attention_layernorm.weight",),
-        f"{ours}.self_attention.linear_qkv.weight": tuple(f"{theirs}.self_attn.{x}_proj.weight" for x in "qkv"),
-        f"{ours}.self_attention.linear_proj.weight": (f"{theirs}.self_attn.o_proj.weight",),
-        f"{ours}.mlp.linear_fc1.weight": tuple(f"{theirs}.mlp.{x}_proj.weight" for x in ("gate", "up")),
-        f"{ours}.mlp.linear_fc2.weight": (f"{theirs}.mlp.down_proj.weight",),
     }
+    for layer, (module, parts) in MAPS.items():
+        names[f"{ours}.{layer}.weight"] = tuple(f"{theirs}.{module}.{part}_proj.weight" for part in parts)
     if qkv_bias:
         names[f"{ours}.self_attention.linear_qkv.bias"] = tuple(f"{theirs}.self_attn.{x}_proj.bias" for x in "qkv")
     return names
+
+
+def adapted_maps(config: Config) -> Iterator[tuple[str, str, range]]:
+    """The maps of a shared layer that have adapters: our layer, a part of it, its recursions."""
+    recursions = adapted(config.recursion, config.plan)
+    for layer, (_, parts) in MAPS.items():
+        yield from ((layer, part, recursions[part]) for part in parts if part in recursions)
 
 
 def router_names(ours: str, theirs: str, router_type: str, parts: tuple[str, str]) -> Names:
@@ -68,8 +83,15 @@ def export_names(config: Config) -> Names:
         config: validated settings of the run.
     """
     names = outer_names(tied=not config.model.untie_embeddings_and_output_weights)
-    for physical in range(config.plan.num_physical_layers):
+    plan, recursion = config.plan, config.recursion
+    for physical in range(plan.num_physical_layers):
         names |= layer_names(physical, f"model.layers.{physical}", config.model.add_qkv_bias)
+    for physical in {layer.physical for layer in plan.shared}:
+        for layer, part, _ in adapted_maps(config):
+            module = f"model.layers.{physical}.{MAPS[layer][0]}.{ADAPTERS[part]}"
+            names |= {f"layers.{physical}.{layer}.adapters.{part}_{x}": (f"{module}.{part}_{x}",) for x in "ab"}
+    if recursion.recursion_embedding:
+        names[RECURSION_EMBEDDING] = (f"model.{RECURSION_EMBEDDING}",)
     own = [f"router.{name}" for name in routers(config).state_dict()]
     return names | {stored_name(name, own): (f"model.{name}",) for name in own}
 
@@ -99,8 +121,10 @@ def to_ours(tensors: Mapping[str, Tensor], names: Names, model: ModelConfig) -> 
 
 def fuse(name: str, tensors: list[Tensor], model: ModelConfig) -> Tensor:
     """q, k, v -> for each key/value group its query heads, k, v; gate, up -> one below the other."""
+    if len(tensors) == 1:
+        return tensors[0]
     if ".linear_qkv." not in name:
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        return torch.cat(tensors)
     inputs = tensors[0].shape[1:]  # a bias has none
     heads = [t.reshape(model.key_value_heads, -1, model.kv_channels, *inputs) for t in tensors]
     return torch.cat(heads, dim=1).reshape(-1, *inputs)
@@ -108,7 +132,7 @@ def fuse(name: str, tensors: list[Tensor], model: ModelConfig) -> Tensor:
 
 def split(name: str, tensor: Tensor, count: int, model: ModelConfig) -> list[Tensor]:
     """The reverse of `fuse`."""
-    if ".linear_qkv." not in name:
+    if count == 1 or ".linear_qkv." not in name:
         return [part.contiguous() for part in tensor.chunk(count)]
     inputs = tensor.shape[1:]
     heads = tensor.reshape(model.key_value_heads, -1, model.kv_channels, *inputs)

@@ -21,7 +21,7 @@ product. The parts of a layer are q, k, v, o, gate, up, down (`PARTS`); those th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -132,18 +132,22 @@ class Adapters(nn.Module):
         """A [n, R, in] and B [n, R, out] of a part that has them."""
         return getattr(self, f"{part}_a"), getattr(self, f"{part}_b")
 
-    def forward(self, rows: Tensor, recursion: int | Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, rows: Tensor, recursion: int | Tensor, wanted: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
         """Updates of the outputs.
 
         Args:
             rows: [.., in].
             recursion: of all rows; or of each of them, [..] int64, which takes one grouped product.
+            wanted: parts; None: all.
         Returns:
-            For each part that has an update there, [.., out].
+            For each of these that has an update there, [.., out].
         """
+        recursions = {part: used for part, used in self.recursions.items() if wanted is None or part in wanted}
         if isinstance(recursion, Tensor):
-            return {part: self._grouped(part, rows, recursion) for part in self.recursions}
-        parts = {part: recursion - used.start for part, used in self.recursions.items() if recursion in used}
+            return {part: self._grouped(part, rows, recursion) for part in recursions}
+        parts = {part: recursion - used.start for part, used in recursions.items() if recursion in used}
         if not parts:
             return {}
         pairs = [[factor[i] for factor in self.factors(part)] for part, i in parts.items()]

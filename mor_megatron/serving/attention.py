@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mor_megatron.huggingface.attention_mor import Pair, rotate
 from mor_megatron.huggingface.layers_mor import MoRDecoderLayer
+from mor_megatron.huggingface.relaxed_mor import Recursions
 from mor_megatron.serving.kernel import TILE, DeviceKernel, Kernel
 from mor_megatron.serving.pages import Pages
 
@@ -157,6 +158,8 @@ class View:
     places: Tensor
     """Where they are stored, [W]."""
     reads: AnyReads
+    recursion: Recursions = None
+    """Of the rows."""
 
 
 def run_layer(
@@ -176,25 +179,24 @@ def run_layer(
         wanted: rows whose output is needed; None: all. The others are stored only.
         reads: of the wanted rows.
     """
-    attention = layer.self_attn
-    h = layer.input_layernorm(x)
+    attention, r = layer.self_attn, view.recursion
+    h = layer.input_layernorm(x, r)
     keys, values = view.pages.keys[number], view.pages.values[number]
-    new, rotation = (h, view.rotation) if view.writers is None else (h[view.writers], _at(view.rotation, view.writers))
+    new, rotation, of_new = h, view.rotation, r
+    if view.writers is not None:  # of keys that all recursions read: rows of recursion 0
+        new, rotation, of_new = h[view.writers], _at(view.rotation, view.writers), 0
     if len(new) > 0:
-        keys.index_copy_(0, view.places, rotate(_heads(attention.k_proj(new), attention.head_dim), rotation))
-        values.index_copy_(0, view.places, _heads(attention.v_proj(new), attention.head_dim))
+        key, value = attention.heads(new, of_new, "k", "v")
+        keys.index_copy_(0, view.places, rotate(key, rotation))
+        values.index_copy_(0, view.places, value)
     rotation = view.rotation
     if wanted is not None:
         if len(wanted) == 0:
             return x[:0]
         x, h, rotation = x[wanted], h[wanted], _at(rotation, wanted)
-    query = rotate(_heads(attention.q_proj(h), attention.head_dim), rotation)
-    x = x + attention.o_proj(reads.attend(query, keys, values).flatten(1))
-    return x + layer.mlp(layer.post_attention_layernorm(x))
-
-
-def _heads(x: Tensor, width: int) -> Tensor:
-    return x.view(len(x), -1, width)
+    query = rotate(attention.heads(h, r, "q")[0], rotation)
+    x = x + attention.project(reads.attend(query, keys, values).flatten(1), r, "o")[0]
+    return x + layer.mlp(layer.post_attention_layernorm(x, r), r)
 
 
 def _at(rotation: Pair, rows: Tensor) -> Pair:

@@ -200,7 +200,8 @@ class Lanes:
             index = sent["position"]
             rotation = (self.rotation[0][index], self.rotation[1][index])
             reads = StaticReads(sent["tables"], sent["seen"], pages.size, self.kernel)
-            return body(sent, View(pages, rotation, None, sent["places"], reads))
+            recursion = sent["recursion"][sent["slot"]] if name == "block" else None
+            return body(sent, View(pages, rotation, None, sent["places"], reads, recursion))
 
         return numbers, function
 
@@ -215,7 +216,8 @@ class Lanes:
         return self.hidden
 
     def _block(self, sent: dict[str, Tensor], view: View) -> Tensor:
-        x = self._layers(self.plan.pass_layers(0), self.rows[sent["slot"]], view)
+        x = self.model.model.opened(self.rows[sent["slot"]], view.recursion)
+        x = self._layers(self.plan.pass_layers(0), x, view)
         rows = self.rows.index_copy(0, sent["slot"], x)
         self.go.zero_()
         for r in range(self.recursions):

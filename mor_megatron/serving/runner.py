@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -159,7 +159,7 @@ class Runner:
         rows = Rows([(cohort, cohort.active) for cohort in cohorts])
         view, order = self._block_view(rows)
         x = rows.gather([cohort.stream.rows for cohort in cohorts], order)
-        x = self._layers(self.block, x, view)
+        x = self._layers(self.block, self.model.model.opened(x, view.recursion), view)
         live = [cohort.close(own) for cohort, own in zip(cohorts, rows.scatter(x, order), strict=True)]
         return [(cohort, own) for cohort, own in zip(cohorts, live, strict=True) if own is not None]
 
@@ -260,7 +260,10 @@ class Runner:
         new, counts = np.unique(table[writers & (rows.slot != GONE)], return_counts=True)
         block.rows[new] += counts
         writers = None if writers.all() else np.flatnonzero(writers)
-        return self._view(block, rows.slot, rows.position, table, at, writers, rows.arrays)
+        arrays = [rows.recursion, *rows.arrays]
+        view, (recursion, *order) = self._view(block, rows.slot, rows.position, table, at, writers, arrays)
+        first = int(rows.recursion[0])
+        return replace(view, recursion=first if (rows.recursion == first).all() else recursion), order
 
     def _view(
         self,

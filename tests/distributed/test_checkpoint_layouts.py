@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoint_jobs import Curve, allow_fp16, copy_through, differing, resume, save_halfway
 from layout_runs import FP32_LAYOUT_TOL
-from table import LAYOUTS, ONE, Layout, build_config
+from table import LAYOUTS, LORA, ONE, Layout, build_config
 
 from mor_megatron.checkpointing.reader import open_checkpoint
 from mor_megatron.checkpointing.shards import STEP
@@ -26,8 +26,12 @@ BY_NAME = {layout.name: layout for layout in [ONE, *LAYOUTS]} | {
 NAMES = ["one", "one-zero0", "dp2-zero0", "dp2", "dp2-zero3", "dp4-zero2", "tp2", "pp2-uneven", "tp2-sp-dp2-zero3"]
 NAMES += ["tp2-sp-pp2", "tp2-pp2-zero0", "pp2-dp2", "pp4"]
 MODELS = {
-    # A second learning rate, routers that are MLPs, capacities that are still falling where the run is resumed.
-    "expert": ("expert-aux-router", {"capacity_warmup_iters": 4}),
+    # A second learning rate, routers that are MLPs, capacities that are still falling where the run is resumed; and
+    # recursions that differ.
+    "expert": (
+        "expert-aux-router",
+        {"capacity_warmup_iters": 4, **LORA, "recursion_norms": True, "recursion_embedding": True},
+    ),
     # A bias that no optimizer holds.
     "token": ("token-loss-free", {}),
 }
@@ -97,6 +101,18 @@ def test_state_passes_unchanged(in_layout, saved, tmp_path, source, target, bf16
     before, after = contents(directory), contents(tmp_path)
     assert {key.split()[0] for key in before} == {"weight", "exp_avg", "exp_avg_sq", "step", "buffer"}
     assert not differing(before, after)
+
+
+def test_what_recursions_differ_by_passes_unchanged(in_layout, saved, tmp_path):
+    """Factors are cut as the weights beside them: tensor parallelism -> a ring -> one process."""
+    source, _ = saved("tp2-sp-pp2", "expert")
+    before = contents(source)
+    assert {len(value.shape) for name, value in before.items() if ".adapters." in name} == {0, 3}
+    for name in ("pp2-uneven", "one-zero0"):
+        target = str(tmp_path / name)
+        in_layout(name, copy_through, config_of(name, "expert"), source, target)
+        assert not differing(before, contents(target))
+        source = target
 
 
 @pytest.mark.parametrize(

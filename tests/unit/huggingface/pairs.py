@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cache
 
 import torch
-from models import RECURSIONS, SEQ, VOCAB, random_ids, small_config
+from models import RECURSIONS, RELAXED, SEQ, VOCAB, random_ids, small_config
 from torch import Tensor
 
 from mor_megatron.data.batch import Batch
@@ -18,7 +18,7 @@ from mor_megatron.model import MoRModel, build_model
 from mor_megatron.model.stored_names import stored_name
 from mor_megatron.recursion.context import RoutingContext
 
-ALL = (*RECURSIONS, "expert_mlp_tanh", "expert_additive", "token_mlp", "expert_sharing_update_bias")
+ALL = (*RECURSIONS, *RELAXED, "expert_mlp_tanh", "expert_additive", "token_mlp", "expert_sharing_update_bias")
 ROUTED = tuple(name for name in ALL if "expert" in name or "token" in name)
 DECODED = (
     "vanilla",
@@ -33,6 +33,8 @@ DECODED = (
     "token_loss_free",
     "token_sharing",
     "token_sharing_update",
+    "sequence_relaxed",
+    "expert_relaxed",
 )
 EXTRA = {
     "expert_mlp_tanh": {"router_type": "mlp", "router_func": "tanh", "router_temperature": 0.7},
@@ -61,12 +63,15 @@ def pair(name: str) -> tuple[MoRModel, MoRForCausalLM]:
 
 
 def spread_routing(model: MoRModel) -> None:
-    """Routers that disagree about tokens, as trained ones do; fresh ones send half of them each way at most."""
+    """Routers that disagree about tokens, as trained ones do; fresh ones send half of them each way at most. And
+    recursions that differ, where they may."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith("router.") or name.endswith(".bias"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            elif getattr(parameter, "keeps_initial", False):  # what recursions differ by
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
         for name, buffer in model.named_buffers():
             if name.endswith("balance_bias"):
                 buffer.copy_(torch.linspace(0.1, -0.1, len(buffer)))

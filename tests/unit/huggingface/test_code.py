@@ -17,7 +17,7 @@ from mor_megatron.recursion import expert_choice
 
 PACKAGE = Path(code_mor.__file__).parent.parent
 CORE = {"context", "expert_choice", "host", "losses", "methods", "no_routing", "plan", "routers", "routing"}
-CORE |= {"setting", "token_choice"}
+CORE |= {"relaxation", "setting", "token_choice"}
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

@@ -15,7 +15,7 @@ from mor_megatron.huggingface.unrolled import to_llama, unrolling
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
-WHOLE = {"vanilla": 8, "vanilla_bias": 8, "recursive": 8, "recursive_bias": 8}
+WHOLE = {"vanilla": 8, "vanilla_bias": 8, "recursive": 8, "recursive_bias": 8, "recursive_relaxed": 8}
 """Kind of model -> layers of its Llama."""
 
 
@@ -28,7 +28,9 @@ def weights_of(name: str) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize(("name", "depth", "count"), [*((n, None, c) for n, c in WHOLE.items()), ("recursive", 2, 6)])
+@pytest.mark.parametrize(
+    ("name", "depth", "count"), [*((n, None, c) for n, c in WHOLE.items()), ("recursive_relaxed", 2, 6)]
+)
 def test_a_llama_computes_the_same(name: str, depth: int | None, count: int, tmp_path: Path):
     model, ids = pair(name)[0], random_ids()
     llama = to_llama(weights_of(name), model.run_config, depth=depth)
@@ -58,6 +60,13 @@ def test_a_llama_computes_the_same(name: str, depth: int | None, count: int, tmp
 def test_what_is_no_llama_is_refused(name: str, depth: int | None, message: str):
     with pytest.raises(ValueError, match=message):
         to_llama(weights_of(name), pair(name)[0].run_config, depth=depth)
+
+
+def test_a_vector_of_recursions_is_refused():
+    config = pair("recursive_relaxed")[0].run_config
+    config = replace(config, recursion=replace(config.recursion, recursion_embedding=True))
+    with pytest.raises(ValueError, match=r"recursion-embedding=True .*without --as"):
+        to_llama(weights_of("recursive_relaxed"), config)
 
 
 def test_one_recursion_of_shared_keys_is_a_llama():

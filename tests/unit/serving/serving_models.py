@@ -39,6 +39,23 @@ KINDS = {
     "expert_padding_row": {**_EXPERT, "padding_row": 7, "num_key_value_heads": 2},
     "token": _TOKEN,
     "token_sharing": {**_TOKEN, "kv_mode": "sharing"},
+    "recursive_relaxed_norms": {"num_recursions": 3, "recursion_norms": True},
+    "expert_relaxed": {
+        **_EXPERT,
+        "num_key_value_heads": 2,
+        "relaxation": "lora",
+        "lora_rank": 3,
+        "lora_alpha": 4.5,
+        "recursion_norms": True,
+        "recursion_embedding": True,
+    },
+    "token_sharing_relaxed": {
+        **_TOKEN,
+        "kv_mode": "sharing",
+        "relaxation": "lora",
+        "lora_rank": 3,
+        "lora_recursions": "all_but_first",
+    },
     "token_loss_free": {**_TOKEN, "router_balance": "loss_free", "router_func": "sigmoid"},
 }
 
@@ -62,8 +79,10 @@ def model_of(kind: str, dtype: torch.dtype = torch.float32, **settings) -> MoRFo
     model = MoRForCausalLM(MoRConfig(**{**sizes, **KINDS.get(kind, {}), **settings}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(".bias"):
+            if name.endswith((".bias", "_b", "recursion_embedding.weight")):
                 parameter.normal_(std=0.3)
+            elif "layernorm" in name and parameter.ndim > 1:
+                parameter.uniform_(0.5, 1.5)
         for name, buffer in model.named_buffers():
             if name.endswith("balance_bias"):
                 buffer.copy_(torch.linspace(0.1, -0.1, len(buffer)))
