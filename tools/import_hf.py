@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 from mor_megatron.command import add_extension, exit_status, load_extension
 from mor_megatron.config.schema import RecursionConfig
-from mor_megatron.huggingface.uptraining import INITIALIZATIONS
-from mor_megatron.recursion.plan import STRATEGIES
+from mor_megatron.huggingface.uptraining import ADAPTER_STARTS, INITIALIZATIONS
+from mor_megatron.recursion.plan import KV_MODES, STRATEGIES
+from mor_megatron.recursion.relaxation import RelaxationSettings
 
-_SHARING = ("sharing_strategy", "initialization", "depth_rounding", "seed")
+_RELAXATION = tuple(entry.name for entry in fields(RelaxationSettings))
+_SHARING = ("sharing_strategy", "initialization", "depth_rounding", "seed", "kv_mode", "adapters", *_RELAXATION)
 _OF_LLAMA = ("max_position_embeddings", "num_recursions", "num_layers", *_SHARING)
 
 
@@ -34,6 +37,7 @@ def run(args: argparse.Namespace) -> Path:
         read_tokenizer,
         write_checkpoint,
     )
+    from mor_megatron.huggingface.low_rank import table
 
     load_extension(args)
     given = {name: getattr(args, name) for name in _OF_LLAMA if getattr(args, name) is not None}
@@ -48,19 +52,22 @@ def run(args: argparse.Namespace) -> Path:
     else:
         if given.get("num_recursions", 1) == 1 and set(given) & set(_SHARING):
             raise ValueError("sharing and its initialization need --num-recursions above 1")
-        names = ("num_recursions", "sharing_strategy", "depth_rounding")
+        names = ("num_recursions", "sharing_strategy", "depth_rounding", "kv_mode", *_RELAXATION)
         recursion = RecursionConfig(**{name: given[name] for name in names if name in given})
-        weights, config, sources = read_llama(
+        weights, config, sources, residuals = read_llama(
             args.model,
             recursion,
             given.get("num_layers"),
             given.get("initialization", "stepwise"),
             given.get("seed", 0),
             given.get("max_position_embeddings"),
+            given.get("adapters", "svd"),
         )
         for physical, chosen in sorted(sources.items()):
             how = "mean of layers" if len(chosen) > 1 else "layer"
             print(f"layer {physical}: {how} {', '.join(map(str, chosen))}")
+        if config.recursion.relaxation != "none":
+            print(table(residuals))
     return write_checkpoint(weights, config, args.output, read_tokenizer(args.model))
 
 
@@ -80,7 +87,18 @@ def main() -> int:
     group.add_argument(
         "--initialization", choices=INITIALIZATIONS, help="source of each shared layer; default: stepwise"
     )
-    group.add_argument("--seed", type=int, help="seed for --initialization random; default 0")
+    group.add_argument("--seed", type=int, help="seed for what is drawn; default 0")
+    group.add_argument("--kv-mode", choices=KV_MODES, help="whose keys and values a recursion attends to")
+    group = parser.add_argument_group("recursions that differ (settings of pretrain_mor.py), and how they begin")
+    for name, kind in get_type_hints(RelaxationSettings).items():
+        flag = f"--{name.replace('_', '-')}"
+        if kind is bool:
+            group.add_argument(flag, action="store_true", default=None)
+        else:
+            numbers = [part for part in (kind, *get_args(kind)) if part in (int, float)]
+            choices = None if numbers else get_args(kind)
+            group.add_argument(flag, type=numbers[0] if numbers else str, choices=choices)
+    group.add_argument("--adapters", choices=ADAPTER_STARTS, help="svd: close to source - shared weight (default)")
     args = parser.parse_args()
     return exit_status(lambda: print(f"{args.model} -> {run(args)}"))
 

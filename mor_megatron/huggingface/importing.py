@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import yaml
@@ -28,8 +29,9 @@ from mor_megatron.data.tokenizers import build_tokenizer
 from mor_megatron.huggingface.authors import SECTIONS, first_uses, parameter_names, recursion_config
 from mor_megatron.huggingface.configuration_mor import MoRConfig
 from mor_megatron.huggingface.convert_config import ends_in_padding, run_config, training_config
+from mor_megatron.huggingface.low_rank import Residual, relaxed_weights
 from mor_megatron.huggingface.published import FAMILY, model_config, read_settings, read_tensors
-from mor_megatron.huggingface.uptraining import initial_weights, source_layers
+from mor_megatron.huggingface.uptraining import initial_weights, layers_of_positions, source_layers
 from mor_megatron.huggingface.weights import export_names, layer_names, outer_names, to_ours
 from mor_megatron.model.mor_model import EMBEDDING, HEAD
 from mor_megatron.planning.accounting import routers
@@ -40,6 +42,18 @@ logger = logging.getLogger(__name__)
 Imported = tuple[dict[str, Tensor], Config]
 """Whole fp32 tensors by our names, and the validated settings of a run with this model."""
 
+
+class Start(NamedTuple):
+    """A model of the LLaMA family as the beginning of one of ours."""
+
+    weights: dict[str, Tensor]
+    config: Config
+    sources: dict[int, tuple[int, ...]]
+    """The layers that each stored layer comes from."""
+    residuals: list[Residual]
+    """What relaxation makes up for; empty without."""
+
+
 _DIVISION = {
     "word_embeddings": (0, 1),
     "output_layer": (0, 1),
@@ -48,6 +62,7 @@ _DIVISION = {
     "linear_proj": (1, 1),
     "linear_fc2": (1, 1),
 }
+_DIVISION |= dict.fromkeys(("q_b", "k_b", "v_b", "gate_b", "up_b", "o_a", "down_a"), (2, 1))  # of adapters
 """Along which dimension, and in how many parts by themselves, tensor parallelism divides a weight of this name."""
 
 
@@ -76,16 +91,17 @@ def read_llama(
     initialization: str,
     seed: int,
     max_positions: int | None = None,
-) -> tuple[dict[str, Tensor], Config, dict[int, tuple[int, ...]]]:
+    adapters: str = "svd",
+) -> Start:
     """A model of the LLaMA family, as it is or as the beginning of a recursive one.
 
     Args:
-        recursion: how the new model shares its layers; a run that fine-tunes it may add routing.
+        recursion: how the new model shares its layers, and how its recursions differ; a run that fine-tunes it may add
+            routing.
         num_layers: its unrolled depth; None: the old one's.
         initialization, seed: see `uptraining.source_layers`.
         max_positions: longest sequence of the new model; None: the old one's.
-    Returns:
-        Weights, settings, and the layers that each stored layer comes from.
+        adapters: see `low_rank.relaxed_weights`.
     Raises:
         ValueError: the model has something that ours has not, or the depths do not fit.
     """
@@ -104,7 +120,13 @@ def read_llama(
 
     sources = source_layers(config.plan, old_layers, initialization, seed)
     weights = {name: tensor for name, tensor in old.items() if not name.startswith("layers.")}
-    return weights | initial_weights(sources, layer), config, sources
+    weights |= initial_weights(sources, layer)
+    residuals: list[Residual] = []
+    if config.recursion.is_relaxed:
+        positions = layers_of_positions(config.plan, old_layers)
+        own, residuals = relaxed_weights(config, positions, layer, weights, adapters, seed)
+        weights |= own
+    return Start(weights, config, sources, residuals)
 
 
 def read_authors(path: Path, settings_file: Path) -> Imported:
@@ -186,7 +208,8 @@ def write_checkpoint(
 
 def _sharding(name: str, tensor: Tensor) -> Sharding:
     """What a run on one rank would have written of it."""
-    part = name.split(".")[-2]
+    *_, module, leaf = name.split(".")
+    part = leaf if module == "adapters" else module
     if part not in _DIVISION:
         return Sharding(tuple(tensor.shape))
     dim, stride = _DIVISION[part]

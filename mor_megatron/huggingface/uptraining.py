@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INITIALIZATIONS = ("average", "stepwise", "lower", "upper", "random")
+ADAPTER_STARTS = ("svd", "zero")
+"""How adapters of recursions begin: close to what sharing takes (`low_rank.py`), or with B = 0, which adds nothing."""
 
 
 def source_layers(
@@ -35,13 +37,9 @@ def source_layers(
     """
     if initialization not in INITIALIZATIONS:
         raise ValueError(f"initialization={initialization} is unknown: use one of {', '.join(INITIALIZATIONS)}")
-    before, after = len(plan.first), len(plan.last)
-    if num_layers <= before + after:
-        raise ValueError(f"a model of {num_layers} layers is too shallow for sharing-strategy={plan.strategy}")
-    shared = plan.shared
-    inner = _spaced(before, num_layers - 1 - after, len(shared))
-    sources = {layer.physical: (i,) for i, layer in enumerate(plan.first)}
-    sources |= {layer.physical: (num_layers - after + i,) for i, layer in enumerate(plan.last)}
+    positions, shared = layers_of_positions(plan, num_layers), plan.shared
+    sources = {layer.physical: (positions[layer.index],) for layer in (*plan.first, *plan.last)}
+    inner = [positions[layer.index] for layer in shared]
     physical = sorted({layer.physical for layer in shared})
     if initialization == "average":
         for layer, source in zip(shared, inner, strict=True):
@@ -56,6 +54,22 @@ def source_layers(
     else:
         chosen = inner[:count] if initialization == "lower" else inner[-count:]
     return sources | {layer: (source,) for layer, source in zip(physical, chosen, strict=True)}
+
+
+def layers_of_positions(plan: RecursionPlan, num_layers: int) -> tuple[int, ...]:
+    """The old layer that stands at each position of the new model.
+
+    Args:
+        plan: of the new model.
+        num_layers: of the old one; if it is another depth, shared positions take evenly spaced layers.
+    Raises:
+        ValueError: fewer layers than the plan has unique ones, and one to share.
+    """
+    before, after = len(plan.first), len(plan.last)
+    if num_layers <= before + after:
+        raise ValueError(f"a model of {num_layers} layers is too shallow for sharing-strategy={plan.strategy}")
+    inner = _spaced(before, num_layers - 1 - after, len(plan.shared))
+    return (*range(before), *inner, *range(num_layers - after, num_layers))
 
 
 def initial_weights(

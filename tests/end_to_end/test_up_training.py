@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from small_runs import ROOT, VOCABULARY, read_metrics, read_weights, small_config
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -19,8 +20,11 @@ from mor_megatron.recursion.context import RoutingContext
 sys.path.append(str(ROOT / "tools"))
 import import_hf
 
+RELAXED = {"relaxation": "lora", "lora_rank": 4, "recursion_norms": True, "recursion_embedding": True}
 
-def test_up_training(corpus: str, tmp_path: Path, monkeypatch, capsys, process_group):
+
+@pytest.mark.parametrize("relaxation", [{}, RELAXED], ids=["shared", "relaxed"])
+def test_up_training(corpus: str, tmp_path: Path, relaxation: dict, monkeypatch, capsys, process_group):
     published = Qwen2Config(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
@@ -28,12 +32,14 @@ def test_up_training(corpus: str, tmp_path: Path, monkeypatch, capsys, process_g
     )  # fmt: skip
     Qwen2ForCausalLM(published).save_pretrained(tmp_path / "qwen")
     words = ["--model", tmp_path / "qwen", "--output", tmp_path / "start", "--num-recursions", 3]
+    if relaxation:
+        words += ["--relaxation", "lora", "--lora-rank", "4", "--recursion-norms", "--recursion-embedding"]
     monkeypatch.setattr(sys, "argv", ["import_hf.py", *map(str, words)])
     assert import_hf.main() == 0
     start = read_weights(tmp_path / "start", 0)
     config = small_config(
         corpus, load=str(tmp_path / "start"), finetune=True, save=str(tmp_path / "run"), train_iters=6, eval_iters=0,
-        lr_decay_iters=6, lr_wsd_decay_iters=2, log_interval=1, add_qkv_bias=True, norm_epsilon=1e-6,
+        lr_decay_iters=6, lr_wsd_decay_iters=2, log_interval=1, add_qkv_bias=True, norm_epsilon=1e-6, **relaxation,
     )  # fmt: skip
     config = replace(config, optimizer=replace(config.optimizer, lr_warmup_iters=0))
     pretrain(config)

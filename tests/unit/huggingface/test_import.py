@@ -56,6 +56,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
         "token_loss_free",
         "recursive_sharing",
         "expert_sharing_update_bias",
+        "expert_relaxed",
     ],
 )
 def test_an_export_comes_back_bit_for_bit(name: str, tmp_path: Path):
@@ -109,7 +110,7 @@ def llama(tmp_path_factory) -> tuple[LlamaForCausalLM, Path]:
 def test_llama_becomes_vanilla(llama):
     model, path = llama
     assert kind_of(path) == "llama"
-    weights, config, sources = read_llama(path, RecursionConfig(), None, "stepwise", 0)
+    weights, config, sources, _ = read_llama(path, RecursionConfig(), None, "stepwise", 0)
     assert sources == {layer: (layer,) for layer in range(8)}
     ids = random_ids()
     with torch.no_grad():
@@ -159,7 +160,7 @@ def test_depth_is_shrunk_as_the_authors_do():
 
 def test_average_is_the_mean_of_the_layers(llama):
     model, path = llama
-    weights, config, _ = read_llama(path, RecursionConfig(num_recursions=3), None, "average", 0)
+    weights, config, *_ = read_llama(path, RecursionConfig(num_recursions=3), None, "average", 0)
     down = [layer.mlp.down_proj.weight for layer in model.model.layers]
     torch.testing.assert_close(weights["layers.1.mlp.linear_fc2.weight"], (down[1] + down[3] + down[5]).detach() / 3)
     assert torch.equal(weights["layers.3.mlp.linear_fc2.weight"], down[7])
@@ -255,7 +256,7 @@ def test_families_as_they_are_published(kind: str, tmp_path: Path):
     if kind == "mistral":
         with pytest.raises(ValueError, match=r"sliding_window=32 .*--max-position-embeddings 32"):
             read_llama(tmp_path, RecursionConfig(), None, "stepwise", 0)
-    weights, config, _ = read_llama(tmp_path, RecursionConfig(), None, "stepwise", 0, max_positions=32)
+    weights, config, *_ = read_llama(tmp_path, RecursionConfig(), None, "stepwise", 0, max_positions=32)
     ids = random_ids()
     with torch.no_grad():
         expected = theirs(ids).logits
