@@ -48,7 +48,11 @@ OF_THE_WEIGHTS = {
     "kv_channels": 8,
     "untie_embeddings_and_output_weights": True,
     "add_qkv_bias": True,
+    "relaxation": "lora",
+    "recursion_norms": True,
+    "recursion_embedding": True,
 }
+OF_ADAPTERS = {"lora_rank": 8, "lora_targets": "mlp", "lora_recursions": "all_but_first"}
 REPORTED = {
     "lr": (1e-3, "lr was 0.003, is now 0.001"),
     "data_path": (("0.3", "a", "0.7", "b"), "data-path was a, is now 0.3 a 0.7 b"),
@@ -86,6 +90,15 @@ def test_another_function_is_for_fine_tuning_and_other_weights_are_for_nobody(na
     else:
         with pytest.raises(ValueError, match=message):
             refuse(HERE, found(wanted), {Change.FUNCTION, Change.STATE})
+
+
+@pytest.mark.parametrize("name", OF_ADAPTERS)
+def test_other_adapters_are_other_weights(name: str) -> None:
+    saved = changed(relaxation="lora", lora_alpha=64.0)
+    wanted = changed(saved, **{name: OF_ADAPTERS[name]})
+    with pytest.raises(ValueError, match=f"{name.replace('_', '-')}=.*: give the model the same settings"):
+        refuse(HERE, found(wanted, saved), {Change.FUNCTION, Change.STATE})
+    refuse(HERE, found(changed(saved, lora_alpha=1.0), saved), {Change.FUNCTION})
 
 
 @pytest.mark.parametrize("name", REPORTED)
