@@ -71,13 +71,12 @@ class RelaxedLinear(PartialProduct):
             recursion: whose update is added; None: none.
         """
         result = super().forward(hidden, product=product)
-        updates = () if self.adapters is None else tuple(self.adapters(hidden, recursion).values())
-        if not updates:
+        if self.adapters is None or recursion is None:
             return result
         if product is not None:
-            return result + updates[0].view_as(result)
+            return self.adapters(hidden, recursion, result)
         out, bias = result
-        return out + _pack(updates, self.parts.groups), bias
+        return self.adapters(hidden, recursion, out), bias
 
 
 def relaxed(layer: type, config: Config | None = None, parts: Parts | None = None) -> type:
@@ -108,12 +107,22 @@ class ParallelAdapters(Adapters):
         widths = parts.widths if parts.is_row else {part: width // size for part, width in parts.widths.items()}
         recursions = adapted(settings, run_config.plan)
         super().__init__(settings, recursions, inputs // size if parts.is_row else inputs, widths, config.params_dtype)
-        self.is_row, self.sequence_parallel = parts.is_row, config.sequence_parallel
+        self.is_row, self.groups, self.sequence_parallel = parts.is_row, parts.groups, config.sequence_parallel
         for part in self.recursions:
             a, b = self.factors(part)
             cut, whole = (a, b) if parts.is_row else (b, a)
             set_tensor_model_parallel_attributes(cut, is_parallel=True, dim=2, stride=1)
             whole.sequence_parallel = config.sequence_parallel
+
+    def forward(self, rows: Tensor, recursion: int, out: Tensor) -> Tensor:
+        """`out` of the layer, or of its first part alone, with the recursion's updates."""
+        updates = tuple(super().forward(rows, recursion).values())
+        if not updates:
+            return _WithoutEffect.apply(out, *self.parameters())
+        if len(updates) == 1:
+            return out + updates[0].view_as(out)
+        shares = [update.unflatten(-1, (self.groups, -1)) for update in updates]
+        return out + torch.cat(shares, -1).flatten(-2)
 
     def exchange(self, inner: Tensor) -> Tensor:
         """See the table above."""
@@ -126,8 +135,17 @@ class ParallelAdapters(Adapters):
         return copy_to_tensor_model_parallel_region(inner)
 
 
-def _pack(updates: tuple[Tensor, ...], groups: int) -> Tensor:
-    """Updates of all parts [.., width] in the order of the layer's output."""
-    if len(updates) == 1:
-        return updates[0]
-    return torch.cat([update.unflatten(-1, (groups, -1)) for update in updates], -1).flatten(-2)
+class _WithoutEffect(torch.autograd.Function):
+    """A tensor as it is; weights that did not meet it get a gradient of zeros.
+
+    Ranks reduce gradients together. Where recursion 0 has no adapters, a rank may have no token that meets any.
+    """
+
+    @staticmethod
+    def forward(ctx, out: Tensor, *weights: Tensor) -> Tensor:
+        ctx.like = [(weight.shape, weight.dtype, weight.device) for weight in weights]
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
