@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -43,22 +44,30 @@ class Numbers:
     """
 
     def __init__(self, device: torch.device, **shapes: tuple[int, ...]):
-        self.sizes = [math.prod(shape) + math.prod(shape) % 2 for shape in shapes.values()]  # whole 16 bytes
-        self.there = torch.zeros(sum(self.sizes), dtype=torch.int64, device=device)
-        self.shapes = shapes
-        self.parts = self._parts(self.there)
+        sizes = [math.prod(shape) + math.prod(shape) % 2 for shape in shapes.values()]  # whole 16 bytes
+
+        def parts(buffer: Tensor) -> dict[str, Tensor]:
+            pairs = zip(shapes.items(), buffer.split(sizes), strict=True)
+            return {name: part[: math.prod(shape)].view(shape) for (name, shape), part in pairs}
+
+        self.there = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+        self.parts = parts(self.there)
         """On the device."""
+        # One is filled while the other is copied.
+        hosts = [torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=self.there.is_cuda) for _ in range(2)]
+        copied = [torch.cuda.Event() if self.there.is_cuda else None for _ in hosts]
+        arrays = [{name: part.numpy() for name, part in parts(host).items()} for host in hosts]
+        self._buffers = cycle(zip(hosts, arrays, copied, strict=True))
 
     def send(self, **arrays: tuple[np.ndarray, int]) -> None:
         """Fill the parts, each with an array that has no more rows, and a number beyond them."""
-        host = torch.empty(len(self.there), dtype=torch.int64, pin_memory=self.there.is_cuda)
-        for name, part in self._parts(host).items():
-            array, rest = arrays[name]
-            part = part.numpy()
+        host, parts, copied = next(self._buffers)
+        if copied is not None:
+            copied.synchronize()
+        for name, (array, rest) in arrays.items():
+            part = parts[name]
             part[: len(array)] = array
             part[len(array) :] = rest
         self.there.copy_(host, non_blocking=True)
-
-    def _parts(self, buffer: Tensor) -> dict[str, Tensor]:
-        parts = zip(self.shapes.items(), buffer.split(self.sizes), strict=True)
-        return {name: part[: math.prod(shape)].view(shape) for (name, shape), part in parts}
+        if copied is not None:
+            copied.record()
