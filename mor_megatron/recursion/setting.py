@@ -43,7 +43,7 @@ class Rule:
     def allows(self, value: float) -> bool:
         """Whether a number is in range."""
         return (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))  # an integer may be too large for a float
             and (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
             and (self.most is None or value <= self.most)

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from mor_megatron.serving.request import Logprob, Request, SamplingParams
 
+LEAST_TEMPERATURE = 1e-6
+"""Lower ones are taken for this, with which the most likely token is certain: the quotient must be finite."""
+
 
 def sample(logits: Tensor, requests: list[Request], ends: set[int]) -> list[int]:
     """Choose a token for each request.
@@ -60,7 +63,8 @@ def _penalized(logits: Tensor, requests: list[Request], ends: set[int]) -> Tenso
             rows[i] = _penalized_row(rows[i], request)
         if len(request.generated) < params.min_tokens:
             banned = {*params.stop_token_ids, *(() if params.ignore_eos else ends)}
-            rows[i] = rows[i].index_fill(0, torch.tensor(sorted(banned), device=logits.device), -math.inf)
+            index = torch.tensor(sorted(banned), dtype=torch.int64, device=logits.device)
+            rows[i] = rows[i].index_fill(0, index, -math.inf)
     return torch.stack(rows)
 
 
@@ -89,7 +93,8 @@ def _draw(logits: Tensor, requests: list[Request]) -> Tensor:
         mine = [i for i, value in enumerate(cut) if value == is_cut]  # a request goes one way, whatever is beside it
         if mine:
             rows, own = torch.tensor(mine, device=logits.device), [requests[i] for i in mine]
-            values, order = weights(logits[rows] / _column("temperature", own, logits), own)
+            temperature = _column("temperature", own, logits).clamp(min=LEAST_TEMPERATURE)
+            values, order = weights(logits[rows] / temperature, own)
             total = values.double().cumsum(1)  # [n', V]
             drawn = torch.tensor([[request.random.random()] for request in own], dtype=total.dtype, device=total.device)
             place = torch.searchsorted(total, drawn * total[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
@@ -110,8 +115,9 @@ def _cut_weights(logits: Tensor, requests: list[Request]) -> tuple[Tensor, Tenso
     """Probabilities of what top-k, then top-p, then min-p leave, as transformers orders them; the largest first,
     [n, V], and the tokens that have them."""
     probabilities, order = logits.softmax(1).sort(dim=1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[1], device=logits.device)
-    top_k = _column("top_k", requests, logits)
+    size = logits.shape[1]
+    rank = torch.arange(size, device=logits.device)
+    top_k = torch.tensor([[min(request.params.top_k, size)] for request in requests], device=logits.device)
     probabilities = probabilities.masked_fill((top_k > 0) & (rank >= top_k), 0.0)
     probabilities = probabilities / probabilities.sum(1, keepdim=True)
     before = probabilities.cumsum(1) - probabilities

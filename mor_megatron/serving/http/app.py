@@ -23,6 +23,7 @@ from mor_megatron.serving.http import errors
 from mor_megatron.serving.http.choices import ChatChoice, Choice, CompletionChoice
 from mor_megatron.serving.http.errors import ApiError
 from mor_megatron.serving.http.generation import Generation
+from mor_megatron.serving.http.limits import BodyLimit
 from mor_megatron.serving.http.metrics import Metrics
 from mor_megatron.serving.http.options import ServerOptions
 from mor_megatron.serving.http.protocol import Body, ChatBody, CompletionBody, field_of
@@ -184,8 +185,8 @@ def build_app(engine: Engine, options: ServerOptions, on_death: Callable[[], Non
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        max_body_size=options.max_body_size,
     )
+    app.add_middleware(BodyLimit, most=options.max_body_size)
     app.state.service = service
     errors.install(app)
     keyed = [Depends(authorize)]

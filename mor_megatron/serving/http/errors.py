@@ -12,7 +12,7 @@ from mor_megatron.serving.http.worker import EngineDied, Overload
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-class ApiError(Exception):
+class ApiError(HTTPException):
     """An error to tell the client.
 
     Args:
@@ -22,8 +22,8 @@ class ApiError(Exception):
     """
 
     def __init__(self, message: str, status: int = 400, param: str | None = None):
-        super().__init__(message)
-        self.message, self.status, self.param = message, status, param
+        super().__init__(status, message)
+        self.param = param
 
 
 def as_json(message: str, status: int, param: str | None = None) -> dict:
@@ -56,15 +56,15 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def _(request: Request, error: ApiError) -> JSONResponse:
-        return answer(error.message, error.status, error.param)
+        return answer(error.detail, error.status_code, error.param)
 
     @app.exception_handler(RequestValidationError)
     async def _(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         place = [str(part) for part in first["loc"][1:]]
         if first["type"] == "json_invalid":
-            return answer(f"body is not JSON: {first['ctx']['error']}", 400)
-        return answer(f"{'.'.join(place) or 'body'}: {first['msg']}", 400, place[0] if place else None)
+            return answer(f"body is not JSON: {first['ctx']['error']}", 400, "body")
+        return answer(f"{'.'.join(place) or 'body'}: {first['msg']}", 400, place[0] if place else "body")
 
     @app.exception_handler(HTTPException)
     async def _(request: Request, error: HTTPException) -> JSONResponse:

@@ -8,20 +8,36 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mor_megatron.serving.request import SamplingParams
 
 MOST_STOPS = 32
 """Stop strings of a request: every token is searched for them."""
 
+T = TypeVar("T")
+Many = Annotated[list[T], Field(fail_fast=True)]
+"""A list that is refused at its first wrong entry: a body could have millions, and an error for each."""
 
-class Body(BaseModel):
-    """What both kinds of generation have in common; names and meanings are those of OpenAI and vLLM."""
+
+class Strict(BaseModel):
+    """Types are not converted, and unknown fields are refused: the first one speaks for all."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        unknown = [name for name in given if name not in cls.model_fields]
+        return {name: value for name, value in given.items() if name in cls.model_fields or name == unknown[0]}
+
+
+class Body(Strict):
+    """What both kinds of generation have in common; names and meanings are those of OpenAI and vLLM."""
 
     model: str | None = None
     stream: bool = False
@@ -36,8 +52,8 @@ class Body(BaseModel):
     repetition_penalty: float = 1.0
     min_tokens: int = 0
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] = []
+    stop: str | Many[str] | None = None
+    stop_token_ids: Many[int] = []
     ignore_eos: bool = False
     user: str | None = None
     """Not used."""
@@ -69,16 +85,14 @@ class Body(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class StreamOptions(Strict):
     include_usage: bool = False
 
 
 class CompletionBody(Body):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Many[str] | Many[int] | Many[Many[int]]
     max_tokens: int = 16
     echo: bool = False
     logprobs: int | None = None
@@ -93,22 +107,18 @@ class CompletionBody(Body):
         return [self.prompt] if is_one else list(self.prompt)
 
 
-class Part(BaseModel):
+class Part(Strict):
     """Of a message's content."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
+class Message(Strict):
     """One turn of a conversation."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
     role: str
-    content: str | list[Part]
+    content: str | Many[Part]
     name: str | None = None
 
     def for_template(self) -> dict[str, str]:
@@ -120,7 +130,7 @@ class Message(BaseModel):
 class ChatBody(Body):
     """POST /v1/chat/completions."""
 
-    messages: list[Message]
+    messages: Many[Message]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     """The newer name of `max_tokens`. Default: as many as fit."""

@@ -17,10 +17,12 @@ import httpx
 import openai
 import pytest
 from http_server import CHARACTERS, KEY, Running, engine_of, running, tokenizer
+from pydantic import ValidationError
 
 from mor_megatron.serving import LLM, EngineOptions, SamplingParams
 from mor_megatron.serving.http import run
 from mor_megatron.serving.http.options import ServerOptions
+from mor_megatron.serving.http.protocol import CompletionBody
 from mor_megatron.serving.http.run import listen, serve
 
 JSON = {"Content-Type": "application/json"}
@@ -168,6 +170,7 @@ def test_chat(client):
         ("completions", {"prompt": "a", "router_threshold": 2}, "router_threshold", "0 to 1"),
         ("completions", {"prompt": "a", "suffix": "b"}, "suffix", "None"),
         ("completions", {"prompt": "a", "colour": 1}, "colour", "not permitted"),
+        ("completions", {"prompt": [1.5] * 9}, "prompt", "valid string"),
         ("chat/completions", {"messages": [{"role": "user"}]}, "messages", "required"),
         ("chat/completions", {"messages": [{"role": "user", "content": "a" * 2048}]}, "messages", "no room"),
     ],
@@ -182,13 +185,38 @@ def test_bad_input_is_named(http: httpx.Client, path: str, body: dict, param: st
 def test_other_refusals(http: httpx.Client, server: Running, client):
     assert http.post("/v1/completions", content=b"{", headers=JSON).status_code == 400
     assert http.post("/v1/completions", content=b'{"prompt":"a"}').status_code == 400  # a form of another site
-    assert http.post("/v1/completions", json={"prompt": "a" * 100_000}).status_code == 413
     assert http.get("/v2").json()["error"]["code"] == 404
     with pytest.raises(openai.NotFoundError, match="use 'tiny'"):
         client.completions.create(model="other", prompt="a")
     for key in ("wrong", "schlüssel".encode()):
         answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"}, headers={"Authorization": key})
         assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["length-known", "chunked"])
+def test_a_large_body_is_refused(http: httpx.Client, chunked: bool):
+    body = b'{"prompt":"' + b"a" * 100_000
+    answer = http.post("/v1/completions", content=iter([body]) if chunked else body, headers=JSON)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["type"]) == (413, "body", "invalid_request_error")
+    assert "larger than 100000 bytes" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "body", [{"prompt": [1.5] * 99}, {"prompt": [[1.5] * 99]}, {f"unknown{i}": 1 for i in range(99)} | {"prompt": "a"}]
+)
+def test_a_body_full_of_mistakes_costs_little(body: dict):
+    """An error for each would take gigabytes, in the thread of all connections."""
+    with pytest.raises(ValidationError) as found:
+        CompletionBody.model_validate(body)
+    assert found.value.error_count() <= 4  # one for each type that a prompt may have
+
+
+def test_numbers_that_no_float_can_hold(client):
+    choice = client.completions.create(
+        model="tiny", prompt="a", seed=10**400, max_tokens=10**400, extra_body={"stop_token_ids": list(range(40))}
+    ).choices[0]
+    assert choice.finish_reason == "stop"
 
 
 def test_models_health_and_version(client, server: Running):

@@ -68,6 +68,19 @@ def test_penalties():
     assert torch.equal(logits, LOGITS.repeat(3, 1))
 
 
+@pytest.mark.parametrize(
+    ("params", "wanted"),
+    [
+        ({"min_tokens": 10**30}, LOGITS.argmax()),  # the model has no end to put off
+        ({"temperature": 1e-300}, LOGITS.argmax()),
+        ({"temperature": 1.0, "top_k": 10**400, "top_p": 0.0}, LOGITS.argmax()),
+    ],
+    ids=["min-tokens", "temperature", "top-k"],
+)
+def test_extreme_parameters(params: dict, wanted: torch.Tensor):
+    assert sample(LOGITS[None], [request(seed=1, **params)], set()) == [wanted]
+
+
 def test_samples_do_not_depend_on_what_runs_beside_them():
     prompts, params = (
         [[1, 2, 3], [4], [5, 6]],
