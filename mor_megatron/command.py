@@ -53,6 +53,7 @@ def add_server(parser: ArgumentParser) -> None:
     server.add_argument("--max-waiting", type=int, help="requests that wait for a lane, before 429; default 256")
     server.add_argument("--max-logprobs", type=int, help="most likely tokens a request may ask for; default 20")
     server.add_argument("--max-body-size", type=int, help="bytes of a request, before 413; default 8 MiB")
+    server.add_argument("--send-timeout", type=int, help="seconds for a client that takes nothing; default 60")
     server.add_argument("--shutdown-timeout", type=int, help="seconds to drain after SIGTERM; default 60")
     engine = parser.add_argument_group("engine")
     engine.add_argument(

@@ -126,6 +126,8 @@ class Engine:
             options.kv_bytes,
             torch.empty(1, config.num_key_value_heads, config.head_dim, dtype=model.dtype, device=model.device),
         )
+        self.kv_tokens = self.store.tokens(model.model.router.planned_fractions())
+        """Tokens that the pages have room for, if the router selects as many as planned."""
         kernel = choose(options.attention, model.dtype, model.device)
         self.prefixes = PrefixCache(self.store) if options.prefix_cache else None
         on_cpu = model.device.type == "cpu"

@@ -7,7 +7,7 @@ that run once, where it has one table. If recursions share keys and values, all 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,6 +148,11 @@ class Store:
         """Give back all that the sequence in a slot has."""
         for table in self.tables(slot):
             table.pages.release(table.index)
+
+    def tokens(self, fractions: Sequence[float]) -> int:
+        """Tokens that there is room for, if so many of them pass each recursion."""
+        share = sum(fractions[: self.recursions])
+        return int(min(p.count * p.size / n for p, n in zip(self.kinds, (1, share), strict=True) if p.layers))
 
     def nbytes(self) -> int:
         """Bytes of all keys and values."""

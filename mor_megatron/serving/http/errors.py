@@ -7,7 +7,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from mor_megatron.serving.http.worker import EngineDied, Overload
+from mor_megatron.serving.http.worker import EngineDied, Overload, Unavailable
 
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -44,6 +44,8 @@ def in_words(error: Exception) -> tuple[str, int]:
         return "the server has as many requests as it takes: try again later", 429
     if isinstance(error, EngineDied):
         return "the engine has failed: the server's log says why", 503
+    if isinstance(error, Unavailable):
+        return "the server is shutting down: try again later", 503
     return "internal error: the server's log says more", 500
 
 
@@ -70,5 +72,5 @@ def install(app: FastAPI) -> None:
     async def _(request: Request, error: HTTPException) -> JSONResponse:
         return answer(str(error.detail), error.status_code)
 
-    for kind in (Overload, EngineDied, Exception):
+    for kind in (Overload, Unavailable, Exception):
         app.add_exception_handler(kind, _answer_in_words)

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from mor_megatron.serving.http.choices import Choice, usage
 from mor_megatron.serving.http.errors import as_json, in_words
 from mor_megatron.serving.http.protocol import Body
-from mor_megatron.serving.http.worker import Call, EngineDied
+from mor_megatron.serving.http.worker import Call, Unavailable
 from mor_megatron.serving.request import Event
 
 
@@ -46,7 +46,7 @@ class Generation:
             self.call.close()
             for task in (work, gone):
                 task.cancel()
-                with suppress(asyncio.CancelledError, EngineDied):
+                with suppress(asyncio.CancelledError, Unavailable):
                     await task
 
     async def _whole(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class Generation:
         try:
             async for index, event in self.call.events():
                 yield _event(self._object(kind, [self.choices[index].take([event])]))
-        except EngineDied as error:
+        except Unavailable as error:
             yield _event(as_json(*in_words(error)))
             return
         if self.body.sends_usage:

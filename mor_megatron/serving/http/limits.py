@@ -1,6 +1,9 @@
-"""What a client may not exceed before its request is read."""
+"""What bounds a single client and all connections."""
 
 from __future__ import annotations
+
+import resource
+import socket
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -30,3 +33,18 @@ class BodyLimit:
             return message
 
         await self.app(scope, receive_part, send)
+
+
+def raise_file_limit() -> None:
+    """Let the process have as many open connections as the system allows it: many shells set 1024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def drop_silent(listener: socket.socket, seconds: int) -> None:
+    """Close connections whose client has not taken anything for some time while there was something to take.
+
+    Such a client keeps the place of its request. The kernel notices, and new connections inherit the option.
+    """
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * seconds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, Summary
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from mor_megatron.serving.engine import Engine
@@ -24,6 +24,7 @@ class Metrics:
     def __init__(self, engine: Engine):
         self.registry = CollectorRegistry()
         self.registry.register(_State(engine))
+        ProcessCollector(registry=self.registry)  # memory, processor time, open files
 
         def histogram(name: str, text: str) -> Histogram:
             return Histogram(f"mor_{name}_seconds", text, buckets=_SECONDS, registry=self.registry)
@@ -82,6 +83,9 @@ class _State:
         status = self.engine.status()
         yield GaugeMetricFamily("mor_requests_running", "Requests that have a lane", status.running)
         yield GaugeMetricFamily("mor_requests_waiting", "Requests that wait for one", status.waiting)
+        yield GaugeMetricFamily(
+            "mor_kv_tokens", "Tokens that the pages have room for, at planned depths", self.engine.kv_tokens
+        )
         yield GaugeMetricFamily("mor_kv_use", "Fraction of keys' and values' memory that requests have", status.kv_use)
         rows = GaugeMetricFamily("mor_rows", "Rows inside the shared block by recursion", labels=["recursion"])
         for recursion, count in enumerate(status.rows):

@@ -29,8 +29,10 @@ class ServerOptions:
     """Most likely tokens that a request may ask for at each position."""
     max_body_size: int = setting(8 << 20, least=1)
     """Most bytes of a request's body."""
+    send_timeout: int = setting(60, least=1)
+    """Seconds in which a client takes nothing of its answer, before its connection is closed; on Linux."""
     shutdown_timeout: int = setting(60, least=0)
-    """Seconds that open requests have to end after SIGTERM."""
+    """Seconds that open requests have to end after SIGTERM; then they end with an error."""
 
     def __post_init__(self):
         check(self, dashes=False)

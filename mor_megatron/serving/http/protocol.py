@@ -16,6 +16,8 @@ from mor_megatron.serving.request import SamplingParams
 
 MOST_STOPS = 32
 """Stop strings of a request: every token is searched for them."""
+LONGEST_STOP = 1000
+"""Characters of each: the text is compared with all of their beginnings."""
 
 T = TypeVar("T")
 Many = Annotated[list[T], Field(fail_fast=True)]
@@ -77,6 +79,8 @@ class Body(Strict):
         values["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(values["stop"]) > MOST_STOPS:
             raise ValueError(f"stop has {len(values['stop'])} strings: use at most {MOST_STOPS}")
+        if any(len(string) > LONGEST_STOP for string in values["stop"]):
+            raise ValueError(f"stop has a string of more than {LONGEST_STOP} characters: use shorter ones")
         return SamplingParams(**values, last_depth=self.return_depths, **own)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
@@ -10,25 +11,48 @@ import uvicorn
 
 from mor_megatron.serving.engine import Engine
 from mor_megatron.serving.http.app import build_app
+from mor_megatron.serving.http.limits import drop_silent, raise_file_limit
 from mor_megatron.serving.http.options import ServerOptions
+from mor_megatron.serving.http.worker import Worker
 
 logger = logging.getLogger(__name__)
 
 
-def build_server(engine: Engine, options: ServerOptions) -> uvicorn.Server:
-    """A server that stops when told to by SIGTERM or SIGINT, or when the engine has failed."""
+_LAST_WORDS = 5
+"""Seconds to send errors to those who still wait at the end."""
 
-    def stop() -> None:
-        server.should_exit = True
 
-    server = uvicorn.Server(
-        uvicorn.Config(
-            build_app(engine, options, stop),
-            log_level="warning",
-            timeout_graceful_shutdown=options.shutdown_timeout,
+class Server(uvicorn.Server):
+    """Stops when told to by SIGTERM or SIGINT, or when the engine has failed.
+
+    Args:
+        engine: that nobody else uses.
+        options: of the server.
+    """
+
+    def __init__(self, engine: Engine, options: ServerOptions):
+        self.options = options
+        super().__init__(
+            uvicorn.Config(
+                build_app(engine, options, self.stop),
+                log_level="warning",
+                timeout_graceful_shutdown=options.shutdown_timeout + _LAST_WORDS,
+            )
         )
-    )
-    return server
+
+    @property
+    def worker(self) -> Worker:
+        return self.config.app.state.service.worker
+
+    def stop(self) -> None:
+        """Take no new connection, and end when the open requests have ended."""
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for open requests. Those that take too long are told: uvicorn itself would break their connections."""
+        timer = asyncio.get_running_loop().call_later(self.options.shutdown_timeout, self.worker.give_up)
+        await super().shutdown(sockets)
+        timer.cancel()
 
 
 def listen(options: ServerOptions) -> socket.socket:
@@ -38,7 +62,9 @@ def listen(options: ServerOptions) -> socket.socket:
         OSError: the address is taken, or not this machine's.
     """
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    return socket.create_server((options.host, options.port), family=family, backlog=2048)
+    listener = socket.create_server((options.host, options.port), family=family, backlog=2048)
+    drop_silent(listener, options.send_timeout)
+    return listener
 
 
 def serve(engine: Engine, options: ServerOptions) -> int:
@@ -49,13 +75,18 @@ def serve(engine: Engine, options: ServerOptions) -> int:
     Raises:
         OSError: the address is taken, or not this machine's.
     """
+    raise_file_limit()
     with listen(options) as bound:
         host, port = bound.getsockname()[:2]
         if options.api_key is None and host not in ("127.0.0.1", "::1"):
             logger.warning(f"host={host} is open to other machines, and there is no API key")
+        print(
+            f"KV cache: {engine.store.nbytes() / 2**20:,.1f} MiB, {engine.kv_tokens:,} tokens; "
+            f"{engine.kv_tokens / engine.max_length:.2f} requests of {engine.max_length:,} tokens fit at once"
+        )
         print(f"serving {options.name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-        server = build_server(engine, options)
-        for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has drained
-            signal.signal(number, lambda *_: None)
+        server = Server(engine, options)
+        for number in (signal.SIGTERM, signal.SIGINT):  # until uvicorn listens to them, and when it raises them again
+            signal.signal(number, lambda *_: server.stop())
         server.run(sockets=[bound])
-    return 0 if server.config.app.state.service.worker.is_alive else 1
+    return 0 if server.worker.is_alive else 1

@@ -20,8 +20,16 @@ class Overload(Exception):
     """There are too many requests already."""
 
 
-class EngineDied(Exception):
+class Unavailable(Exception):
+    """Nothing more will come."""
+
+
+class EngineDied(Unavailable):
     """A step of the engine raised an error."""
+
+
+class ShuttingDown(Unavailable):
+    """The server ends, and the time for open requests is over."""
 
 
 class Call:
@@ -37,7 +45,7 @@ class Call:
         self.open: set[int] = set()
         """Requests that have not ended."""
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[int, Event] | Unavailable] = asyncio.Queue()
 
     def add(self, prompt: list[int], params: SamplingParams) -> None:
         """One more request.
@@ -54,20 +62,20 @@ class Call:
         self.requests.append(self.worker.engine.add(prompt, params, tell))
         self.open.add(index)
 
-    def fail(self) -> None:
-        """Nothing more will come. Called in the engine's thread."""
-        self._loop.call_soon_threadsafe(self._events.put_nowait, None)
+    def fail(self, error: Unavailable) -> None:
+        """Nothing more will come. Called in any thread."""
+        self._loop.call_soon_threadsafe(self._events.put_nowait, error)
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """Events of all requests, each with the index of its request, until all have ended.
 
         Raises:
-            EngineDied: nothing more will come.
+            Unavailable: nothing more will come.
         """
         while self.open:
             entry = await self._events.get()
-            if entry is None:
-                raise EngineDied
+            if isinstance(entry, Unavailable):
+                raise entry
             index, event = entry
             if event.finish_reason is not None:
                 self.open.discard(index)
@@ -108,16 +116,23 @@ class Worker:
         self.engine.close()
         self._thread.join()
 
+    def give_up(self) -> None:
+        """Tell those who wait that the server ends, and take no more requests."""
+        self._is_stopping = True
+        self._fail(ShuttingDown())
+
     def submit(self, prompts: list[list[int]], params: list[SamplingParams]) -> Call:
         """All requests of a call, or none of them.
 
         Raises:
             ValueError: one does not fit the model or the engine.
             Overload: there are too many others.
-            EngineDied: the engine runs no more.
+            Unavailable: the engine runs no more, or soon will not.
         """
         if not self.is_alive:
             raise EngineDied
+        if self._is_stopping:
+            raise ShuttingDown
         if sum(len(call.open) for call in self.calls) + len(prompts) > self.limit:
             raise Overload
         call = Call(self)
@@ -129,7 +144,7 @@ class Worker:
             call.close()
             raise
         if not self.is_alive:  # it died in between, and may have missed this call
-            call.fail()
+            call.fail(EngineDied())
         return call
 
     def _run(self) -> None:
@@ -142,7 +157,10 @@ class Worker:
         except Exception:
             logger.exception("the engine died")
             self.is_alive = False
-            for call in tuple(self.calls):
-                call.fail()
+            self._fail(EngineDied())
             if self.on_death is not None:
                 self.on_death()
+
+    def _fail(self, error: Unavailable) -> None:
+        for call in tuple(self.calls):
+            call.fail(error)

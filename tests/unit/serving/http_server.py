@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mor_megatron.serving.engine import Engine, EngineOptions
 from mor_megatron.serving.http.options import ServerOptions
-from mor_megatron.serving.http.run import build_server, listen
+from mor_megatron.serving.http.run import Server, listen
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz .,:;!?\n0123456"
 KEY = "secret"
@@ -64,7 +64,7 @@ def running(engine: Engine | None = None, **options) -> Iterator[Running]:
     """A server at a free port."""
     engine = engine or engine_of()
     options = ServerOptions(**{"name": "tiny", "port": 0, **options})
-    server = build_server(engine, options)
+    server = Server(engine, options)
     with listen(options) as bound:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()

@@ -7,9 +7,14 @@ import itertools
 import json
 import multiprocessing
 import os
+import resource
 import signal
+import socket
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -158,6 +163,7 @@ def test_chat(client):
         ("completions", {"prompt": "a", "n": 0}, "n", "use 1 to 12"),
         ("completions", {"prompt": "a", "n": 10**12}, "n", "use 1 to 12"),
         ("completions", {"prompt": "a", "stop": ["b"] * 33}, "stop", "at most 32"),
+        ("completions", {"prompt": "a", "stop": "b" * 1001}, "stop", "1000 characters"),
         ("completions", {"prompt": "a\ud800"}, "prompt", "surrogates"),
         (
             "chat/completions",
@@ -240,7 +246,7 @@ def test_metrics(client, server: Running):
     assert growth["mor_generated_tokens_total"] == 10
     assert growth["mor_prompt_tokens_total"] == 14
     assert growth['mor_requests_total{finish_reason="length"}'] == 2
-    assert growth["mor_request_depth_sum"] / growth["mor_request_depth_count"] == 2
+    assert growth["mor_request_depth_sum"] / growth["mor_request_depth_count"] == pytest.approx(2)
     names = ("time_to_first_token", "time_per_output_token", "inter_token_latency")
     assert [growth[f"mor_{name}_seconds_count"] for name in names] == [2, 2, 8]
     assert after["mor_requests_running"] == after["mor_requests_waiting"] == after["mor_kv_use"] == 0
@@ -316,24 +322,47 @@ def test_missing_packages_are_told(monkeypatch):
         tool().run(tool().parse(["--model", "any"]))
 
 
-def _serve(pipe) -> None:
+def _serve(pipe, **options) -> None:
+    """A server that may have few open files, as many shells allow."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, most))
     with listen(ServerOptions(port=0)) as bound:
         port = bound.getsockname()[1]
     pipe.send(port)
-    os._exit(serve(engine_of(), ServerOptions(name="tiny", port=port)))
+    os._exit(serve(engine_of(), ServerOptions(name="tiny", port=port, **options)))
 
 
-def test_sigterm_drains():
-    """An open request ends as it would have; a new one is not taken; the exit status is 0."""
+@contextmanager
+def forked(**options) -> Iterator[tuple[multiprocessing.Process, str]]:
+    """A server in a process of its own, and its address."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,))
+    process = context.Process(target=_serve, args=(theirs,), kwargs=options)
     process.start()
-    url = f"http://127.0.0.1:{ours.recv()}"
-    with httpx.Client(base_url=url, timeout=60) as http:
-        body = {"prompt": "once", "max_tokens": 200, "stream": True}
-        with http.stream("POST", "/v1/completions", json=body) as answer:
+    try:
+        yield process, f"http://127.0.0.1:{ours.recv()}"
+        process.join(30)
+    finally:
+        process.kill()
+        process.join()
+
+
+@pytest.fixture
+def stream_body() -> dict:
+    return {"prompt": "once", "max_tokens": 200, "stream": True}
+
+
+def test_sigterm_drains(stream_body: dict):
+    """An open request ends as it would have, whatever further signals come; a new one is not taken; the exit status is
+    0. Connections that do nothing are in nobody's way."""
+    with forked() as (process, url), httpx.Client(base_url=url, timeout=60) as http, ExitStack() as idle:
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        for _ in range(150):
+            idle.enter_context(socket.create_connection(address))
+        with http.stream("POST", "/v1/completions", json=stream_body) as answer:
             lines = (line for line in answer.iter_lines() if line)
+            next(lines)
+            os.kill(process.pid, signal.SIGTERM)
             next(lines)
             os.kill(process.pid, signal.SIGTERM)
             rest = list(lines)
@@ -341,5 +370,48 @@ def test_sigterm_drains():
         assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{url}/health")
-    process.join(30)
     assert process.exitcode == 0
+
+
+def test_those_who_wait_too_long_for_the_end_are_told(stream_body: dict):
+    """In a stream, and in place of a whole answer."""
+    with forked(shutdown_timeout=1) as (process, url), httpx.Client(base_url=url, timeout=60) as http:
+        with (
+            ThreadPoolExecutor() as pool,
+            http.stream("POST", "/v1/completions", json={**stream_body, "max_tokens": 2000}) as answer,
+        ):
+            lines = (line for line in answer.iter_lines() if line)
+            next(lines)
+            whole = pool.submit(http.post, "/v1/completions", json={"prompt": "once", "max_tokens": 2000})
+            next(itertools.islice(lines, 20, None))  # the second request has come, too
+            os.kill(process.pid, signal.SIGTERM)
+            *_, last = lines
+        for error in (json.loads(last.removeprefix("data: "))["error"], whole.result().json()["error"]):
+            assert (error["code"], error["type"]) == (503, "server_error")
+            assert "shutting down" in error["message"]
+    assert process.exitcode == 0
+
+
+def test_a_client_that_does_not_read_gives_up_its_place(monkeypatch):
+    """Its connection is closed after some time. The engine does not wait for it."""
+
+    def listen_with_little_room(options: ServerOptions) -> socket.socket:
+        listener = listen(options)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return listener
+
+    monkeypatch.setattr("http_server.listen", listen_with_little_room)
+    engine = engine_of()
+    options = {"max_waiting": 0, "send_timeout": 1}
+    body = json.dumps({"prompt": "once upon", "max_tokens": 200, "n": 4, "stream": True, "logprobs": 20}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with running(engine, **options) as server, socket.socket() as silent:
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        silent.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        silent.sendall(head.encode() + b"\r\n\r\n" + body)
+        deadline = time.monotonic() + 20
+        while (answer := httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"})).status_code == 429:
+            assert time.monotonic() < deadline, "it has its place still"
+            time.sleep(0.05)
+        assert answer.status_code == 200
+        assert not server.engine.has_work
