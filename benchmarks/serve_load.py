@@ -73,6 +73,15 @@ class Sample:
     metrics: dict[str, float]
     threads: int
 
+    @property
+    def requests(self) -> float:
+        """That run and wait."""
+        return self.metrics["mor_requests_running"] + self.metrics["mor_requests_waiting"]
+
+    @property
+    def ended(self) -> float:
+        return sum(value for name, value in self.metrics.items() if name.startswith("mor_requests_total"))
+
 
 class Server:
     """A process of tools/serve.py.
@@ -160,6 +169,8 @@ class Report:
     visits: list[Visit]
     answers: list[Answer]
     samples: list[Sample]
+    first: list[Sample]
+    """Of each server, warm and quiet."""
     last: list[Sample]
     """Of each server, when it was quiet again."""
     exits: list[int]
@@ -179,8 +190,7 @@ class Report:
     def growth(self, server: int) -> float:
         """Bytes of resident memory that a server gained for each request, in the second half of its requests: the
         median of the slopes between any two samples, which a few outliers do not move."""
-        ended = [sum(v for k, v in s.metrics.items() if k.startswith("mor_requests_total")) for s in self.samples
-                 if s.server == server]  # fmt: skip
+        ended = [sample.ended for sample in self.samples if sample.server == server]
         points = list(zip(ended, self.series(server, "process_resident_memory_bytes"), strict=True))
         points = [point for point in points if point[0] >= ended[-1] / 2]
         return statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a in points for b in points if b[0] > a[0])
@@ -223,6 +233,7 @@ def _serve(servers: list[Server], plan: list[Visit], args: argparse.Namespace) -
     urls = [server.url for server in servers]
     asyncio.run(send(plan[: args.lanes], urls))  # imports, pools of threads, the compiled kernel
     watch = Watch(servers, args.every)
+    first = [_wait_until_quiet(watch, server) for server in servers]
     watch.start()
     restart = threading.Thread(target=servers[1].start)
 
@@ -237,7 +248,7 @@ def _serve(servers: list[Server], plan: list[Visit], args: argparse.Namespace) -
     restart.join()
     watch.end()
     last = [_wait_until_quiet(watch, server) for server in servers]
-    return Report(plan, answers, watch.samples, last, [server.stop() for server in servers], seconds)
+    return Report(plan, answers, watch.samples, first, last, [server.stop() for server in servers], seconds)
 
 
 def _wait_until_quiet(watch: Watch, server: Server, seconds: float = 30) -> Sample:
@@ -245,8 +256,7 @@ def _wait_until_quiet(watch: Watch, server: Server, seconds: float = 30) -> Samp
     deadline = time.monotonic() + seconds
     while True:
         sample = watch.look(server)
-        names = ("mor_requests_running", "mor_requests_waiting", "mor_kv_use")
-        is_quiet = sample is not None and not any(sample.metrics[name] for name in names)
+        is_quiet = sample is not None and sample.requests == sample.metrics["mor_kv_use"] == 0
         if is_quiet or time.monotonic() > deadline:
             return sample
         time.sleep(0.2)
@@ -292,7 +302,7 @@ def print_report(report: Report) -> None:
         files = report.series(number, "process_open_fds")
         print(
             f"{number:7} {last.metrics['mor_preemptions_total']:9.0f} {max(report.series(number, 'mor_kv_use')):7.2f} "
-            f"{own[0].threads:4}-{last.threads:<3} {files[0]:4.0f}-{files[-1]:<4.0f} {rss[0]:9.1f} {rss[-1]:10.1f} "
+            f"{own[0].threads:4}-{last.threads:<3} {files[0]:4.0f}-{files[-1]:<4.0f} {rss[0]:14.1f} {rss[-1]:5.1f} "
             f"{report.growth(number):9.0f}"
         )
         step = max(1, len(rss) // 12)

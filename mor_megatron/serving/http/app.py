@@ -173,7 +173,7 @@ def build_app(engine: Engine, options: ServerOptions, on_death: Callable[[], Non
         yield
         await asyncio.to_thread(service.worker.stop)
 
-    def authorize(request: Request) -> None:
+    async def authorize(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if options.api_key is not None and not hmac.compare_digest(given.encode(), options.api_key.encode()):
             raise ApiError("the API key is missing or wrong: send `Authorization: Bearer KEY`", 401)
@@ -187,26 +187,26 @@ def build_app(engine: Engine, options: ServerOptions, on_death: Callable[[], Non
         redoc_url=None,
     )
     app.add_middleware(BodyLimit, most=options.max_body_size)
-    app.state.service = service
+    app.state.service = service  # what is not asynchronous would take a thread of a pool of forty
     errors.install(app)
     keyed = [Depends(authorize)]
     app.post("/v1/completions", dependencies=keyed)(service.complete)
     app.post("/v1/chat/completions", dependencies=keyed)(service.chat)
 
     @app.get("/v1/models", dependencies=keyed)
-    def models() -> dict:
+    async def models() -> dict:
         return {"object": "list", "data": [service.card()]}
 
     @app.get("/health")
-    def health() -> Response:
+    async def health() -> Response:
         return JSONResponse({}, 200 if service.worker.is_alive else 503)
 
     @app.get("/version")
-    def versions() -> dict:
+    async def versions() -> dict:
         return {"version": app.version}
 
     @app.get("/metrics")
-    def metrics() -> Response:
+    async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/")

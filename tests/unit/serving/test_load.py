@@ -18,19 +18,24 @@ LONGEST = 64
 MOST_BODY = 10_000
 
 
+def requests() -> list[Request]:
+    """All that the process remembers."""
+    gc.collect()
+    return [found for found in gc.get_objects() if isinstance(found, Request)]
+
+
 def test_a_crowd_gets_what_each_gets_alone():
     """And nothing of it is left behind."""
     model = model_of("expert")
     few = int(1.3 * fewest_bytes(model, LONGEST, 8))
     plan = visits(40, 400.0, LONGEST, MOST_BODY)
-    gc.collect()
+    others = requests()  # of tests before
     before = threading.active_count(), len(os.listdir("/proc/self/fd"))
     engine = engine_of(longest=LONGEST, lanes=8, kv_bytes=few)
     with running(engine, max_body_size=MOST_BODY) as server:
         answers = asyncio.run(send(plan, [server.url]))
         server.wait_until_quiet()
-        gc.collect()
-        assert not [kept for kept in gc.get_objects() if isinstance(kept, Request)]
+        assert all(kept in others for kept in requests())
     assert threading.active_count() <= before[0]
     assert len(os.listdir("/proc/self/fd")) <= before[1]
     assert engine.status().preemptions > 0
