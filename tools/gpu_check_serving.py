@@ -95,7 +95,7 @@ def kernel(run: Run) -> Iterator[Row]:
             generator = torch.Generator().manual_seed(0)
             pages = Pages({0}, len(lengths), LONGEST, 800, 16, torch.empty(5, 64))
             for table, rows in enumerate(lengths):
-                pages.grow(table, rows)
+                pages.grow(table, pages.needed(rows))
             table = np.repeat(np.arange(len(lengths)), parts or 1)
             seen = np.concatenate([np.arange(n - (parts or 1), n) + 1 for n in lengths])
             buffers = [torch.randn(801 * 16, 5, 64, generator=generator).to(run.device, dtype) for _ in range(2)]

@@ -58,17 +58,17 @@ class Pages:
         """Pages that only the prefix cache has."""
         return int(((self.cached > 0) & (self.references == self.cached)).sum())
 
-    def needed(self, rows: int) -> int:
+    def needed(self, rows: int | np.ndarray) -> int | np.ndarray:
         """Pages for so many rows of one table."""
-        return -(-rows // self.size) if self.layers else 0
+        return -(-rows // self.size) if self.layers else 0 * rows
 
-    def missing(self, table: int, rows: int) -> int:
-        """Pages that a table lacks for so many more rows."""
-        return max(0, self.needed(int(self.rows[table]) + rows) - int(self.held[table]))
+    def missing(self, tables: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Pages that tables lack for so many more rows each."""
+        return np.maximum(0, self.needed(self.rows[tables] + rows) - self.held[tables])
 
-    def grow(self, table: int, rows: int) -> None:
-        """Give a table the pages for so many more rows; there must be as many."""
-        for _ in range(self.missing(table, rows)):
+    def grow(self, table: int, pages: int) -> None:
+        """Give a table so many more pages, which must be free."""
+        for _ in range(pages):
             self.append(table, self.take())
 
     def take(self) -> int:

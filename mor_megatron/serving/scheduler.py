@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 
+import numpy as np
+
 from mor_megatron.serving.pages import Pages
 from mor_megatron.serving.prefix import PrefixCache
 from mor_megatron.serving.request import Request
@@ -97,13 +99,15 @@ class Scheduler:
             demand: (request, table) -> rows.
         """
         while True:
-            wanted = {key: rows for key, rows in demand.items() if key[0].slot >= 0}
-            missing = sum(pages.missing(table, rows) for (_, table), rows in wanted.items())
-            if missing <= len(pages.free) or (self.prefixes is not None and self.prefixes.evict(pages, missing)):
+            wanted = [(table, rows) for (request, table), rows in demand.items() if request.slot >= 0]
+            tables, rows = np.array(wanted, np.int64).reshape(-1, 2).T
+            missing = pages.missing(tables, rows)
+            total = int(missing.sum())
+            if total <= len(pages.free) or (self.prefixes is not None and self.prefixes.evict(pages, total)):
                 break
             self.preempt(self.running[-1])
-        for (_, table), rows in wanted.items():
-            pages.grow(table, rows)
+        for i in np.flatnonzero(missing).tolist():
+            pages.grow(tables[i], missing[i])
 
     def preempt(self, request: Request) -> None:
         """Give up a running request's pages. It will be computed again, first among those that wait."""
