@@ -17,6 +17,7 @@ from mor_megatron.huggingface.importing import Start, read_llama
 from mor_megatron.huggingface.low_rank import table, truncated
 
 sys.path.append(str(Path(__file__).parents[3] / "tools"))
+import export_hf
 import import_hf
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -142,16 +143,27 @@ def test_the_table_has_what_is_kept_by_layer_and_recursion(directory):
     assert last.startswith("all layers: 0.")
 
 
-def test_command_line(directory, tmp_path: Path, monkeypatch, capsys):
-    words = f"--model {directory('gqa')} --output {tmp_path}/run --num-recursions 3 --relaxation lora --lora-rank 4"
-    monkeypatch.setattr(sys, "argv", f"import_hf.py {words} --recursion-norms --initialization average".split())
-    assert import_hf.main() == 0
+def test_command_line(directory, tmp_path: Path, monkeypatch, capsys, modules_of_exports):
+    """Imported, exported as it is and as a Llama, and imported again."""
+    run, model, again = (tmp_path / name for name in ("run", "model", "again"))
+
+    def call(module, words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["tool", *words.split()])
+        return module.main()
+
+    words = f"--model {directory('gqa')} --num-recursions 3 --relaxation lora --lora-rank 4 --initialization average"
+    assert call(import_hf, f"{words} --recursion-norms --output {run}") == 0
     assert "\nall layers: 0." in capsys.readouterr().out
-    checkpoint = read_checkpoint(tmp_path / "run")
-    recursion = checkpoint.config.recursion
-    assert (recursion.relaxation, recursion.lora_rank, recursion.recursion_norms) == ("lora", 4, True)
-    begun = start(directory("gqa"), lora_rank=4)
-    assert checkpoint.weights.keys() == begun.weights.keys()
-    assert all(torch.equal(tensor, begun.weights[name]) for name, tensor in checkpoint.weights.items())
-    monkeypatch.setattr(sys, "argv", f"import_hf.py {words} --num-recursions 1".split())
-    assert import_hf.main() == 2
+    weights, begun = read_checkpoint(run).weights, start(directory("gqa"), lora_rank=4)
+    assert weights.keys() == begun.weights.keys()
+    assert all(torch.equal(tensor, begun.weights[name]) for name, tensor in weights.items())
+    assert call(export_hf, f"--load {run} --output {model} --verify") == 0
+    card = (model / "README.md").read_text()
+    assert "| recursions differ by | adapters of rank 4 on all linear maps, in all recursions; weights of norms: " in card
+    assert f"{sum(tensor.numel() for tensor in weights.values()):,} stored" in card
+    assert call(export_hf, f"--load {run} --output {tmp_path / 'llama'} --as llama --verify") == 0
+    assert capsys.readouterr().out.count("the same most likely token at 100.00 %") == 2
+    assert call(import_hf, f"--model {model} --output {again}") == 0
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in read_checkpoint(again).weights.items())
+    assert call(import_hf, f"{words} --num-recursions 1 --output {tmp_path / 'none'}") == 2
+    assert "--num-recursions above 1" in capsys.readouterr().err
