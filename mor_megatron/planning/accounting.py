@@ -147,17 +147,25 @@ def layer_parameters(config: Config, tensor_parallel_size: int = 1) -> int:
     return (widths.layer_matrices + widths.layer_biases) // tensor_parallel_size + widths.layer_norms
 
 
+def adapter_parameters(config: Config) -> tuple[int, int]:
+    """Weights of the adapters of one layer of the shared block: those of factors that tensor-parallel ranks divide, on
+    the side on which they divide the map, and those of factors that each of them has."""
+    recursion, maps = config.recursion, Widths.of(config).maps
+    divided = whole = 0
+    for part, recursions in adapted(recursion, config.plan).items():
+        inputs, outputs = maps[part]
+        cut, other = (inputs, outputs) if part in ROW_PARALLEL else (outputs, inputs)
+        divided += len(recursions) * recursion.lora_rank * cut
+        whole += len(recursions) * recursion.lora_rank * other
+    return divided, whole
+
+
 def relaxation_parameters(config: Config, tensor_parallel_size: int = 1) -> int:
-    """Weights beyond those of `layer_parameters` that a layer of the shared block has on one tensor-parallel rank:
-    adapters, which are divided on the side where their map is, and norms of further recursions."""
-    recursion, plan, widths = config.recursion, config.plan, Widths.of(config)
-    norms = (plan.num_recursions - 1) * widths.layer_norms if recursion.recursion_norms else 0
-    adapters = 0
-    for part, recursions in adapted(recursion, plan).items():
-        inputs, outputs = widths.maps[part]
-        cut, whole = (inputs, outputs) if part in ROW_PARALLEL else (outputs, inputs)
-        adapters += len(recursions) * recursion.lora_rank * (cut // tensor_parallel_size + whole)
-    return adapters + norms
+    """Weights that a layer of the shared block has beyond `layer_parameters` on one tensor-parallel rank: adapters, and
+    norms of further recursions."""
+    divided, whole = adapter_parameters(config)
+    further = config.plan.num_recursions - 1 if config.recursion.recursion_norms else 0
+    return divided // tensor_parallel_size + whole + further * Widths.of(config).layer_norms
 
 
 def recursion_embedding_parameters(config: Config) -> int:

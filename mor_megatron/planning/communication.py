@@ -5,7 +5,8 @@ In a group of n, an all-reduce of b bytes sends 2 b (n-1)/n, an all-gather or re
 - *tensor*: a layer has two all-reduces of its rows forward and two backward; recomputation repeats those of the forward
   pass. With sequence parallelism each is an all-gather and a reduce-scatter, and the backward pass gathers two inputs
   once more. So has the head; the embedding has one all-reduce. An adapter has one all-reduce of rows as wide as its
-  rank, forward or backward; with sequence parallelism a gather and a scatter, one each way.
+  rank, forward or backward. With sequence parallelism it has a gather and a scatter, and the fp32 gradients of factors
+  that every rank has are summed; those of norms and routers are few, and not counted.
 - *pipeline*: the message of each chunk (docs/parallelism.md), and its gradient on the way back.
 - *embedding*: the fp32 gradient of a tied head, over first and last stage.
 - *data*: ZeRO 0 all-reduces fp32 gradients once, ZeRO 1 also gathers updated weights, ZeRO 2 reduces in every
@@ -23,6 +24,7 @@ from mor_megatron.planning.accounting import (
     ROW_PARALLEL,
     active_fraction,
     adapted_maps,
+    adapter_parameters,
     layer_parameters,
     padded_vocab_size,
     planned_fractions,
@@ -59,7 +61,7 @@ def traffic(
         num_microbatches: of the rank in the iteration.
     """
     return Traffic(
-        tensor=num_microbatches * _tensor(config, pipeline, stage),
+        tensor=num_microbatches * _tensor(config, pipeline, stage) + _whole_factors(config, pipeline, stage),
         pipeline=num_microbatches * sum(_sent(config, pipeline, stage)),
         embedding=_embedding(config, pipeline, stage),
         data=_data(config, pipeline, parameters, num_microbatches, data_parallel_size(config, world_size)),
@@ -129,6 +131,13 @@ def _of_adapters(config: Config, pipeline: PipelinePlan, stage: int) -> float:
     number = 2 if config.training.precision != "fp32" else 4
     tokens = config.training.micro_batch_size * config.data.seq_length
     return halves * tokens * config.recursion.lora_rank * number * (tp - 1) / tp
+
+
+def _whole_factors(config: Config, pipeline: PipelinePlan, stage: int) -> float:
+    """Of an iteration."""
+    tp, (_, whole) = config.parallel.tensor_model_parallel_size, adapter_parameters(config)
+    is_summed = tp > 1 and config.parallel.sequence_parallel
+    return 2 * 4.0 * pipeline.block_layers[stage] * whole * (tp - 1) / tp if is_summed else 0.0
 
 
 def _embedding(config: Config, pipeline: PipelinePlan, stage: int) -> float:

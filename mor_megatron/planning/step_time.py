@@ -19,6 +19,7 @@ from mor_megatron.planning.accounting import (
     LayerWork,
     Widths,
     active_fraction,
+    adapted_maps,
     head_flops_per_token,
     planned_fractions,
 )
@@ -28,9 +29,9 @@ from mor_megatron.planning.memory import num_microbatches
 from mor_megatron.planning.stages import PipelinePlan
 
 # Numbers read and written by element-wise operators of one use of a layer, forward and backward, for each of its rows:
-# two norms and two residual additions, SwiGLU, rotation. How many operators there are. And the passes of the loss over
-# the logits.
-STREAM_PASSES, FFN_PASSES, QKV_PASSES, OPERATORS, LOGIT_PASSES = 46, 16, 10, 97, 10
+# two norms and two residual additions, SwiGLU, rotation. How many operators there are, without adapters and for each of
+# them. And the passes of the loss over the logits.
+STREAM_PASSES, FFN_PASSES, QKV_PASSES, OPERATORS, ADAPTER_OPERATORS, LOGIT_PASSES = 46, 16, 10, 97, 12, 10
 LEAST_SHOWN = 0.1
 """Part of an exchange that lengthens the computation beside it at least: both need processors and memory."""
 UPDATE_BYTES = 36
@@ -108,7 +109,9 @@ def stage_time(
             + tokens * active_fraction(layer, fractions) * passes * per_byte * linear / FORWARDS_PER_STEP
             for layer in layers
         )
-        chunks.append(seconds + len(layers) * OPERATORS * machine.operator_us * 1e-6)
+        adapters = sum(len(adapted_maps(config, layer)) for layer in layers)
+        operators = len(layers) * OPERATORS + adapters * ADAPTER_OPERATORS
+        chunks.append(seconds + operators * machine.operator_us * 1e-6)
     if stage == pipeline.num_stages - 1:
         head = FORWARDS_PER_STEP * head_flops_per_token(config) / products
         chunks[-1] += tokens / tp * (head + number * LOGIT_PASSES * config.model.vocab_size * per_byte)

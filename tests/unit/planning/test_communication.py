@@ -15,6 +15,7 @@ SHAPE = (
     "--num-layers 14 --num-recursions 3 --hidden-size 384 --ffn-hidden-size 1024 --num-attention-heads 6 "
     "--vocab-size 4096 --seq-length 128 --micro-batch-size 1 --global-batch-size 8"
 )
+LORA = "--relaxation lora --lora-rank 64"
 MIB = 2**20
 
 
@@ -32,6 +33,13 @@ MEASURED = {
     "dp2-zero3": ("--zero-stage 3", 2, 0, {"data": 186.05}),
     "tp2": ("--zero-stage 0 --tensor-model-parallel-size 2", 2, 0, {"tensor": 87.01}),
     "tp2-sp": ("--zero-stage 0 --tensor-model-parallel-size 2 --sequence-parallel", 2, 0, {"tensor": 108.78}),
+    "tp2, relaxed": (f"--zero-stage 0 --tensor-model-parallel-size 2 {LORA}", 2, 0, {"tensor": 108.01}),
+    "tp2-sp, relaxed": (
+        f"--zero-stage 0 --tensor-model-parallel-size 2 --sequence-parallel {LORA}",
+        2,
+        0,
+        {"tensor": 137.66},
+    ),
     "pp2": ("--zero-stage 0 --pipeline-model-parallel-size 2", 2, 0, {"pipeline": 7.5, "embedding": 6.0}),
     "pp4, first": ("--zero-stage 0 --pipeline-model-parallel-size 4", 4, 0, {"pipeline": 7.5, "embedding": 6.0}),
     "pp4, second": ("--zero-stage 0 --pipeline-model-parallel-size 4", 4, 1, {"pipeline": 9.0}),
