@@ -13,6 +13,7 @@ results.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -121,9 +122,9 @@ def train(directory: Path) -> bool:
 
     if (directory / "evaluation.json").exists():
         return True
-    config = read_config(["--config", str(directory / "run.yaml")])
-    if not pretrain(config):
+    if not pretrain(read_config(["--config", str(directory / "run.yaml")])):
         return False
+    gc.collect()  # engines refer to themselves, so they need the garbage collector
     evaluate(directory)
     return True
 
@@ -165,12 +166,15 @@ def run_report(args: argparse.Namespace) -> None:
         nll = sums.sum(1) / predictions.sum()
         points[name] = facts["parameters"]["unique"], nll
         flops = causal_mode(facts)["executed_flops_per_token"] / 1e6
-        paired = [found["dense"][0].parents[1] / f"dense-{path.parent.name.rpartition('-')[2]}" for path in found[name]]
-        base, _ = by_document([path / "evaluation.json" for path in paired], args.corpus)
-        mean, low, high = interval(sums - base, predictions)
+        dense = [args.directory / f"dense-{path.parent.name.rpartition('-')[2]}" / path.name for path in found[name]]
+        paired = [number for number, path in enumerate(dense) if path.exists()]
+        difference = "-"
+        if paired:
+            base, _ = by_document([dense[number] for number in paired], args.corpus)
+            difference = "{:+.4f} ({:+.4f} .. {:+.4f})".format(*interval(sums[paired] - base, predictions))
         half = (nll.max() - nll.min()) / 2
         cells = [name, len(nll), f"{points[name][0]:,}", f"{facts['parameters']['non_embedding']:,}", f"{flops:.2f}"]
-        cells += [f"{nll.mean():.4f} ± {half:.4f}", f"{mean:+.4f} ({low:+.4f} .. {high:+.4f})"]
+        cells += [f"{nll.mean():.4f} ± {half:.4f}", difference]
         print(f"| {' | '.join(map(str, cells))} |")
     draw(points, args.plot)
 
