@@ -33,7 +33,6 @@ DECODED = (
     "token_loss_free",
     "token_sharing",
     "token_sharing_update",
-    "sequence_relaxed",
     "expert_relaxed",
 )
 EXTRA = {

@@ -39,7 +39,6 @@ KINDS = {
     "expert_padding_row": {**_EXPERT, "padding_row": 7, "num_key_value_heads": 2},
     "token": _TOKEN,
     "token_sharing": {**_TOKEN, "kv_mode": "sharing"},
-    "recursive_relaxed_norms": {"num_recursions": 3, "recursion_norms": True},
     "expert_relaxed": {
         **_EXPERT,
         "num_key_value_heads": 2,
