@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from mor_megatron.config.schema import RecursionConfig
 from mor_megatron.huggingface.export import Checkpoint
 from mor_megatron.huggingface.verify import AnotherModelError, Comparison
 from mor_megatron.planning.accounting import (
@@ -71,7 +70,7 @@ def write_card(model: PreTrainedModel, checkpoint: Checkpoint, verified: Compari
         "parameters": parameters,
         "layers": layers,
         "recursions": f"{plan.num_recursions} ({plan.strategy})" if plan.num_recursions > 1 else "1",
-        **({"recursions differ by": f"{_differences(recursion)}: {own:,} parameters"} if own else {}),
+        **({"recursions differ by": f"{recursion.differences}: {own:,} parameters"} if own else {}),
         "routing": run.routing_method.about,
         "keys and values": recursion.kv_mode,
         "width, feed-forward, heads, key/value heads": (
@@ -102,18 +101,6 @@ def write_card(model: PreTrainedModel, checkpoint: Checkpoint, verified: Compari
     if verified is not None:
         parts += ["## Verified", f"Against the training code, in fp32, on {verified}."]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _differences(recursion: RecursionConfig) -> str:
-    """What a recursion has of its own (arXiv 2410.20672)."""
-    found = []
-    if recursion.relaxation == "lora":
-        maps = "all linear maps" if recursion.lora_targets == "all" else f"the linear maps of {recursion.lora_targets}"
-        but = " but the first" if recursion.lora_recursions == "all_but_first" else ""
-        found.append(f"adapters of rank {recursion.lora_rank} on {maps}, in all recursions{but}")
-    found += ["weights of norms"] if recursion.recursion_norms else []
-    found += ["a vector that is added first"] if recursion.recursion_embedding else []
-    return "; ".join(found)
 
 
 def _advice(config) -> str:

@@ -9,7 +9,13 @@ from mor_megatron.config.layout import data_parallel_size
 from mor_megatron.config.schema import Config, TrainingConfig
 from mor_megatron.config.validate import validate
 from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocabulary
-from mor_megatron.planning.accounting import head_flops_per_token, layer_flops_per_token, router_parameters
+from mor_megatron.planning.accounting import (
+    head_flops_per_token,
+    layer_flops_per_token,
+    recursion_embedding_parameters,
+    relaxation_parameters,
+    router_parameters,
+)
 from mor_megatron.planning.memory import RankMemory, num_microbatches, rank_memory
 from mor_megatron.planning.stages import PipelinePlan, microbatch_group_size, pipeline_plan
 
@@ -42,6 +48,9 @@ def describe_layout(config: Config, world_size: int, cuda: bool) -> str:
     lines = [_ranks(config, world_size), *_stages(config, world_size, pipeline, cuda)]
     if pipeline.num_stages > 1:
         lines.append(_split(config, pipeline))
+    if config.recursion.is_relaxed:
+        own = pipeline.plan.block_size * relaxation_parameters(config) + recursion_embedding_parameters(config)
+        lines.append(f"recursions differ by {config.recursion.differences}: {own:,} parameters")
     return "\n".join([*lines, _batch(config, world_size), _schedule(config, world_size, pipeline)])
 
 

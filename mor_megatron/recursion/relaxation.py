@@ -62,6 +62,18 @@ class RelaxationSettings:
         """Whether recursions differ in any way."""
         return self.relaxation != "none" or self.recursion_norms or self.recursion_embedding
 
+    @property
+    def differences(self) -> str:
+        """What a recursion has of its own, in words; empty if nothing."""
+        found = []
+        if self.relaxation == "lora":
+            maps = "all linear maps" if self.lora_targets == "all" else f"the linear maps of {self.lora_targets}"
+            but = " (none in the first)" if self.lora_recursions == "all_but_first" else ""
+            found.append(f"adapters of rank {self.lora_rank} on {maps}{but}")
+        found += ["norm weights"] if self.recursion_norms else []
+        found += ["a vector added at their start"] if self.recursion_embedding else []
+        return ", ".join(found)
+
 
 def resolve_relaxation(settings: RelaxationSettings, plan: RecursionPlan) -> RelaxationSettings:
     """`settings` with `lora_alpha` filled in.

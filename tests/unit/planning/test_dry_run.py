@@ -47,6 +47,16 @@ def test_one_process():
     assert lines[-1] == "schedule: no pipeline, micro-batches one after another"
 
 
+def test_what_recursions_differ_by():
+    lines = describe(f"{MOR} --relaxation lora --lora-rank 8 --lora-recursions all_but_first --recursion-embedding", 1)
+    maps = 4 * (64 + 64) + 3 * (64 + 176)  # inputs and outputs
+    assert lines.splitlines()[3] == (
+        "recursions differ by adapters of rank 8 on all linear maps (none in the first), a vector added at their "
+        f"start: {4 * 2 * 8 * maps + 3 * 64:,} parameters"
+    )
+    assert "recursions differ" not in describe(MOR, 1)
+
+
 def test_an_ordinary_pipeline():
     lines = describe("--pipeline-model-parallel-size 2 --global-batch-size 16", 2).splitlines()
     assert (
