@@ -7,7 +7,7 @@ between recursions start as those of the sources.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,30 +73,25 @@ def relaxed_weights(
     recursion, plan, model = config.recursion, config.plan, config.model
     recursions = adapted(recursion, plan)
     generator = torch.Generator().manual_seed(seed)
-    scale = recursion.lora_alpha / recursion.lora_rank if recursions else 1.0
     rows: dict[str, dict[int, Tensor]] = {}
     """Name of a tensor that has all recursions -> recursion -> its part."""
     residuals = []
     for use in plan.shared:
         ours, source = f"layers.{use.physical}", layer(positions[use.index])
         energy = kept = 0.0
-        for linear, (_, parts) in MAPS.items():
-            name = f"{linear}.weight"
-            old, new = (split(name, x.float(), len(parts), model) for x in (source[name], shared[f"{ours}.{name}"]))
-            for part, difference in zip(parts, (x - y for x, y in zip(old, new, strict=True)), strict=True):
-                if part in ("k", "v") and skips_keys(plan, use):
-                    continue
-                energy += difference.square().sum().item()
-                if use.recursion not in recursions.get(part, ()):
-                    continue
-                if adapters == "svd" and difference.any():
-                    a, b = truncated(difference, recursion.lora_rank)
-                    kept += b.square().sum().item()
-                else:
-                    a = torch.randn(recursion.lora_rank, difference.shape[1], generator=generator)
-                    a, b = a * model.init_method_std, torch.zeros(recursion.lora_rank, len(difference))
-                rows.setdefault(f"{ours}.{linear}.adapters.{part}_a", {})[use.recursion] = a
-                rows.setdefault(f"{ours}.{linear}.adapters.{part}_b", {})[use.recursion] = b / scale
+        for linear, part, difference in _differences(config, use, source, shared):
+            energy += difference.square().sum().item()
+            if use.recursion not in recursions.get(part, ()):
+                continue
+            if adapters == "svd" and difference.any():
+                a, b = truncated(difference, recursion.lora_rank)
+                kept += b.square().sum().item()
+            else:
+                a = torch.randn(recursion.lora_rank, difference.shape[1], generator=generator) * model.init_method_std
+                b = torch.zeros(recursion.lora_rank, len(difference))
+            name = f"{ours}.{linear}.adapters.{part}"
+            rows.setdefault(f"{name}_a", {})[use.recursion] = a
+            rows.setdefault(f"{name}_b", {})[use.recursion] = b / recursion.lora_scale
         if recursion.recursion_norms:
             for name in ("input_layernorm.weight", "pre_mlp_layernorm.weight"):
                 rows.setdefault(f"{ours}.{name}", {})[use.recursion] = source[name].float()
@@ -105,6 +100,19 @@ def relaxed_weights(
     if recursion.recursion_embedding:
         weights[RECURSION_EMBEDDING] = torch.zeros(plan.num_recursions, model.hidden_size)
     return weights, residuals
+
+
+def _differences(
+    config: Config, use: VirtualLayer, source: dict[str, Tensor], shared: dict[str, Tensor]
+) -> Iterator[tuple[str, str, Tensor]]:
+    """Of the linear maps that a use of a layer multiplies by: our layer, a part of it, (source - shared weight)."""
+    for linear, (_, parts) in MAPS.items():
+        name = f"{linear}.weight"
+        weights = source[name], shared[f"layers.{use.physical}.{name}"]
+        both = [split(name, weight.float(), len(parts), config.model) for weight in weights]
+        for part, old, new in zip(parts, *both, strict=True):
+            if not (part in ("k", "v") and skips_keys(config.plan, use)):
+                yield linear, part, old - new
 
 
 def table(residuals: list[Residual]) -> str:

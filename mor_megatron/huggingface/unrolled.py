@@ -98,7 +98,7 @@ def _updates(weights: Mapping[str, Tensor], config: Config, use: VirtualLayer) -
         if use.recursion in recursions:
             a, b = (weights[f"layers.{use.physical}.{layer}.adapters.{part}_{x}"] for x in "ab")
             i = use.recursion - recursions.start
-            yield f"{MAPS[layer][0]}.{part}", settings.lora_alpha / settings.lora_rank * b[i].t() @ a[i]
+            yield f"{MAPS[layer][0]}.{part}", settings.lora_scale * b[i].t() @ a[i]
 
 
 def unrolling(llama: LlamaForCausalLM, config: Config) -> str:

@@ -63,6 +63,11 @@ class RelaxationSettings:
         return self.relaxation != "none" or self.recursion_norms or self.recursion_embedding
 
     @property
+    def lora_scale(self) -> float:
+        """By which products of adapters are multiplied; `lora_alpha` is resolved."""
+        return self.lora_alpha / self.lora_rank
+
+    @property
     def differences(self) -> str:
         """What a recursion has of its own, in words; empty if nothing."""
         found = []
@@ -132,7 +137,7 @@ class Adapters(nn.Module):
     ):
         super().__init__()
         rank = settings.lora_rank
-        self.scale = settings.lora_alpha / rank
+        self.scale = settings.lora_scale
         self.recursions = {part: recursions[part] for part in outputs if part in recursions}
         for part, used in self.recursions.items():
             a = torch.empty(len(used), rank, inputs, dtype=dtype)
