@@ -22,7 +22,7 @@ from mor_megatron.inference.batch import generate_all
 from mor_megatron.serving import Engine, EngineOptions, SamplingParams, engine, runner
 from mor_megatron.serving.attention import DeviceReads
 from mor_megatron.serving.graphs import build_lanes
-from mor_megatron.serving.kernel import attend_padded, choose
+from mor_megatron.serving.kernel import PLAIN, choose
 from mor_megatron.serving.pages import Pages
 from mor_megatron.serving.transfer import fetch, send
 
@@ -72,7 +72,7 @@ def engine_of(model: MoRForCausalLM, lanes: int, **options) -> Engine:
     """On a CPU, too, sequences decode in lanes."""
     own = Engine(model, None, EngineOptions(lanes=lanes, max_length=LONGEST, prefix_cache=False, **options))
     if own.runner.lanes is None:
-        own.runner.lanes = build_lanes(model, own.store, own.runner.rotation, lanes, attend_padded, enforce_eager=True)
+        own.runner.lanes = build_lanes(model, own.store, own.runner.rotation, lanes, PLAIN, enforce_eager=True)
     return own
 
 
@@ -100,11 +100,11 @@ def kernel(run: Run) -> Iterator[Row]:
             seen = np.concatenate([np.arange(n - (parts or 1), n) + 1 for n in lengths])
             buffers = [torch.randn(801 * 16, 5, 64, generator=generator).to(run.device, dtype) for _ in range(2)]
             query = torch.randn(len(table), 15, 64, generator=generator).to(run.device, dtype)
-            attend = choose("native", dtype, torch.device(run.device)) if not run.small else attend_padded
+            attend = choose("native", dtype, torch.device(run.device)) if not run.small else PLAIN
             reads = DeviceReads(pages, table, seen, attend, 3)
             reads.receive(send(reads.arrays, torch.device(run.device)))
             found = reads.attend(query, *buffers)
-            reads.kernel = attend_padded
+            reads.kernels = PLAIN
             exact = reads.attend(*(x.double() for x in (query, *buffers)))
             error = (found - exact).abs().max().item()
             limit = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from mor_megatron.huggingface.attention_mor import Pair, rotate
 from mor_megatron.huggingface.layers_mor import MoRDecoderLayer
 from mor_megatron.huggingface.relaxed_mor import Recursions
-from mor_megatron.serving.kernel import TILE, DeviceKernel, Kernel
+from mor_megatron.serving.kernel import TILE, DeviceKernels, Kernel, store_rows
 from mor_megatron.serving.pages import Pages
 
 
@@ -92,12 +93,12 @@ class DeviceReads:
 
     Args:
         pages, table, seen: as for `Reads`.
-        kernel: what attends.
+        kernels: of the device.
         group: query heads of a key head.
     """
 
-    def __init__(self, pages: Pages, table: np.ndarray, seen: np.ndarray, kernel: DeviceKernel, group: int):
-        self.size, self.kernel, self.most = pages.size, kernel, max(1, TILE // group)
+    def __init__(self, pages: Pages, table: np.ndarray, seen: np.ndarray, kernels: DeviceKernels, group: int):
+        self.size, self.kernels, self.most = pages.size, kernels, max(1, TILE // group)
         begin, end = spans(table, seen)
         lengths, used = end - begin, -(-int(seen.max(initial=1)) // pages.size)
         parts = -(-lengths // self.most)
@@ -112,7 +113,7 @@ class DeviceReads:
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """[Q, N, D] of buffers [rows, G, D]."""
-        return self.kernel(query, keys, values, *self.sent, self.size, self.most)
+        return self.kernels.attend(query, keys, values, *self.sent, self.size, self.most)
 
 
 class StaticReads:
@@ -122,17 +123,17 @@ class StaticReads:
         tables: numbers of pages, [Q, pages].
         seen: rows of its table that each query sees, [Q]; 0: the query is nobody's.
         size: rows of a page.
-        kernel: what attends.
+        kernels: of the device.
     """
 
-    def __init__(self, tables: Tensor, seen: Tensor, size: int, kernel: DeviceKernel):
-        self.kernel, self.size = kernel, size
+    def __init__(self, tables: Tensor, seen: Tensor, size: int, kernels: DeviceKernels):
+        self.kernels, self.size = kernels, size
         each = torch.arange(len(seen) + 1, device=seen.device)
         self.numbers = (tables, each[:-1], seen, each)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """[Q, N, D] of buffers [rows, G, D]."""
-        return self.kernel(query, keys, values, *self.numbers, self.size, 1)
+        return self.kernels.attend(query, keys, values, *self.numbers, self.size, 1)
 
 
 def spans(table: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -160,6 +161,8 @@ class View:
     reads: AnyReads
     recursion: Recursions = None
     """Of the rows."""
+    store: Callable[..., Tensor] = store_rows
+    """See `DeviceKernels`."""
 
 
 def run_layer(
@@ -182,19 +185,22 @@ def run_layer(
     attention, r = layer.self_attn, view.recursion
     h = layer.input_layernorm(x, r)
     keys, values = view.pages.keys[number], view.pages.values[number]
-    new, rotation, of_new = h, view.rotation, r
-    if view.writers is not None:  # of keys that all recursions read: rows of recursion 0
-        new, rotation, of_new = h[view.writers], _at(view.rotation, view.writers), 0
-    if len(new) > 0:
-        key, value = attention.heads(new, of_new, "k", "v")
-        keys.index_copy_(0, view.places, rotate(key, rotation))
-        values.index_copy_(0, view.places, value)
-    rotation = view.rotation
-    if wanted is not None:
-        if len(wanted) == 0:
-            return x[:0]
-        x, h, rotation = x[wanted], h[wanted], _at(rotation, wanted)
-    query = rotate(attention.heads(h, r, "q")[0], rotation)
+    if view.writers is None and wanted is None:
+        query = view.store(*attention.heads(h, r, "q", "k", "v"), view.rotation, view.places, keys, values)
+    else:
+        new, rotation, of_new = h, view.rotation, r
+        if view.writers is not None:  # of keys that all recursions read: rows of recursion 0
+            new, rotation, of_new = h[view.writers], _at(view.rotation, view.writers), 0
+        if len(new) > 0:
+            key, value = attention.heads(new, of_new, "k", "v")
+            keys.index_copy_(0, view.places, rotate(key, rotation))
+            values.index_copy_(0, view.places, value)
+        rotation = view.rotation
+        if wanted is not None:
+            if len(wanted) == 0:
+                return x[:0]
+            x, h, rotation = x[wanted], h[wanted], _at(rotation, wanted)
+        query = rotate(attention.heads(h, r, "q")[0], rotation)
     x = x + attention.project(reads.attend(query, keys, values).flatten(1), r, "o")[0]
     return x + layer.mlp(layer.post_attention_layernorm(x, r), r)
 

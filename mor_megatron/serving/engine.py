@@ -130,13 +130,17 @@ class Engine:
         """Tokens that the pages have room for, if the router selects as many as planned."""
         kernel = choose(options.attention, model.dtype, model.device)
         self.prefixes = PrefixCache(self.store) if options.prefix_cache else None
-        on_cpu = model.device.type == "cpu"
-        # The compiled products use one thread.
-        is_packed = on_cpu and kernel is not None and torch.get_num_threads() == 1
-        self.runner = Runner(pack(model) if is_packed else model, self.store, self.max_length, kernel)
+        computed, on_cpu = model, model.device.type == "cpu"
+        if on_cpu and kernel is not None and torch.get_num_threads() == 1:  # the compiled products use one thread
+            computed = pack(model)
+        elif model.device.type == "cuda" and options.attention != "torch":
+            from mor_megatron.serving.fused import fuse  # not before: it needs Megatron-core
+
+            computed = fuse(model)
+        self.runner = Runner(computed, self.store, self.max_length, kernel)
         if not on_cpu:
             self.runner.lanes = build_lanes(
-                model, self.store, self.runner.rotation, options.lanes, kernel, options.enforce_eager
+                computed, self.store, self.runner.rotation, options.lanes, kernel, options.enforce_eager
             )
         self.scheduler = Scheduler(self.runner, self.prefixes, options.lanes, options.chunk)
         ends = model.generation_config.eos_token_id

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mor_megatron.huggingface.attention_mor import Pair
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
-from mor_megatron.serving.kernel import DeviceKernel
+from mor_megatron.serving.kernel import DeviceKernels
 from mor_megatron.serving.lanes import Lanes
 from mor_megatron.serving.pages import Store
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @torch.inference_mode()
 def build_lanes(
-    model: MoRForCausalLM, store: Store, rotation: Pair, count: int, kernel: DeviceKernel, enforce_eager: bool
+    model: MoRForCausalLM, store: Store, rotation: Pair, count: int, kernels: DeviceKernels, enforce_eager: bool
 ) -> Lanes | None:
     """Lanes for sequences that decode; as CUDA graphs, if the device has them and the routing method can be captured.
 
@@ -31,7 +31,7 @@ def build_lanes(
     """
     options = (model.config.depth, model.config.router_threshold)
     try:
-        lanes = Lanes(model, store, rotation, count, options, kernel)
+        lanes = Lanes(model, store, rotation, count, options, kernels)
         lanes.prepare(lambda function: function)
     except (RuntimeError, ValueError, TypeError) as error:
         logger.warning(f"no lanes for routing={model.model.router.name}, so its sequences decode more slowly: {error}")

@@ -17,12 +17,14 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mor_megatron.huggingface.attention_mor import Pair, rotate
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +37,15 @@ Kernel = Callable[[Tensor, Tensor, Tensor, np.ndarray, int, np.ndarray, np.ndarr
 """Attention of some queries to a table each: queries [Q, N, D], keys and values [rows, G, D], tables [tables, pages],
 rows of a page, which queries [n], their tables [n], how many rows they see [n], and the output [Q, N, D]."""
 
-DeviceKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
-"""The same on an accelerator; see `attend_padded`."""
+
+class DeviceKernels(NamedTuple):
+    """What runs on an accelerator."""
+
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
+    """As `attend_padded`."""
+    store: Callable[[Tensor, Tensor, Tensor, Pair, Tensor, Tensor, Tensor], Tensor]
+    """As `store_rows`."""
+
 
 TILE = 16
 """Rows that a tile of scores has in any case: some queries of a table, with all query heads of a key head."""
@@ -44,7 +53,7 @@ TILE = 16
 Choice = Literal["auto", "native", "torch"]
 
 
-def choose(choice: Choice, dtype: torch.dtype, device: torch.device) -> Kernel | DeviceKernel | None:
+def choose(choice: Choice, dtype: torch.dtype, device: torch.device) -> Kernel | DeviceKernels | None:
     """The kernel to use; None: PyTorch alone.
 
     Args:
@@ -52,7 +61,7 @@ def choose(choice: Choice, dtype: torch.dtype, device: torch.device) -> Kernel |
     Raises:
         ValueError: native was asked for and cannot be had.
     """
-    fallback = None if device.type == "cpu" else attend_padded
+    fallback = None if device.type == "cpu" else PLAIN
     if choice == "torch":
         return fallback
     try:
@@ -79,7 +88,7 @@ def attend_padded(
     size: int,
     most: int,
 ) -> Tensor:
-    """What a `DeviceKernel` computes, [Q, N, D], in plain PyTorch: over padded copies of the keys of every query.
+    """Attention of queries to tables, [Q, N, D], in plain PyTorch: over padded copies of the keys of every query.
 
     Args:
         query: [Q, N, D].
@@ -100,17 +109,37 @@ def attend_padded(
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped).squeeze(2)
 
 
-def _load_triton() -> DeviceKernel:
-    """The kernel of a GPU.
+def store_rows(
+    query: Tensor, key: Tensor, value: Tensor, rotation: Pair, places: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """Store the keys and values of rows, and give their queries; queries and keys are rotated.
+
+    Args:
+        query: [T, N, D].
+        key, value: [T, G, D].
+        rotation: cos and sin at the rows' positions, [T, 1, D].
+        places: where the rows are stored, [T].
+        keys, values: buffers [rows, G, D].
+    """
+    keys.index_copy_(0, places, rotate(key, rotation))
+    values.index_copy_(0, places, value)
+    return rotate(query, rotation)
+
+
+PLAIN = DeviceKernels(attend_padded, store_rows)
+
+
+def _load_triton() -> DeviceKernels:
+    """The kernels of a GPU.
 
     Raises:
         ValueError: Triton is not installed.
     """
     try:
-        from mor_megatron.serving.paged_attention import paged_attention
+        from mor_megatron.serving.paged_attention import paged_attention, store_rows
     except ImportError as error:
         raise ValueError(f"needs Triton ({error}: pip install triton)") from None
-    return paged_attention
+    return DeviceKernels(paged_attention, store_rows)
 
 
 @cache

@@ -28,7 +28,7 @@ from mor_megatron.huggingface.rows_mor import Rows as Tokens
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.routing import Stream
 from mor_megatron.serving.attention import StaticReads, View, run_layer
-from mor_megatron.serving.kernel import DeviceKernel
+from mor_megatron.serving.kernel import DeviceKernels
 from mor_megatron.serving.pages import Pages, Store
 from mor_megatron.serving.transfer import Numbers
 
@@ -47,7 +47,7 @@ class Lanes:
         rotation: cos and sin at all positions.
         count: lanes.
         options: of the model.
-        kernel: for attention.
+        kernels: of the device.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class Lanes:
         rotation: Pair,
         count: int,
         options: Options,
-        kernel: DeviceKernel,
+        kernels: DeviceKernels,
     ):
-        self.model, self.store, self.rotation, self.options, self.kernel = model, store, rotation, options, kernel
+        self.model, self.store, self.rotation, self.options, self.kernels = model, store, rotation, options, kernels
         self.plan, self.method, self.device = model.model.plan, model.model.router, model.device
         depth, threshold = options
         self.ids = torch.zeros(count + 1, dtype=torch.int64, device=self.device)
@@ -199,9 +199,9 @@ class Lanes:
         def function() -> Tensor:
             index = sent["position"]
             rotation = (self.rotation[0][index], self.rotation[1][index])
-            reads = StaticReads(sent["tables"], sent["seen"], pages.size, self.kernel)
+            reads = StaticReads(sent["tables"], sent["seen"], pages.size, self.kernels)
             recursion = sent["recursion"][sent["slot"]] if name == "block" else None
-            return body(sent, View(pages, rotation, None, sent["places"], reads, recursion))
+            return body(sent, View(pages, rotation, None, sent["places"], reads, recursion, self.kernels.store))
 
         return numbers, function
 

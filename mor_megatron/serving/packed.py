@@ -40,13 +40,17 @@ class PackedLinear(nn.Module):
         return y if self.bias is None else y.add_(self.bias)
 
 
+def shared_copy(model: Model) -> Model:
+    """A copy of the modules, with the same parameters and buffers."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
 def pack(model: Model) -> Model:
     """A copy of a model with packed linear layers; it has everything else in common with the model.
 
     Subclasses of `nn.Linear` stay as they are: they compute something else.
     """
-    common = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    model = copy.deepcopy(model, common)
+    model = shared_copy(model)
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
             model.set_submodule(name, PackedLinear(module))

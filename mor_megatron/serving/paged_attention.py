@@ -142,3 +142,58 @@ def paged_attention(
 @cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@triton.jit
+def _store(
+    query, key, value, cos, sin, places, keys, values, out, query_row, key_row, value_row, heads, groups,
+    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The queries, keys or values of one row."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head, column = tl.arange(0, HEADS), tl.arange(0, BLOCK)
+    place = tl.load(places + row) * groups * 2 * HALF
+    angle = row * 2 * HALF + column
+    c = tl.load(cos + angle, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + HALF + angle, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
+    own = head[:, None] * 2 * HALF + column[None, :]
+    inside = (head < tl.where(part == 0, heads, groups))[:, None] & (column < HALF)[None, :]
+    if part == 0:
+        source, target = query + row * query_row, out + row * heads * 2 * HALF
+    elif part == 1:
+        source, target = key + row * key_row, keys + place
+    else:
+        source, target = value + row * value_row, values + place
+        c, s = c * 0.0 + 1.0, s * 0.0
+    x1 = tl.load(source + own, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(source + own + HALF, mask=inside, other=0.0).to(tl.float32)
+    tl.store(target + own, x1 * c - x2 * s, mask=inside)
+    tl.store(target + own + HALF, x2 * c + x1 * s, mask=inside)
+
+
+def store_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    places: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """Store the keys and values of rows, and give their queries; queries and keys are rotated.
+
+    Args:
+        query: [T, N, D].
+        key, value: [T, G, D]; like those of queries, their heads are dense.
+        rotation: cos and sin at the rows' positions, [T, 1, D], dense; the first half of sin is negative.
+        places: where the rows are stored, [T].
+        keys, values: buffers [rows, G, D], dense.
+    """
+    count, heads, width = query.shape
+    out = torch.empty(count, heads, width, dtype=query.dtype, device=query.device)
+    _store[count, 3](
+        query, key, value, *rotation, places, keys, values, out, query.stride(0), key.stride(0), value.stride(0),
+        heads, key.shape[1],
+        HEADS=triton.next_power_of_2(heads), HALF=width // 2, BLOCK=triton.next_power_of_2(width // 2), num_warps=4,
+    )  # fmt: skip
+    return out

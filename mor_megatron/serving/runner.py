@@ -21,7 +21,7 @@ from mor_megatron.huggingface.attention_mor import rotation_of
 from mor_megatron.huggingface.modeling_mor import NEVER, MoRForCausalLM
 from mor_megatron.serving.attention import AnyReads, DeviceReads, Reads, View, run_layer
 from mor_megatron.serving.cohort import GONE, Cohort, Entry, Rows
-from mor_megatron.serving.kernel import DeviceKernel, Kernel
+from mor_megatron.serving.kernel import DeviceKernels, Kernel, store_rows
 from mor_megatron.serving.lanes import Lanes, Options
 from mor_megatron.serving.pages import Pages, Store
 from mor_megatron.serving.transfer import fetch, send
@@ -57,10 +57,11 @@ class Runner:
         kernel: for attention; on a CPU of single rows, or None: PyTorch alone.
     """
 
-    def __init__(self, model: MoRForCausalLM, store: Store, longest: int, kernel: Kernel | DeviceKernel | None):
+    def __init__(self, model: MoRForCausalLM, store: Store, longest: int, kernel: Kernel | DeviceKernels | None):
         self.model, self.store, self.kernel = model, store, kernel
         self.plan, self.method = model.model.plan, model.model.router
         self.device, config = model.device, model.config
+        self.store_rows = store_rows if self.device.type == "cpu" else kernel.store
         self.group = config.num_attention_heads // config.num_key_value_heads
         self.first = [use.physical for use in self.plan.first]
         self.last = [use.physical for use in self.plan.last]
@@ -286,7 +287,7 @@ class Runner:
         sent = send([*arrays, *more], self.device)
         reads.receive(sent[1 + len(stored) : len(arrays)])
         rotation = (self.rotation[0][sent[0]], self.rotation[1][sent[0]])
-        view = View(pages, rotation, None if writers is None else sent[2], sent[1], reads)
+        view = View(pages, rotation, None if writers is None else sent[2], sent[1], reads, store=self.store_rows)
         return view, sent[len(arrays) :]
 
     def _reads(self, pages: Pages, table: np.ndarray, seen: np.ndarray) -> AnyReads:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
+import torch
 from serving_models import KINDS, LONGEST, fewest_bytes, model_of
 from test_engine_equals_generate import GREEDY, PROMPTS, same
 
 from mor_megatron.recursion.token_choice import TokenChoice
 from mor_megatron.serving import LLM, Engine, EngineOptions, SamplingParams
+from mor_megatron.serving.fused import fuse
 from mor_megatron.serving.graphs import build_lanes
-from mor_megatron.serving.kernel import attend_padded
+from mor_megatron.serving.kernel import PLAIN
 
 NEW = 10
 WAYS = {
@@ -22,7 +25,7 @@ WAYS = {
 
 def use_lanes(engine: Engine) -> None:
     runner, count = engine.runner, engine.options.lanes
-    runner.lanes = build_lanes(engine.model, engine.store, runner.rotation, count, attend_padded, enforce_eager=True)
+    runner.lanes = build_lanes(runner.model, engine.store, runner.rotation, count, PLAIN, enforce_eager=True)
 
 
 @pytest.mark.parametrize(
@@ -63,3 +66,27 @@ def test_a_method_that_needs_the_host_has_no_lanes(monkeypatch, caplog):
         use_lanes(served)
     assert served.runner.lanes is None
     assert "no lanes for routing=token_choice" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "expert_bias_scaled"])
+def test_fused_parts_equal_generate(kind: str):
+    """With what training fuses on a CPU."""
+    llm = LLM(model_of(kind), lanes=3)
+    llm.engine.runner.model = fused = fuse(model_of(kind))
+    use_lanes(llm.engine)
+    names = {type(module).__name__ for module in fused.modules()}
+    assert {"FusedNorm", "FusedAttention", "FusedMLP"} <= names
+    for done in llm.generate(PROMPTS[::3], GREEDY):
+        same(done, kind)
+
+
+def test_parts_that_compute_something_else_are_not_fused():
+    class Quantised(torch.nn.Linear):
+        """As `nn.Linear`, but of another type."""
+
+    model = copy.deepcopy(model_of("vanilla"))
+    layer = model.model.layers[0]
+    layer.mlp.up_proj.__class__ = Quantised
+    fused = fuse(model).model.layers
+    assert type(fused[0].mlp) is type(layer.mlp)
+    assert type(fused[1].mlp) is not type(layer.mlp)

@@ -51,7 +51,8 @@ def attend(case: Case, native) -> torch.Tensor:
 def arguments(case: Case, dtype: torch.dtype = torch.float32) -> tuple:
     """Of a `DeviceKernel`."""
     pages, table, seen, query = case
-    reads = DeviceReads(pages, table, seen, lambda *arguments: arguments, query.shape[1] // pages.keys[0].shape[1])
+    kernels = kernel.DeviceKernels(lambda *arguments: arguments, kernel.store_rows)
+    reads = DeviceReads(pages, table, seen, kernels, query.shape[1] // pages.keys[0].shape[1])
     reads.receive([torch.from_numpy(array).long() for array in reads.arrays])
     return reads.attend(*(x.to(dtype) for x in (query, pages.keys[0], pages.values[0])))
 
@@ -75,7 +76,9 @@ def interpreted(tmp_path_factory) -> dict[tuple, list[torch.Tensor] | str]:
     # A single part of one table: its keys are divided among several programs.
     query, keys, values, tables, table, seen, _, *sizes = each[SHAPES[1], torch.float32]
     each["one part"] = (query[20:21], keys, values, tables, table[20:21], seen[20:21], torch.tensor([0, 1]), *sizes)
-    torch.save({key: ("paged_attention", inputs, False) for key, inputs in each.items()}, cases)
+    saved = {key: ("paged_attention", inputs, False) for key, inputs in each.items()}
+    saved |= {shape: ("stored", rows_of(shape), False) for shape in SHAPES}
+    torch.save(saved, cases)
     subprocess.run([sys.executable, INTERPRETER, KERNELS, cases, results], check=True, timeout=300)
     return torch.load(results, weights_only=False)
 
@@ -95,6 +98,26 @@ def test_keys_are_divided_where_programs_are_few(interpreted):
     found = interpreted["one part"]
     assert not isinstance(found, str), found
     torch.testing.assert_close(found[0], attend(case_of(SHAPES[1]), None)[20:21], atol=1e-5, rtol=0)
+
+
+def rows_of(shape: tuple[int, int, int]) -> tuple:
+    """Arguments of `store_rows`: five rows, as parts of one tensor, and a buffer of nine."""
+    heads, groups, width = shape
+    generator = torch.Generator().manual_seed(1)
+    mixed = torch.randn(5, heads + 2 * groups, width, generator=generator)
+    angle = torch.randn(5, 1, width // 2, generator=generator)
+    rotation = torch.cat([angle.cos()] * 2, 2), torch.cat([-angle.sin(), angle.sin()], 2)
+    buffers = torch.randn(2, 9, groups, width, generator=generator).unbind()
+    return (*mixed.split([heads, groups, groups], 1), rotation, torch.tensor([3, 0, 8, 1, 7]), *buffers)
+
+
+def test_triton_kernel_stores_rows(interpreted):
+    for shape in SHAPES:
+        found, inputs = interpreted[shape], rows_of(shape)
+        assert not isinstance(found, str), found
+        query = kernel.store_rows(*inputs)
+        for ours, exact in zip(found, (query, *inputs[-2:]), strict=True):
+            torch.testing.assert_close(ours, exact, atol=1e-6, rtol=0)
 
 
 def test_plain_attention_is_attention(case):
