@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,12 +18,12 @@ from torch import Tensor
 from mor_megatron.huggingface.configuration_mor import MoRConfig
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 from mor_megatron.inference.batch import generate_all
-from mor_megatron.serving import Engine, EngineOptions, SamplingParams, engine, runner
+from mor_megatron.serving import Engine, EngineOptions, SamplingParams, engine
 from mor_megatron.serving.attention import DeviceReads
 from mor_megatron.serving.graphs import build_lanes
 from mor_megatron.serving.kernel import PLAIN, choose
 from mor_megatron.serving.pages import Pages
-from mor_megatron.serving.transfer import fetch, send
+from mor_megatron.serving.transfer import send
 
 if TYPE_CHECKING:
     from gpu_check import Row, Run
@@ -113,32 +112,25 @@ def kernel(run: Run) -> Iterator[Row]:
 
 def equality(run: Run) -> Iterator[Row]:
     """Greedy tokens and depths of the engine, in fp32, against `generate` on the same device."""
-    cases = [("tiny", kind) for kind in KINDS] + [("135M", "expert-choice"), ("135M", "token-choice")]
-    for shape, kind in cases[:3] if run.small else cases:
+    cases = [("tiny", kind, False) for kind in KINDS]
+    cases += [("135M", "expert-choice", False), ("135M", "token-choice", False), ("tiny", "expert-choice", True)]
+    for shape, kind, eager in cases[:3] if run.small else cases:
         std = 0.2 if shape == "tiny" else 0.06
-        settings = {"tie_word_embeddings": False, "initializer_range": std}
-        model = model_of(shape, KINDS[kind], run.device, **settings)
+        model = model_of(shape, KINDS[kind], run.device, tie_word_embeddings=False, initializer_range=std)
         random = torch.Generator().manual_seed(1)
-        lengths = (3, 40, 1, 17, 9, 25, 60, 5)
+        lengths = (3, 40, 1, 17, 9, 25)
         prompts = [torch.randint(0, model.config.vocab_size, (n,), generator=random).tolist() for n in lengths]
-        expected = list(generate_all(model, prompts, len(prompts), 16))
-        for eager in (True,) if run.small else (False, True) if kind == "expert-choice" else (False,):
-            own = engine_of(model, 5, turn_at=2, chunk=32, enforce_eager=eager)
-            params = SamplingParams(max_tokens=16, ignore_eos=True, last_depth=True)
-            requests = [own.add(prompt, params) for prompt in prompts]
-            own.drain()
-            tokens = sum(list(done.tokens) != r.generated for done, r in zip(expected, requests, strict=True))
-            depths = sum(
-                list(done.depths) != r.depths[len(r.prompt) :] for done, r in zip(expected, requests, strict=True)
-            )
-            pages = sum(pages.used for pages in own.store.kinds)
-            row = {"what": "engine and generate", "model": f"{shape} {kind}", "launched": launched(own)}
-            row |= {
-                "sequences that differ": tokens,
-                "in depth": depths,
-                "different tokens": len({*requests[0].generated}),
-            }
-            yield row | {"failed": bool(tokens or depths or pages)}
+        expected = list(generate_all(model, prompts, len(prompts), 12))
+        own = engine_of(model, 4, turn_at=2, chunk=32, enforce_eager=eager)
+        params = SamplingParams(max_tokens=12, ignore_eos=True, last_depth=True)
+        requests = [own.add(prompt, params) for prompt in prompts]
+        own.drain()
+        pairs = list(zip(expected, requests, strict=True))
+        tokens = sum(list(done.tokens) != request.generated for done, request in pairs)
+        depths = sum(list(done.depths) != request.depths[len(request.prompt) :] for done, request in pairs)
+        row = {"what": "engine and generate", "model": f"{shape} {kind}", "launched": launched(own)}
+        row |= {"sequences that differ": tokens, "in depth": depths, "different tokens": len({*requests[0].generated})}
+        yield row | {"failed": bool(tokens or depths or any(pages.used for pages in own.store.kinds))}
         del own, model
         release()
 
@@ -150,7 +142,7 @@ def launched(own: Engine) -> str:
 
 
 def waits(run: Run) -> Iterator[Row]:
-    """How often steps wait for the device: one that is a pass only, and one that is a turn as well."""
+    """How often steps wait for the device: those that are a pass only, and those that are a turn as well."""
     from gpu_check_speed import waits_of
 
     for kind in ("vanilla", "expert-choice", "token-choice, KV sharing"):
@@ -160,78 +152,81 @@ def waits(run: Run) -> Iterator[Row]:
         for _ in range(12):
             own.step()
         most: Counter[str] = Counter()
-        sites = ""
+        sites: set[str] = set()
         for _ in range(12):
-            before, asked = own.runner.turns, mock.Mock(side_effect=fetch)
-            with mock.patch.object(runner, "fetch", asked):  # PyTorch's check does not see that it waits
-                found = waits_of(own.step)
-            found["waits"] += asked.call_count
-            name = "turn and pass" if own.runner.turns > before else "pass"
-            if found["waits"] > most[name] or not sites:
-                sites = found["sites"]
-            most[name] = max(most[name], found["waits"])
-        row = {"what": "waits of a step", "model": kind, "launched": launched(own)}
-        yield row | {f"waits, {name}": count for name, count in most.items()} | {"sites": sites}
+            before = own.runner.turns
+            found = [site for site in waits_of(own.step)["sites"].split("; ") if site and "cuda/__init__" not in site]
+            name = "waits, turn and pass" if own.runner.turns > before else "waits, pass"
+            most[name] = max(most[name], sum(int(site.split()[0]) for site in found))
+            sites.update(found)
+        row = {"what": "waits of a step", "model": kind, "launched": launched(own)} | dict(most)
+        failed = most["waits, pass"] > 1 or most["waits, turn and pass"] > 2
+        yield row | {"sites": "; ".join(sorted(sites)), "failed": failed}
 
 
 def speed(run: Run) -> Iterator[Row]:
-    """Tokens/s of decoding at 360M, bf16, forced tokens: vanilla, and expert-choice with 2, 3 and 4 recursions."""
+    """Tokens/s of decoding at 360M, bf16, forced tokens: vanilla, and expert-choice with 2, 3 and 4 recursions.
+
+    At equal lanes, and with as many lanes as need vanilla's memory for keys and values.
+    """
     shape, dtype = ("tiny", torch.float32) if run.small else ("360M", torch.bfloat16)
-    base: dict[str, float] = {}
-    for recursions in (1, 3) if run.small else (1, 3, 2, 4):
+    lanes, layers = (4, 8) if run.small else (LANES, 32)
+    models, more, base = {}, {}, {}
+    for recursions in (1, 3) if run.small else (1, 2, 3, 4):
         kind = {} if recursions == 1 else {"num_recursions": recursions, "routing": "expert_choice"}
         if recursions == 4:
             kind["num_hidden_layers"] = 34  # as the paper's: 32 does not divide
-        model = model_of(shape, kind, run.device)
-        if recursions > 1:
-            keep_capacities(model)
+        models[recursions] = model = model_of(shape, kind, run.device)
+        keep_capacities(model)
         cast(model, dtype)
-        fractions = model.model.router.planned_fractions()
-        layers = model.config.num_hidden_layers
-        rows = 2 + (layers - 2) / recursions * sum(fractions)  # layers that hold a token, on average
-        lanes = 4 if run.small else LANES
-        cases = [(lanes, False)]
-        if recursions > 1:
-            cases += [(int(lanes * SHAPES[shape]["num_hidden_layers"] / rows), False)]
-        cases += [(lanes, True)]
-        for count, eager in cases:
-            if run.left() < 5.0 and not run.small:
-                yield {"what": "decoding", "model": f"Nr={recursions}", "skipped": f"{run.left():.0f} s left"}
-                continue
-            start = time.perf_counter()
-            own = engine_of(model, count, enforce_eager=eager)
-            own_start = time.perf_counter() - start
-            if not eager and count == lanes:
-                yield from costs(run, own, f"{shape} Nr={recursions}")
-            turns = (count // 2,) if recursions == 1 else (1, count // 4, count // 2, count)
-            for turn_at in turns if not eager else turns[:: max(1, len(turns) - 1)]:
-                own.turn_at = turn_at
-                row = decode(run, own)
-                mode = launched(own)
-                base.setdefault(mode, row["tokens/s"])
-                name = {"what": "decoding", "model": f"{shape} Nr={recursions}", "lanes": count, "turn_at": turn_at}
-                row = {**name, "launched": mode, **row, "over vanilla": row["tokens/s"] / base[mode]}
-                yield row | {
-                    "planned KV / vanilla's": count * rows / (lanes * SHAPES[shape]["num_hidden_layers"]),
-                    "start, s": own_start,
-                }
-            del own
-            release()
-        del model
+        fractions = sum(model.model.router.planned_fractions())
+        rows = 2 + (model.config.num_hidden_layers - 2) / recursions * fractions  # layers that hold a token, on average
+        more[recursions] = int(lanes * layers / rows)
+    first = [(1, lanes, lanes, False)]
+    first += [(r, n, turn_at, False) for r in models if r > 1 for n in (lanes, more[r]) for turn_at in (n, None)]
+    rest = [(3, n, turn_at, False) for n in (lanes, more[3]) for turn_at in (1, n // 4, n // 2)]
+    rest += [(1, lanes, lanes, True), (3, lanes, lanes, True), (3, lanes, None, True), (3, more[3], None, True)]
+    for recursions, count, turn_at, eager in first + rest:
+        name: Row = {
+            "what": "decoding",
+            "model": f"{shape} Nr={recursions}",
+            "lanes": count,
+            "turn_at": turn_at or "default",
+        }
+        if run.left() < 2.0 and not run.small:
+            yield name | {"skipped": f"{run.left():.0f} s left"}
+            continue
+        own = engine_of(models[recursions], count, enforce_eager=eager, turn_at=turn_at)
+        times = costs(own)
+        if (turn_at, eager) == (count, False):
+            yield {"what": "device time", "model": name["model"], "lanes": count, "launched": launched(own)} | times
+        row = decode(run, own)
+        row["ms/round"] = 1e3 * count / row["tokens/s"]
+        row["of it device"] = row["passes/round"] * times["block, ms"] + row["turns/round"] * (
+            times["turn, ms"] + times["enter, ms"]
+        )
+        row["over vanilla"] = row["tokens/s"] / base.setdefault(eager, row["tokens/s"])
+        yield name | {"launched": launched(own)} | row
+        del own
         release()
 
 
 def keep_capacities(model: MoRForCausalLM) -> None:
-    """Shift the routers until each recursion keeps its capacity of random tokens."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from generate import shift_routers
+    """Set the routers so that each recursion keeps its capacity of random tokens, in any precision.
 
+    No layer changes two channels of the residual stream: the first is 1, the second a random number of the token. A
+    router compares the two. A gate scales both.
+    """
     with torch.no_grad():
-        device = model.device
-        sample = torch.randint(0, model.config.vocab_size, (8, 128), generator=torch.Generator().manual_seed(1)).to(
-            device
-        )
-        shift_routers(model, sample)
+        embedding = model.model.embed_tokens.weight
+        embedding[:, 0] = 1.0
+        embedding[:, 1].uniform_()
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[:2] = 0.0
+            layer.mlp.down_proj.weight[:2] = 0.0
+        for router, capacity in zip(model.model.router.threshold_routers, model.model.plan.capacities, strict=False):
+            router.out.weight.zero_()
+            router.out.weight[0, 0], router.out.weight[0, 1] = capacity - 1.0, 1.0
 
 
 def decode(run: Run, own: Engine) -> Row:
@@ -249,7 +244,7 @@ def decode(run: Run, own: Engine) -> Row:
     def hear(event) -> None:
         generated["tokens"] += 1
 
-    rounds, rates, steps = (4, [], 0) if run.small else (64, [], 0)
+    rounds, rates, steps = (3, [], 0) if run.small else (48, [], 0)
     with mock.patch.object(engine, "sample", force):
         requests = [
             own.add(given[i][:PROMPT], SamplingParams(max_tokens=new, ignore_eos=True), hear) for i in range(count)
@@ -280,18 +275,14 @@ def decode(run: Run, own: Engine) -> Row:
     }
 
 
-def costs(run: Run, own: Engine, model: str) -> Iterator[Row]:
-    """Time of the device for a pass of the block and for what stands around it, by rows: a + b n."""
+def costs(own: Engine) -> Row:
+    """Time of the device for a pass of the block, and for what stands around it; the cost model's a + b n of a pass."""
     lanes = own.runner.lanes
-    for name in ("block", "turn", "enter"):
-        times = {size: device_ms(lanes.functions[name, size][1]) for size in (lanes.sizes[0], lanes.sizes[-1])}
-        (small, few), (large, many) = times.items()
-        slope = (many - few) / max(1, large - small)
-        yield (
-            {"what": f"device time, {name}", "model": model, "launched": launched(own)}
-            | {f"ms, {size} rows": value for size, value in times.items()}
-            | {"a, ms": few - slope * small, "b, us": 1e3 * slope}
-        )
+    few, many = lanes.sizes[0], lanes.sizes[-1]
+    times = {name: device_ms(lanes.functions[name, many][1]) for name in ("block", "turn", "enter")}
+    small = device_ms(lanes.functions["block", few][1])
+    row: Row = {f"{name}, ms": value for name, value in times.items()}
+    return row | {"block of 1 row, ms": small, "b, us": 1e3 * (times["block"] - small) / max(1, many - few)}
 
 
 @torch.inference_mode()
