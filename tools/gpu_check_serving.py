@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from mor_megatron.huggingface.configuration_mor import MoRConfig
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
@@ -199,7 +200,8 @@ def speed(run: Run) -> Iterator[Row]:
         own = engine_of(models[recursions], count, enforce_eager=eager, turn_at=turn_at)
         times = costs(own)
         if (turn_at, eager) == (count, False):
-            yield {"what": "device time", "model": name["model"], "lanes": count, "launched": launched(own)} | times
+            what = {"what": "device time", "model": name["model"], "lanes": count, "launched": launched(own)}
+            yield what | times | (kernels_of(own, count) if count == lanes else {})
         row = decode(run, own)
         row["ms/round"] = 1e3 * count / row["tokens/s"]
         row["of it device"] = row["passes/round"] * times["block, ms"] + row["turns/round"] * (
@@ -283,6 +285,23 @@ def costs(own: Engine) -> Row:
     small = device_ms(lanes.functions["block", few][1])
     row: Row = {f"{name}, ms": value for name, value in times.items()}
     return row | {"block of 1 row, ms": small, "b, us": 1e3 * (times["block"] - small) / max(1, many - few)}
+
+
+@torch.inference_mode()
+def kernels_of(own: Engine, size: int) -> Row:
+    """Kernels of a pass of the block, and the sum of their times."""
+    cuda = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+        own.runner.lanes.functions["block", size][1]()
+        wait()
+    events = profiler.key_averages()
+    spent = {event.key: event.self_device_time_total if cuda else event.self_cpu_time_total for event in events}
+    top = sorted(spent.items(), key=lambda pair: -pair[1])[:12]
+    return {
+        "kernels of block": sum(event.count for event in events),
+        "their ms": sum(spent.values()) / 1e3,
+        "top kernels": [(name[:100], round(us, 1)) for name, us in top],
+    }
 
 
 @torch.inference_mode()

@@ -145,30 +145,32 @@ def _processors(device: torch.device) -> int:
 
 
 @triton.jit
-def _store(
-    query, key, value, cos, sin, places, keys, values, out, query_row, key_row, value_row, heads, groups,
-    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The queries, keys or values of one row."""
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    head, column = tl.arange(0, HEADS), tl.arange(0, BLOCK)
-    place = tl.load(places + row) * groups * 2 * HALF
-    angle = row * 2 * HALF + column
-    c = tl.load(cos + angle, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
-    s = tl.load(sin + HALF + angle, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
-    own = head[:, None] * 2 * HALF + column[None, :]
-    inside = (head < tl.where(part == 0, heads, groups))[:, None] & (column < HALF)[None, :]
-    if part == 0:
-        source, target = query + row * query_row, out + row * heads * 2 * HALF
-    elif part == 1:
-        source, target = key + row * key_row, keys + place
-    else:
-        source, target = value + row * value_row, values + place
-        c, s = c * 0.0 + 1.0, s * 0.0
+def _rotate(source, target, c, s, heads, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """Heads of one row, dense in both places."""
+    head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :]
+    inside = (head < heads) & (column < HALF)
+    own = head * 2 * HALF + column
     x1 = tl.load(source + own, mask=inside, other=0.0).to(tl.float32)
     x2 = tl.load(source + own + HALF, mask=inside, other=0.0).to(tl.float32)
     tl.store(target + own, x1 * c - x2 * s, mask=inside)
     tl.store(target + own + HALF, x2 * c + x1 * s, mask=inside)
+
+
+@triton.jit
+def _store(
+    query, key, value, cos, sin, places, keys, values, out, query_row, key_row, value_row, heads, groups,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.load(places + row) * groups * 2 * HALF
+    column = tl.arange(0, BLOCK)[None, :]
+    angle = row * 2 * HALF + column
+    c = tl.load(cos + angle, mask=column < HALF, other=0.0).to(tl.float32)
+    s = tl.load(sin + HALF + angle, mask=column < HALF, other=0.0).to(tl.float32)
+    _rotate(query + row * query_row, out + row * heads * 2 * HALF, c, s, heads, HEADS, HALF, BLOCK)
+    _rotate(key + row * key_row, keys + place, c, s, groups, GROUPS, HALF, BLOCK)
+    _rotate(value + row * value_row, values + place, c * 0.0 + 1.0, s * 0.0, groups, GROUPS, HALF, BLOCK)
 
 
 def store_rows(
@@ -191,9 +193,10 @@ def store_rows(
     """
     count, heads, width = query.shape
     out = torch.empty(count, heads, width, dtype=query.dtype, device=query.device)
-    _store[count, 3](
+    _store[(count,)](
         query, key, value, *rotation, places, keys, values, out, query.stride(0), key.stride(0), value.stride(0),
         heads, key.shape[1],
-        HEADS=triton.next_power_of_2(heads), HALF=width // 2, BLOCK=triton.next_power_of_2(width // 2), num_warps=4,
+        HEADS=triton.next_power_of_2(heads), GROUPS=triton.next_power_of_2(key.shape[1]),
+        HALF=width // 2, BLOCK=triton.next_power_of_2(width // 2), num_warps=4,
     )  # fmt: skip
     return out

@@ -62,7 +62,7 @@ class Numbers:
     def send(self, **arrays: tuple[np.ndarray, int]) -> None:
         """Fill the parts, each with an array that has no more rows, and a number beyond them."""
         host, parts, copied = next(self._buffers)
-        if copied is not None:
+        if copied is not None and not copied.query():  # never, unless the host is two calls ahead
             copied.synchronize()
         for name, (array, rest) in arrays.items():
             part = parts[name]
