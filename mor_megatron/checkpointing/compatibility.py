@@ -130,13 +130,14 @@ def require_same_parameters(
     """Refuse a checkpoint that lacks a parameter, has another shape of it, or has one that the model would not load.
 
     Args:
-        finetune: whether routers may be new, or not be wanted any more.
+        finetune: whether routers may be new, or not be wanted any more, and adapters and vectors of recursions be new.
     Raises:
         ValueError: names the parameter.
     """
     remedy = "give the model the same layers" if finetune else "give the model the same settings"
     for name in sorted({*saved, *wanted}):
-        if finetune and name.startswith("router."):
+        is_new = name not in saved and (".adapters." in name or name.startswith("recursion_embedding."))
+        if finetune and (name.startswith("router.") or is_new):
             continue
         ours, theirs = (_shown(shardings.get(name)) for shardings in (wanted, saved))
         if ours != theirs:

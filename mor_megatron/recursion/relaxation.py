@@ -41,7 +41,7 @@ _WITH_LORA = ("--relaxation lora", lambda settings: settings.relaxation == "lora
 class RelaxationSettings:
     """How recursions differ from each other."""
 
-    relaxation: Literal["none", "lora"] = setting("none", change=Change.WEIGHTS)
+    relaxation: Literal["none", "lora"] = setting("none", change=Change.FUNCTION)
     """lora: each recursion adds a low-rank product of its own to the linear maps of the shared block."""
     lora_rank: int = setting(64, least=1, change=Change.WEIGHTS, read_with=_WITH_LORA)
     """Rank R of these products."""
@@ -54,7 +54,7 @@ class RelaxationSettings:
     """Recursions that have them: all, as in the paper, or all but the first, which is the shared block itself."""
     recursion_norms: bool = setting(False, change=Change.WEIGHTS)
     """Give the norms of the shared block weights of their own at each recursion."""
-    recursion_embedding: bool = setting(False, change=Change.WEIGHTS)
+    recursion_embedding: bool = setting(False, change=Change.FUNCTION)
     """Add a learned vector of its own to the rows when a recursion opens."""
 
     @property

@@ -23,8 +23,8 @@ import import_hf
 RELAXED = {"relaxation": "lora", "lora_rank": 4, "recursion_norms": True, "recursion_embedding": True}
 
 
-@pytest.mark.parametrize("relaxation", [{}, RELAXED], ids=["shared", "relaxed"])
-def test_up_training(corpus: str, tmp_path: Path, relaxation: dict, monkeypatch, capsys, process_group):
+@pytest.mark.parametrize("relaxed", ["never", "at the import", "by the run"])
+def test_up_training(corpus: str, tmp_path: Path, relaxed: str, monkeypatch, capsys, process_group):
     published = Qwen2Config(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
@@ -32,7 +32,10 @@ def test_up_training(corpus: str, tmp_path: Path, relaxation: dict, monkeypatch,
     )  # fmt: skip
     Qwen2ForCausalLM(published).save_pretrained(tmp_path / "qwen")
     words = ["--model", tmp_path / "qwen", "--output", tmp_path / "start", "--num-recursions", 3]
-    if relaxation:
+    relaxation = {} if relaxed == "never" else dict(RELAXED)
+    if relaxed == "by the run":
+        del relaxation["recursion_norms"]
+    if relaxed == "at the import":
         words += ["--relaxation", "lora", "--lora-rank", "4", "--recursion-norms", "--recursion-embedding"]
     monkeypatch.setattr(sys, "argv", ["import_hf.py", *map(str, words)])
     assert import_hf.main() == 0
@@ -51,6 +54,7 @@ def test_up_training(corpus: str, tmp_path: Path, relaxation: dict, monkeypatch,
     assert any(name.startswith("router.") for name in end)
     for name, weight in start.items():
         assert not torch.equal(weight, end[name]), f"{name} was not trained"
+    assert any(name.endswith("down_b") and weight.all() for name, weight in end.items()) == bool(relaxation)
     checkpoint = read_checkpoint(tmp_path / "run")
     made = (checkpoint.weights, checkpoint.config)
     ids = torch.arange(48).view(2, 24)

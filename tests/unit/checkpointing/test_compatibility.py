@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mor_megatron.checkpointing.compatibility import differences, model_shape, refuse
+from mor_megatron.checkpointing.compatibility import differences, model_shape, refuse, require_same_parameters
+from mor_megatron.checkpointing.shards import Sharding
 from mor_megatron.config.schema import (
     Change,
     Config,
@@ -40,6 +41,8 @@ OF_THE_FUNCTION = {
     "router_temperature": 2.0,
     "router_gating": "additive",
     "router_objective": "aux_router",
+    "relaxation": "lora",
+    "recursion_embedding": True,
 }
 OF_THE_WEIGHTS = {
     "hidden_size": 128,
@@ -48,9 +51,7 @@ OF_THE_WEIGHTS = {
     "kv_channels": 8,
     "untie_embeddings_and_output_weights": True,
     "add_qkv_bias": True,
-    "relaxation": "lora",
     "recursion_norms": True,
-    "recursion_embedding": True,
 }
 OF_ADAPTERS = {"lora_rank": 8, "lora_targets": "mlp", "lora_recursions": "all_but_first"}
 REPORTED = {
@@ -99,6 +100,15 @@ def test_other_adapters_are_other_weights(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name.replace('_', '-')}=.*: give the model the same settings"):
         refuse(HERE, found(wanted, saved), {Change.FUNCTION, Change.STATE})
     refuse(HERE, found(changed(saved, lora_alpha=1.0), saved), {Change.FUNCTION})
+
+
+def test_fine_tuning_may_add_adapters_and_drops_none() -> None:
+    plain = {"layers.1.mlp.linear_fc2.weight": Sharding((4, 6), 1)}
+    relaxed = plain | {"layers.1.mlp.linear_fc2.adapters.down_a": Sharding((3, 2, 6), 2)}
+    require_same_parameters(HERE, plain, relaxed, finetune=True)
+    for saved, wanted, finetune in ((plain, relaxed, False), (relaxed, plain, True)):
+        with pytest.raises(ValueError, match="down_a is "):
+            require_same_parameters(HERE, saved, wanted, finetune)
 
 
 @pytest.mark.parametrize("name", REPORTED)
