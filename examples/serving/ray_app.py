@@ -28,17 +28,18 @@ def build_deployment(args: argparse.Namespace, resources: dict[str, float]) -> s
     """Replicas of the server.
 
     Args:
-        resources: of the cluster; each replica has a GPU to itself if it has any.
+        resources: of the cluster. If it has GPUs, each replica has one to itself, unless it shall run on CPUs.
     Raises:
         ValueError: a setting is out of range.
     """
     options, lanes = server_options(args), engine_options(args).lanes
+    has_gpu = args.device != "cpu" and resources.get("GPU", 0) > 0
 
     def build():  # in the process of a replica
         return build_app(load_engine(args), options)
 
     @serve.deployment(
-        ray_actor_options={"num_cpus": args.cpus_per_replica, "num_gpus": int(resources.get("GPU", 0) > 0)},
+        ray_actor_options={"num_cpus": args.cpus_per_replica, "num_gpus": int(has_gpu)},
         # A request beyond the lanes of its replica waits: that is when another replica helps.
         autoscaling_config=AutoscalingConfig(
             min_replicas=args.min_replicas, max_replicas=args.max_replicas, target_ongoing_requests=lanes
