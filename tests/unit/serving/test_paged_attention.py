@@ -31,10 +31,10 @@ def case_of(shape: tuple[int, int, int]) -> Case:
     pages = Pages({0}, 6, 200, 120, 7, torch.empty(groups, width))
     pages.keys[0].normal_()
     pages.values[0].normal_()
-    for table, rows in enumerate((1, 7, 64, 150, 20, 200)):
+    for table, rows in enumerate((1, 7, 40, 90, 20, 75)):
         pages.grow(table, pages.needed(rows))
     table = np.array([0, 1, 2, 3, 4, 4, 4, *[5] * 19, 6, 6])
-    seen = np.array([1, 7, 64, 150, 3, 9, 20, *range(182, 201), 0, 0])
+    seen = np.array([1, 7, 40, 90, 3, 9, 20, *range(57, 76), 0, 0])
     return pages, table, seen, 3.0 * torch.randn(len(table), heads, width)
 
 

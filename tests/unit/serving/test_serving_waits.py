@@ -20,7 +20,7 @@ from mor_megatron.serving import LLM, Engine, EngineOptions, SamplingParams
 
 PROMPTS = [[(7 * i + n) % VOCAB for i in range(n)] for n in (3, 17, 1, 9, 12)]
 OPTIONS = {"lanes": 4, "turn_at": 2, "chunk": 8, "page_size": 4, "max_length": LONGEST}
-MOST = {"vanilla": (1, 0), "recursive_sharing": (1, 0), "expert": (1, 1), "token_sharing": (1, 1)}
+MOST = {"recursive_sharing": (1, 0), "expert": (1, 1), "token": (1, 1)}
 """Waits of a turn and of a pass."""
 
 
