@@ -28,7 +28,7 @@ from mor_megatron.serving import LLM, EngineOptions, SamplingParams
 from mor_megatron.serving.http import run
 from mor_megatron.serving.http.options import ServerOptions
 from mor_megatron.serving.http.protocol import CompletionBody
-from mor_megatron.serving.http.run import listen, serve
+from mor_megatron.serving.http.run import Server, listen, serve
 
 JSON = {"Content-Type": "application/json"}
 PROMPTS = ["once upon", "a", "the sea, the sea"]
@@ -371,6 +371,24 @@ def test_sigterm_drains(stream_body: dict):
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{url}/health")
     assert process.exitcode == 0
+
+
+@pytest.mark.timeout(60)
+def test_a_signal_before_the_server_listens_to_signals(monkeypatch):
+    """It is not lost."""
+    start = Server.run
+
+    def interrupted(self: Server, **options) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        start(self, **options)
+
+    monkeypatch.setattr(Server, "run", interrupted)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert serve(engine_of(), ServerOptions(port=0)) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_those_who_wait_too_long_for_the_end_are_told(stream_body: dict):
