@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> Path:
     else:
         if given.get("num_recursions", 1) == 1 and set(given) & set(_SHARING):
             raise ValueError("sharing and its initialization need --num-recursions above 1")
+        if "adapters" in given and given.get("relaxation") != "lora":
+            raise ValueError("--adapters needs --relaxation lora")
         names = ("num_recursions", "sharing_strategy", "depth_rounding", "kv_mode", *_RELAXATION)
         recursion = RecursionConfig(**{name: given[name] for name in names if name in given})
         weights, config, sources, residuals = read_llama(

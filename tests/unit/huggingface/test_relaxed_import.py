@@ -167,3 +167,5 @@ def test_command_line(directory, tmp_path: Path, monkeypatch, capsys, modules_of
     assert all(torch.equal(tensor, weights[name]) for name, tensor in read_checkpoint(again).weights.items())
     assert call(import_hf, f"{words} --num-recursions 1 --output {tmp_path / 'none'}") == 2
     assert "--num-recursions above 1" in capsys.readouterr().err
+    assert call(import_hf, f"{words} --relaxation none --adapters zero --output {tmp_path / 'none'}") == 2
+    assert "--adapters needs --relaxation lora" in capsys.readouterr().err
