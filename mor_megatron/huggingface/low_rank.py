@@ -1,7 +1,7 @@
 """What recursions begin with when a dense model becomes a relaxed recursive one.
 
 The adapter of a recursion starts as the best approximation of (its source - the shared weight) by a matrix of its rank,
-a truncated singular value decomposition (Relaxed Recursive Transformers, arXiv 2410.20672, sec. 2.3). Norms that differ
+a truncated singular value decomposition (Relaxed Recursive Transformers, arXiv 2410.20672). Norms that differ
 between recursions start as those of the sources.
 """
 
