@@ -59,11 +59,12 @@ class Scheduler:
     def entering(self) -> Entering:
         """Rows that enter the model now, with pages for them: a token of each request that decodes, and as much of
         the prompts of others as a chunk allows. A request has one chunk in the model at a time."""
-        room = self.chunk - sum(request.in_flight for request in self.running if request.in_flight > 1)
+        flights = [request.in_flight for request in self.running]
+        room = self.chunk - sum(flight for flight in flights if flight > 1)
         counts: dict[Request, int] = {}
-        for request in self.running:
+        for request, flight in zip(self.running, flights, strict=True):
             count = len(request.tokens) - request.fed
-            if request.in_flight == 0 and count > 0:
+            if flight == 0 and count > 0:
                 if count > 1:
                     count = min(count, max(0, room))
                     room -= count
@@ -72,15 +73,15 @@ class Scheduler:
         self.reserve(self.store.ends, {(request, request.slot): count for request, count in counts.items()})
         rows = Entering()
         for request in sorted((r for r in counts if r.slot >= 0), key=lambda request: request.slot):
-            places = range(request.fed, request.fed + counts[request])
-            rows.slot += [request.slot] * len(places)
-            rows.position += places
-            rows.ids += request.tokens[places.start : places.stop]
-            # What was decided once stays so: a request that comes back follows its own depths.
-            known = request.depths[places.start : places.stop]
-            depths = known + [request.depth] * (len(places) - len(known))
-            rows.options += [(depth, request.threshold) for depth in depths]
-            request.fed = places.stop
+            begin, request.fed = request.fed, request.fed + counts[request]
+            known = len(request.depths)
+            for place in range(begin, request.fed):
+                rows.slot.append(request.slot)
+                rows.position.append(place)
+                rows.ids.append(request.tokens[place])
+                # What was decided once stays so: a request that comes back follows its own depths.
+                depth = request.depths[place] if place < known else request.depth
+                rows.options.append((depth, request.threshold))
         return rows
 
     def reserve_pass(self) -> None:
