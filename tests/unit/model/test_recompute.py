@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import RECURSIONS, random_ids, small_config, training_batch
+from models import RECURSIONS, RELAXED, random_ids, small_config, training_batch
 from torch import Tensor
 
 from mor_megatron.config.schema import Config
@@ -78,7 +78,7 @@ def plain(process_group):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", [*RECURSIONS, "sequence_relaxed", "expert_relaxed"])
+@pytest.mark.parametrize("name", [*RECURSIONS, *RELAXED])
 def test_same_bits_less_memory_same_routing(plain, name, mode):
     expected, bytes_kept, router_uses = plain(name)
     got, fewer, again = _run(_config(name, mode))

@@ -15,6 +15,7 @@ from mor_megatron.huggingface.weights import fuse
 from mor_megatron.model import MoRModel, build_model
 from mor_megatron.planning.accounting import dense_equivalent
 from mor_megatron.recursion.context import RoutingContext
+from mor_megatron.training.engine import build_engine
 from mor_megatron.training.optimizer import parameter_groups
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -23,9 +24,10 @@ GROUPS = {"group_query_attention": True, "num_query_groups": 2, "add_qkv_bias": 
 PARTS = {"linear_qkv": "qkv", "linear_proj": "o", "linear_fc1": ("gate", "up"), "linear_fc2": ("down",)}
 
 
-def relaxed_model(name: str, **model) -> MoRModel:
+def relaxed_model(name: str, bf16: bool = False, **model) -> MoRModel:
     """With what starts at 0 or 1 at random values."""
-    relaxed, generator = small_model(name, **model), torch.Generator().manual_seed(1)
+    config, generator = small_config(name, **model), torch.Generator().manual_seed(1)
+    relaxed = build_model(replace(config, training=replace(config.training, bf16=bf16)))
     for parameter in relaxed.parameters():
         if getattr(parameter, "keeps_initial", False):
             parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
@@ -139,10 +141,18 @@ def test_norms_are_not_decayed():
     assert shapes == sorted([(3, 32)] * 4 + [(32,)] * 5)
 
 
-@pytest.mark.parametrize("name", RELAXED)
-def test_bf16_trains(name):
-    config = small_config(name)
-    model = build_model(replace(config, training=replace(config.training, bf16=True)))
-    model(training_batch(random_ids()), RoutingContext()).mean().backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+@pytest.mark.parametrize("zero", [0, 1])
+def test_bf16_gradients_are_summed_in_fp32(zero):
+    """Over micro-batches; a recursion has its own place in the sum."""
+    model, plain = relaxed_model("recursive_relaxed", bf16=True), relaxed_model("recursive_relaxed", bf16=True)
+    config = replace(model.run_config, training=replace(model.run_config.training, zero_stage=zero))
+    engine, batches = build_engine(model, validate(config)), [training_batch(random_ids(seed=i)) for i in range(6)]
+    for batch in batches:
+        engine.module(batch).mean().backward()
+    own = dict(engine.gradients())
+    parts = [torch.autograd.grad(plain(batch).mean(), [*plain.parameters()]) for batch in batches]
+    for (name, parameter), *each in zip(model.named_parameters(), *parts, strict=True):
+        if ".adapters." in name:
+            got, exact = own[parameter].view_as(parameter), torch.stack(each).double().sum(0)
+            assert got.dtype == torch.float32
+            torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=1e-6 * exact.abs().max().item(), msg=name)

@@ -29,6 +29,8 @@ REFUSED = {
     "--reset-attention-mask": "reset-attention-mask=True, ",
 }
 
+RELAXED = replace(EXPERT, relaxation="lora", lora_rank=3, recursion_norms=True, recursion_embedding=True)
+
 
 class Tape(TorchDispatchMode):
     """Runs operators and remembers them. Each is run again on the tensors it had, into the tensors that it gave."""
@@ -104,8 +106,9 @@ def run(config, tapes=None, steps=8):
         (replace(EXPERT, capacity_warmup_iters=2), {}),
         pytest.param(EXPERT, {"recompute_granularity": "full"}, marks=pytest.mark.slow),
         pytest.param(RECURSIVE, {}, marks=pytest.mark.slow),
+        pytest.param(RELAXED, {}, marks=pytest.mark.slow),
     ],
-    ids=["expert-warm-up", "recompute", "recursive"],
+    ids=["expert-warm-up", "recompute", "recursive", "relaxed"],
 )
 def test_replays_train_as_eager_passes_do(tapes, recursion, training):
     """Masks count other numbers of tokens in each micro-batch, and in each iteration the factor of the loss differs."""
