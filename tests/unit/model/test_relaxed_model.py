@@ -141,7 +141,7 @@ def test_norms_are_not_decayed():
     assert shapes == sorted([(3, 32)] * 4 + [(32,)] * 5)
 
 
-@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_bf16_gradients_are_summed_in_fp32(zero):
     """Over micro-batches; a recursion has its own place in the sum."""
     model, plain = relaxed_model("recursive_relaxed", bf16=True), relaxed_model("recursive_relaxed", bf16=True)
