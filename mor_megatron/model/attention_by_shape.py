@@ -25,8 +25,8 @@ from mor_megatron.model.attention import AttentionPattern, CoreAttention
 MASKED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """What takes any mask."""
 SPREAD = 0.75
-"""Share of the tokens above which it should be faster to attend as if all were active, without a mask. With two thirds of
-them, range attention takes half of the time (docs/gpu.md); with all, 1.75 times the time."""
+"""Share of the tokens above which it should be faster to attend as if all were active, without a mask. With two thirds
+of them, range attention takes half of the time (docs/gpu.md); with all, 1.75 times the time."""
 
 
 @dataclass(frozen=True)
