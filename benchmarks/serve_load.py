@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import httpx
@@ -231,7 +231,9 @@ def _serve(servers: list[Server], plan: list[Visit], args: argparse.Namespace) -
     for server in servers:
         server.start()
     urls = [server.url for server in servers]
-    asyncio.run(send(plan[: args.lanes], urls))  # imports, pools of threads, the compiled kernel
+    # As many at once as the servers take: memory grows with what is open at a time, and should not afterwards.
+    crowd = plan[: len(servers) * (args.lanes + args.max_waiting)]
+    asyncio.run(send([replace(visit, arrives=0.0) for visit in crowd], urls))
     watch = Watch(servers, args.every)
     first = [_wait_until_quiet(watch, server) for server in servers]
     watch.start()
@@ -313,7 +315,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--rate", type=float, default=25.0, help="arrivals a second")
+    parser.add_argument("--rate", type=float, default=15.0, help="arrivals a second")
     parser.add_argument("--lanes", type=int, default=32)
     parser.add_argument("--max-waiting", type=int, default=64)
     parser.add_argument("--max-length", type=int, default=192)

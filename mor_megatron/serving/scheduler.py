@@ -29,7 +29,8 @@ class Scheduler:
         """The oldest first."""
         self.slots = list(range(lanes - 1, -1, -1))
         self.preemptions, self.prompt_tokens, self.cached_tokens = 0, 0, 0
-        self._fractions = runner.method.planned_fractions()
+        self._shares = (1.0, *runner.method.planned_fractions()[: self.store.recursions])
+        """Of a sequence's tokens, by table."""
 
     def finished(self) -> list[Request]:
         """Running requests whose rows have all passed the block."""
@@ -38,7 +39,8 @@ class Scheduler:
 
     def arrivals(self) -> int:
         """Waiting requests that a turn could let in."""
-        return min(len(self.waiting), len(self.slots)) if self.waiting and self._fits(self.waiting[0]) else 0
+        can_enter = self.waiting and self.slots and self._fits(self.waiting[0])
+        return min(len(self.waiting), len(self.slots)) if can_enter else 0
 
     def admit(self) -> None:
         """Start waiting requests, in order, as long as there are slots and pages for them."""
@@ -131,11 +133,20 @@ class Scheduler:
         request.chain = []
 
     def _fits(self, request: Request) -> bool:
-        """Whether pages are there for what a request will probably have when its tokens are in. One that would be
-        alone always fits: `Engine.add` has seen to it."""
+        """Whether pages are there for what a request will probably have when its tokens are in, beside those that the
+        running ones lack for theirs: otherwise it would soon be preempted. One that would be alone always fits:
+        `Engine.add` has seen to it."""
         if not self.running:
             return True
-        rows = len(request.tokens)
-        block = sum(self.store.block.needed(int(f * rows) + 1) for f in self._fractions[: self.store.recursions])
-        wanted = ((self.store.ends, self.store.ends.needed(rows + 1)), (self.store.block, block))
-        return all(count <= len(pages.free) + pages.reclaimable() for pages, count in wanted)
+        lacking = zip(*map(self._lacking, (request, *self.running)), strict=True)
+        there = (len(pages.free) + pages.reclaimable() for pages in self.store.kinds)
+        return all(sum(counts) <= pages for counts, pages in zip(lacking, there, strict=True))
+
+    def _lacking(self, request: Request) -> list[int]:
+        """Pages of each kind that a request will probably need for its tokens and the next one, but has not got."""
+        counts = [0, 0]
+        for share, table in zip(self._shares, self.store.tables(request.slot), strict=True):
+            held = 0 if request.slot < 0 else int(table.pages.held[table.index])
+            needed = table.pages.needed(int(share * len(request.tokens)) + 1)
+            counts[table.pages is self.store.block] += max(0, needed - held)
+        return counts

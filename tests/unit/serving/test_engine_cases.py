@@ -70,6 +70,18 @@ def test_preempted_request_finds_its_own_pages_and_follows_its_depths():
     assert len(request.generated) == 20
 
 
+def test_requests_that_enter_together_fit_together():
+    """Their pages are taken one chunk at a time, but are counted before."""
+    room = fewest_bytes(model_of(KIND), 40, 4)
+    served = engine(lanes=8, chunk=4, kv_bytes=room, prefix_cache=False)
+    made = [served.add(list(TEXT[i : i + 16]), SamplingParams(max_tokens=1)) for i in range(8)]
+    served.drain()
+    assert served.status().preemptions == 0
+    assert [request.generated for request in made] == [
+        run(engine(), request.prompt, max_tokens=1).generated for request in made
+    ]
+
+
 def test_limits():
     served = engine(max_length=20)
     assert run(served, TEXT[:19], max_tokens=9).finish_reason == "length"
