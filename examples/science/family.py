@@ -121,19 +121,19 @@ def draw(cells: dict[tuple[str, float], Cell], path: Path) -> None:
     for number, method in enumerate(dict.fromkeys(method for method, _ in cells)):
         mine = [cell for (name, _), cell in cells.items() if name == method]
         parameters = mine[0].any.parameters
-        for axis, value in zip(axes, ("tokens", "executed_flops"), strict=True):
+        for axis, (value, unit) in zip(axes, (("tokens", 1e6), ("executed_flops", 1e15)), strict=True):
             points = [
                 [
-                    (getattr(r, value), causal_mode(json.loads(evaluation(r).read_text()))["nll"])
+                    (getattr(r, value) / unit, causal_mode(json.loads(evaluation(r).read_text()))["nll"])
                     for r in c.runs.values()
                 ]
                 for c in mine
             ]
             label = f"{method}, {parameters / 1e6:.1f}M parameters"
-            axis.plot(*np.array([np.mean(group, axis=0) for group in points]).T, color=f"C{number}", label=label)
+            means = np.array([np.mean(group, axis=0) for group in points])
+            axis.plot(*means.T, "_-", color=f"C{number}", markersize=14, label=label)
             axis.scatter(*np.array([point for group in points for point in group]).T, color=f"C{number}", s=12)
-            axis.set_xscale("log")
-            axis.set_xlabel({"tokens": "tokens", "executed_flops": "executed training FLOPs"}[value])
+            axis.set_xlabel({"tokens": "tokens (1e6)", "executed_flops": "executed training FLOPs (1e15)"}[value])
             axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation loss, causal (nats per token)")
     axes[0].legend(fontsize=8)

@@ -184,7 +184,10 @@ FAMILIES = {"dense": "o", "recursive": "s", "relaxed-svd": "^", "relaxed-zero": 
 
 
 def draw(points: dict[str, tuple[int, np.ndarray]], path: Path) -> None:
-    """Losses of all seeds over unique parameters, a marker for each family; filled: taught by the dense model."""
+    """Losses of all seeds over unique parameters, a marker for each family; filled: taught by the dense model.
+
+    Those from scratch are far above the others and are left out.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -192,14 +195,15 @@ def draw(points: dict[str, tuple[int, np.ndarray]], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for number, (family, marker) in enumerate(FAMILIES.items()):
-        for name in (name for name in points if name.startswith(family)):
+        for name in (name for name in points if name.startswith(family) and not name.endswith("-scratch")):
             parameters, nll = points[name]
             face = f"C{number}" if name.endswith("-distilled") else "none"
             axes.scatter([parameters] * len(nll), nll, marker=marker, color=f"C{number}", facecolors=face, s=28)
-            label = name.removeprefix(f"{family}-").removeprefix("svd-").removeprefix("zero-")
+            label = name.removeprefix(f"{family}-")
             axes.annotate(label, (parameters, nll.mean()), (6, 0), textcoords="offset points", fontsize=7, va="center")
     for number, (family, marker) in enumerate(FAMILIES.items()):
         axes.scatter([], [], marker=marker, color=f"C{number}", facecolors="none", label=family)
+    axes.margins(x=0.15)
     axes.set_xlabel("unique parameters")
     axes.set_ylabel("validation loss, causal (nats per token)")
     axes.legend(fontsize=8)
