@@ -85,12 +85,17 @@ class Contender:
     """`generate` on static batches, automatic, or a number."""
     kv_bytes: int | None = None
     seconds: list[float] = field(default_factory=list)
+    flops: int = 0
     facts: dict = field(default_factory=dict)
+    """Of the first run."""
 
-    def run(self, works: list[Work], args: argparse.Namespace, attention: str = "auto") -> None:
-        """All requests."""
+    def run(self, works: list[Work], args: argparse.Namespace, attention: str = "auto") -> float:
+        """All requests; gives the seconds they take, without those for making the engine."""
+        clock = CLOCKS[args.clock]
         if self.turn_at == STATIC:
-            return self._generate(works)
+            start = clock()
+            self._generate(works)
+            return clock() - start
         options = EngineOptions(
             lanes=self.lanes,
             turn_at=None if self.turn_at == AUTO else self.turn_at,
@@ -114,15 +119,20 @@ class Contender:
             return [given[request][len(request.tokens) - len(request.prompt)] for request in requests]
 
         with mock.patch.object(engine, "sample", force):
+            start = clock()
             own.drain()
+            seconds = clock() - start
         decoded = sum(len(work.new) - 1 for work in works)
-        self.facts = {
+        self.facts = self.facts or {
             "decoding_depth": sum(sum(x.depths[len(x.prompt) :]) for x in given) / decoded,
             "passes_per_token": sum(x[-1] - x[0] for x in passes.values()) / decoded,
             "sequences_per_turn": (decoded + len(works)) / own.runner.turns,
             "peak_pages": sum(pages.most * len(pages.layers) for pages in own.store.kinds),
             "preemptions": own.scheduler.preemptions,
+            "pass_cost": own.turns.of_pass.line,
+            "turn_cost": own.turns.of_turn.line,
         }
+        return seconds
 
     def count_flops(self, works: list[Work], args: argparse.Namespace) -> int:
         """FLOPs of all products and of attention."""
@@ -184,34 +194,30 @@ def requests(count: int, seed: int, args: argparse.Namespace) -> list[Work]:
 
 
 def contenders_of(lanes: int, models: dict[str, MoRForCausalLM], args: argparse.Namespace) -> list[Contender]:
-    """All ways to run all models. They have run once, so compiled code is built and counts are known."""
-    works, result = requests(args.waves * lanes, 1, args), []
+    """All ways to run all models."""
+    works, result, pages = requests(args.waves * lanes, 1, args), [], {}
     page = 2 * args.page_size * args.hidden_size * 4  # bytes of a page in one layer
     fixed = sorted({1, max(1, lanes // 4), lanes // 2, lanes}) if args.turn_at is None else args.turn_at
     for name, model in models.items():
-        own = Contender(name, model, lanes, AUTO)
-        flops = own.count_flops(works, args)
-        own.run(works, args)
-        here = [own]
+        counted = Contender(name, model, lanes, lanes)
+        flops = counted.count_flops(works, args)
+        pages[name] = counted.facts["peak_pages"]
+        here = [Contender(name, model, lanes, AUTO)]
         if name != VANILLA:
             here += [Contender(name, model, lanes, turn_at) for turn_at in fixed]
-            vanilla = result[0].facts["peak_pages"]
             if args.equal_memory:
-                more = round(lanes * vanilla / own.facts["peak_pages"])
-                here.append(Contender(name, model, more, AUTO, kv_bytes=vanilla * page))
+                more = round(lanes * pages[VANILLA] / pages[name])
+                here.append(Contender(name, model, more, AUTO, kv_bytes=pages[VANILLA] * page))
         for contender in here:
-            contender.run(works, args)
-            contender.facts["flops"] = flops
-        if args.static:
-            here.append(Contender(name, model, lanes, STATIC))
-        result += here
+            contender.flops = flops
+        result += here + ([Contender(name, model, lanes, STATIC)] if args.static else [])
     return result
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
     """One row for each contender."""
     models = {name: build(name, args) for name in (VANILLA, *args.models) if name in args.models or name == VANILLA}
-    clock, rows = CLOCKS[args.clock], []
+    rows = []
     gc.freeze()  # as a server would: no pass over all modules within a step
     for lanes in args.lanes:
         contenders = contenders_of(lanes, models, args)
@@ -219,10 +225,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
             works = requests(args.waves * lanes, number + 1, args)
             tokens = sum(len(work.new) for work in works)
             for contender in contenders:
-                facts, start = contender.facts, clock()
-                contender.run(works, args)
-                contender.seconds.append((clock() - start) / tokens)
-                contender.facts = facts  # of the first round, in which FLOPs were counted
+                contender.seconds.append(contender.run(works, args) / tokens)
         rows += (new := [row(lanes, contender, contenders) for contender in contenders])
         print_table(new)
     return rows
@@ -249,7 +252,7 @@ def row(lanes: int, contender: Contender, all_of_them: list[Contender]) -> dict:
         "over_vanilla": _ratio(base.seconds, contender.seconds),
         "over_static": None if static is None else _ratio(static.seconds, contender.seconds),
         "over_best_fixed": None if best is None else _ratio(best.seconds, contender.seconds),
-        "bound": base.facts["flops"] / facts["flops"] if facts else None,
+        "bound": base.flops / contender.flops if facts else None,
         "pages_to_vanilla": facts["peak_pages"] / base.facts["peak_pages"] if facts else None,
         **facts,
     }
@@ -275,6 +278,12 @@ def print_table(rows: list[dict]) -> None:
         print(
             line + (f"  vanilla's memory, {r['preemptions']} preemptions" if r["is_equal_memory"] else ""), flush=True
         )
+    for r in rows:
+        if r["turn_at"] == AUTO and not r["is_equal_memory"]:
+            costs = "; ".join(
+                f"{k} {r[f'{k}_cost'][0] * 1e3:.2f} + {r[f'{k}_cost'][1] * 1e3:.2f} n" for k in ("pass", "turn")
+            )
+            print(f"{r['model']:15} {r['lanes']:5} ms for n rows: {costs}", flush=True)
 
 
 def _cell(value: float | None, width: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from mor_megatron.serving.runner import Runner
 from mor_megatron.serving.sampling import logprobs_of, sample
 from mor_megatron.serving.scheduler import Scheduler
 from mor_megatron.serving.text import Text
+from mor_megatron.serving.turns import Turns
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class EngineOptions:
     lanes: int = setting(32, least=1)
     """Sequences that run at a time."""
     turn_at: int | None = setting(None, least=1)
-    """Sequences that must have left the block before the layers around it run; default half the lanes."""
+    """Sequences that must have left the block before the layers around it run; default: automatic, from the time that
+    passes and turns take."""
     max_length: int | None = setting(None, least=2)
     """Most tokens of a sequence, prompt and continuation; default the model's max_position_embeddings."""
     chunk: int = setting(256, least=1)
@@ -113,7 +116,9 @@ class Engine:
                 f"max_length={self.max_length} exceeds the model's max_position_embeddings="
                 f"{config.max_position_embeddings}: use at most that"
             )
-        self.turn_at = options.turn_at or max(1, options.lanes // 2)
+        self.turns = Turns(options.turn_at, plan.num_recursions)
+        # The time of other processes on the same cores says nothing about the model.
+        self._clock = time.thread_time if model.device.type == "cpu" else time.perf_counter
         recursions = plan.num_recursions if config.kv_mode == "caching" else 1
         self.store = build_store(
             {use.physical for use in (*plan.first, *plan.last)},
@@ -236,13 +241,21 @@ class Engine:
     def step(self) -> None:
         """A turn if one is due, and a pass of the block."""
         self._read_inbox()
-        finished = self.scheduler.finished()
-        is_due = len(finished) + self.scheduler.arrivals() >= self.turn_at
-        if is_due or not self.runner.is_open:
+        finished, arrivals = self.scheduler.finished(), self.scheduler.arrivals()
+        if not self.runner.is_open or self.turns.is_due(
+            len(finished) + arrivals, len(self.scheduler.running) + arrivals
+        ):
             self._turn(finished)
         self.scheduler.reserve_pass()
         if self.runner.is_open:
-            self.runner.advance()
+            self._pass()
+
+    def _pass(self) -> None:
+        """A pass of the block."""
+        rows, start = sum(self.runner.open_rows()), self._clock()
+        self.runner.advance()
+        if rows <= len(self.scheduler.running):  # no prompts
+            self.turns.saw_pass(rows, self._clock() - start)
 
     def _read_inbox(self) -> None:
         while self._inbox:
@@ -257,12 +270,15 @@ class Engine:
 
     def _turn(self, finished: list[Request]) -> None:
         """Layers around the block: last layers and sampling for what has left it, first layers for what enters."""
+        count, start = sum(request.in_flight for request in finished), self._clock()
         if finished:
             self._leave(finished)
         self.scheduler.admit()
         rows = self.scheduler.entering()
         if rows.ids:
             self.runner.enter(rows)
+        if len(rows.ids) <= count == len(finished):  # no prompts
+            self.turns.saw_turn(count, self._clock() - start, [request.depths[-1] for request in finished])
 
     def _leave(self, finished: list[Request]) -> None:
         """Last layers of requests whose rows have passed the block, and their next tokens."""

@@ -25,18 +25,18 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.out_features, self.in_features = linear.weight.shape
+        compiled, (self.outputs, self.inputs) = library(), linear.weight.shape
         self.bias = linear.bias
-        self._library = library()
-        shape = self.out_features, self.in_features
-        self.packed = torch.empty(self._library.packed_size(*shape))
-        self._library.pack(linear.weight.detach().contiguous().data_ptr(), *shape, self.packed.data_ptr())
+        self.packed = torch.empty(compiled.packed_size(self.outputs, self.inputs))
+        # What `forward` needs, once: it is called for every few rows.
+        self._multiply, self._address = compiled.packed_linear, self.packed.data_ptr()
+        compiled.pack(linear.weight.detach().contiguous().data_ptr(), self.outputs, self.inputs, self._address)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
-        x, y = x.contiguous(), x.new_empty(len(x), self.out_features)
-        shape = self.out_features, self.in_features
-        self._library.packed_linear(x.data_ptr(), len(x), self.packed.data_ptr(), *shape, y.data_ptr())
+        rows = x.shape[0]
+        x, y = x.contiguous(), x.new_empty(rows, self.outputs)
+        self._multiply(x.data_ptr(), rows, self._address, self.outputs, self.inputs, y.data_ptr())
         return y if self.bias is None else y.add_(self.bias)
 
 

@@ -255,11 +255,10 @@ class Runner:
             table, at, writers = rows.slot * count, rows.position, rows.recursion == 0
         else:
             table, writers = rows.slot * count + rows.recursion, np.ones(len(rows.slot), bool)
-            begin = np.flatnonzero(np.append(True, table[1:] != table[:-1]))
-            lengths = np.diff(np.append(begin, len(table)))
-            at = block.rows[table] + np.arange(len(table)) - np.repeat(begin, lengths)
-        new, counts = np.unique(table[writers & (rows.slot != GONE)], return_counts=True)
-        block.rows[new] += counts
+            row = np.arange(len(table))
+            first = np.maximum.accumulate(row * np.append(True, table[1:] != table[:-1]))
+            at = block.rows[table] + row - first
+        np.add.at(block.rows, table[writers & (rows.slot != GONE)], 1)
         writers = None if writers.all() else np.flatnonzero(writers)
         arrays = [rows.recursion, *rows.arrays]
         view, (recursion, *order) = self._view(block, rows.slot, rows.position, table, at, writers, arrays)
@@ -278,10 +277,11 @@ class Runner:
     ) -> tuple[View, list[Tensor]]:
         """Of rows that stand at places `at` of their tables, and more arrays that are needed on the device. Rows of
         nobody write to page 0."""
-        nobody = slot == GONE
-        table, at = np.where(nobody, len(pages.table) - 1, table), np.where(nobody, 0, at)
+        nobody, seen = slot == GONE, at + 1
+        if nobody.any():
+            table, at, seen = np.where(nobody, len(pages.table) - 1, table), np.where(nobody, 0, at), seen * ~nobody
         places = pages.table[table, at // pages.size].astype(np.int64) * pages.size + at % pages.size
-        reads = self._reads(pages, table, np.where(nobody, 0, at + 1))
+        reads = self._reads(pages, table, seen)
         stored = [places] if writers is None else [places[writers], writers]
         arrays = [position, *stored, *reads.arrays]
         sent = send([*arrays, *more], self.device)
