@@ -7,10 +7,9 @@ import os
 import pytest
 from serve_load import parse, print_report, run
 
-MOST_GROWTH = 6_000
-"""Bytes of resident memory for each request, once the server is warm: over 1,800 requests it was 700, and 12,000 with a
-server that remembers every request."""
-
+MOST_GROWTH = 40_000
+"""Bytes of resident memory for each request. The heap still grows by half of it towards its level of about a thousand
+requests; a tensor that is kept exceeds it. Requests that are remembered are found by `unit/serving/test_load.py`."""
 THREADS = min(32, os.cpu_count() + 4)
 """Of asyncio's pool, which grows when several prompts arrive at once."""
 
