@@ -97,6 +97,33 @@ def small_config(corpus: str, *, mode: tuple[bool, int] = (False, 1), **changes)
     return replace(config, **{name: replace(getattr(config, name), **values) for name, values in sections.items()})
 
 
+def save_teacher(path: Path, **changes) -> str:
+    """A Llama of random weights, in a directory of transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 16, "initializer_range": 0.3,
+    }  # fmt: skip
+    LlamaForCausalLM(LlamaConfig(**shape | changes)).save_pretrained(path)
+    return str(path)
+
+
+def save_tokenizer(path: Path, words: str) -> str:
+    """A tokenizer of words: those given, in their order, and as many others as fill the vocabulary."""
+    import tokenizers
+
+    words = ["<unk>", "</s>", *words.split()]
+    words += [f"word{number}" for number in range(VOCABULARY - len(words))]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    path.mkdir(exist_ok=True)
+    backend.save(str(path / "tokenizer.json"))
+    return str(path)
+
+
 def read_metrics(directory: str | Path) -> list[dict]:
     """metrics.jsonl without what differs from run to run: the times."""
     lines = (Path(directory) / "metrics.jsonl").read_text().splitlines()

@@ -5,36 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tokenizers
-import torch
-from small_runs import VOCABULARY, assert_same_checkpoint, read_metrics, small_config
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_runs import assert_same_checkpoint, read_metrics, save_teacher, save_tokenizer, small_config
 
 from mor_megatron.pretraining.pretrain import pretrain
 
 PLAIN = {"train_iters": 6, "eval_interval": 6, "seq_length": 16}
-
-
-def save_teacher(path: Path, **changes) -> str:
-    torch.manual_seed(0)
-    shape = {
-        "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "max_position_embeddings": 16, "initializer_range": 0.3,
-    }  # fmt: skip
-    LlamaForCausalLM(LlamaConfig(**shape | changes)).save_pretrained(path)
-    return str(path)
-
-
-def save_tokenizer(path: Path, words: str) -> str:
-    """A tokenizer of words: those given, in their order, and as many others as fill the vocabulary."""
-    words = ["<unk>", "</s>", *words.split()]
-    words += [f"word{number}" for number in range(VOCABULARY - len(words))]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    path.mkdir(exist_ok=True)
-    backend.save(str(path / "tokenizer.json"))
-    return str(path)
 
 
 def test_a_distilled_run_resumes(process_group, corpus, tmp_path, capsys):

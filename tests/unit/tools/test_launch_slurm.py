@@ -19,6 +19,7 @@ from mor_megatron.config.schema import CheckpointConfig
 ROOT = Path(__file__).parents[3]
 SLURM = ROOT / "examples" / "slurm"
 TEMPLATES = sorted(SLURM.glob("*.sbatch"))
+UPTRAINING = ROOT / "examples" / "uptraining" / "uptrain.sh"
 MODEL = "--config examples/configs/mor_expert_nr3.yaml examples/configs/tiny.yaml --vocab-size 64 --data-path data/docs"
 
 
@@ -190,6 +191,6 @@ def test_a_later_start_loads_all_of_the_runs_own_newest_checkpoint():
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck():
-    files = [str(path) for path in [*TEMPLATES, SLURM / "laptop_cluster.sh"]]
+    files = [str(path) for path in [*TEMPLATES, SLURM / "laptop_cluster.sh", UPTRAINING]]
     ran = subprocess.run(["shellcheck", "--external-sources", *files], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout
