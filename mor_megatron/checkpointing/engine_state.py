@@ -16,14 +16,16 @@ from mor_megatron.training.modes.slices import ParameterSlice
 
 
 def local_entries(engine: Engine) -> list[tuple[str, Tensor]]:
-    """What this rank writes: names of shard entries and fp32 views [n] of the engine's own state."""
+    """What this rank writes: names of shard entries and fp32 views [n] of the engine's own state.
+
+    Frozen weights of a 16-bit run are copied instead."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     entries: list[tuple[str, Tensor]] = []
     for part in engine.distinct_slices():
         shard = rank if getattr(part.parameter, "tensor_model_parallel", False) else 0
         for kind, value in slice_states(engine.optimizer, part).items():
             if kind != STEP:
-                entries.append((str(ShardEntry(kind, part.name, shard, part.offset)), value))
+                entries.append((str(ShardEntry(kind, part.name, shard, part.offset)), value.float()))
             elif shard == 0 and part.offset == 0:
                 entries.append((str(ShardEntry(kind, part.name, 0, 0)), value))
     if parallel_state.get_data_parallel_rank() == 0 and rank == 0:

@@ -196,7 +196,8 @@ def _fill(engine: Engine, reader: CheckpointReader, weights_only: bool) -> None:
     rank = parallel_state.get_tensor_model_parallel_rank()
     optimizer, slices = engine.optimizer, engine.parameter_slices()
     stored = {part.name: EMBEDDING if is_tied_copy(part.parameter) else part.name for part in slices}
-    kinds = {} if weights_only else {part.name: reader.kinds[stored[part.name]] for part in slices}
+    trained = [] if weights_only else [part for part in slices if part.parameter.requires_grad]
+    kinds = {part.name: reader.kinds[stored[part.name]] for part in trained}
     prepare_states(optimizer, slices, kinds)
     for part in slices:
         name = stored[part.name]
@@ -206,7 +207,7 @@ def _fill(engine: Engine, reader: CheckpointReader, weights_only: bool) -> None:
         for kind, value in slice_states(optimizer, part).items():
             if kind == WEIGHT or kind in reader.kinds[name] - {STEP}:  # no state: it was never updated
                 value.copy_(reader.read_for(sharding, rank, kind, name, part.offset, part.length))
-        if STEP in reader.kinds[name] and not weights_only:
+        if STEP in reader.kinds[name] and part.name in kinds:
             step = optimizer.state[part.updated][STEP]
             step.fill_(max(step.item(), reader.scalar(name)))
     for name, buffer in persistent_buffers(engine):

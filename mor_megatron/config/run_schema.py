@@ -43,6 +43,7 @@ _WITH_COPIES_OF_ROUTERS = (
     "a --routing other than none and --tensor-model-parallel-size above 1",
     lambda config: method_of(config.recursion.routing).routes and config.parallel.tensor_model_parallel_size > 1,
 )
+_WITH_LORA = ("--relaxation lora", lambda config: config.recursion.relaxation == "lora")
 _WITH_LOAD = ("--load", lambda config: config.checkpoint.load is not None)
 _WITH_CHECKPOINT = (
     "--load or --branch-from",
@@ -148,6 +149,10 @@ class OptimizerConfig:
     """WSD: shape of the final decay, linear (paper) or 1-sqrt."""
     weight_decay: float = setting(0.1, least=0)
     """Decoupled decay; norms and biases are excluded."""
+    lora_lr_mult: float = setting(1.0, least=0, read_with=_WITH_LORA)
+    """Learning-rate multiplier of adapters."""
+    lora_weight_decay: float | None = setting(None, least=0, read_with=_WITH_LORA)
+    """Decay of adapters; default weight-decay."""
     adam_beta1: float = setting(0.9, least=0, below=1, read_with=_WITH_ADAM)
     """First-moment decay."""
     adam_beta2: float = setting(0.95, least=0, below=1, read_with=_WITH_ADAM)
@@ -156,6 +161,9 @@ class OptimizerConfig:
     """Adam epsilon."""
     sgd_momentum: float = setting(0.9, least=0, below=1, read_with=_WITH_SGD)
     """Momentum of optimizer sgd."""
+    freeze: Literal["none", "base", "all-but-routers"] = setting("none", change=Change.STATE)
+    """Weights that stay as they are. base: all but routers and what relaxation adds; all-but-routers: all but routers.
+    They have no gradients, hence no part in the norm, no optimizer state, and no fp32 copy in a 16-bit run."""
     clip_grad: float = setting(1.0, least=0)
     """Global gradient norm is clipped to this; 0 switches clipping off."""
     fused_optimizer: Literal["auto", "on", "off"] = setting("auto", read_with=_WITH_ADAM)

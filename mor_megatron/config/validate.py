@@ -65,6 +65,7 @@ def validate_run(config: Config, world_size: int) -> Config:
     config = _training(resolve_length(_data(config)), world_size)
     check_engine(config)
     check_cuda_graph(config)
+    _check_freeze(config)
     _check_faults(config)
     _check_evaluation_alone(config)
     _check_profile(config, world_size)
@@ -187,6 +188,17 @@ def _check_kernels(config: Config) -> None:
     if training.transformer_impl == "transformer_engine":
         raise ValueError(
             "transformer-impl=transformer_engine multiplies fp32 as TF32, which keeps 10 bits: add --bf16, or use auto"
+        )
+
+
+def _check_freeze(config: Config) -> None:
+    freeze, routing = config.optimizer.freeze, config.recursion.routing
+    if freeze == "all-but-routers" and not method_of(routing).routes:
+        raise ValueError(f"freeze={freeze} trains routers, and routing={routing} has none: use --freeze none")
+    if freeze == "base" and not config.recursion.is_relaxed:
+        raise ValueError(
+            f"freeze={freeze} trains what tells recursions apart, and nothing does here: use --freeze none, or "
+            "give --relaxation lora"
         )
 
 

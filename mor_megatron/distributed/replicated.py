@@ -43,13 +43,13 @@ def reduce_replicated(
         sequence_parallel: whether tensor-parallel ranks apply norms and routers to different tokens.
         tied: this rank's embedding or head, if they are one weight that two pipeline ranks hold.
     """
-    if sequence_parallel:
-        partial = [gradient for parameter, gradient in gradients if getattr(parameter, "sequence_parallel", False)]
+    partial = [gradient for parameter, gradient in gradients if getattr(parameter, "sequence_parallel", False)]
+    if sequence_parallel and partial:  # ranks of a tensor-parallel group train the same weights
         group = parallel_state.get_tensor_model_parallel_group()
         flat = torch.cat([gradient.reshape(-1) for gradient in partial])
         dist.all_reduce(flat, group=group)
         for gradient, total in zip(partial, flat.split([gradient.numel() for gradient in partial]), strict=True):
             gradient.copy_(total.view_as(gradient))
-    if tied is not None:
+    if tied is not None and tied.requires_grad:
         (gradient,) = (gradient for parameter, gradient in gradients if parameter is tied)
         dist.all_reduce(gradient, group=parallel_state.get_embedding_group())

@@ -108,7 +108,9 @@ class ChunkedLoss(torch.autograd.Function):
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))
         if trains:
             grad_hidden = torch.empty_like(hidden)
-            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            grad_weight = None
+            if weight.requires_grad:
+                grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for begin in range(0, len(hidden), chunk):
             part = slice(begin, begin + chunk)
             rows = hidden[part]
@@ -116,7 +118,8 @@ class ChunkedLoss(torch.autograd.Function):
             losses[part] = criterion(part, logits, counted[part] if trains else None)
             if trains:  # the logits have become their gradient
                 torch.mm(logits, weight, out=grad_hidden[part])
-                add_product(grad_weight, logits.t(), rows)
+                if grad_weight is not None:
+                    add_product(grad_weight, logits.t(), rows)
         if trains:
             ctx.save_for_backward(counted, grad_hidden, grad_weight)
         return losses
@@ -129,7 +132,7 @@ class ChunkedLoss(torch.autograd.Function):
         is_multiple = ((grad - scale * counted).abs() > 1e-5 * scale.abs()).logical_not().all()
         torch._assert_async(is_multiple, "the gradient of the losses is no multiple of the tokens' weights in the loss")
         scale = scale.squeeze(0)
-        return grad_hidden.mul_(scale), grad_weight.mul_(scale), *[None] * 4
+        return grad_hidden.mul_(scale), None if grad_weight is None else grad_weight.mul_(scale), *[None] * 4
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None, real: int, merge: Merge) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 
 from mor_megatron.data.batch import Batch
@@ -75,6 +76,8 @@ class Chunk(nn.Module):
             metadata.store.clear()
             return model.head(stream.merged(model.rows).hidden, metadata, micro.batch)
         message = micro.messages.pack(stream, self.index, to_first=model.is_last_stage)
+        if torch.is_grad_enabled() and not message.requires_grad:
+            message.requires_grad_()  # frozen so far: the schedule runs a backward pass of every chunk
         return self._keep(micro, stream, message)
 
     def _open(self, micro: MicroBatch) -> Stream:

@@ -27,6 +27,7 @@ from mor_megatron.config.deepspeed_settings import deepspeed_settings, overlaps_
 from mor_megatron.config.layout import data_parallel_size
 from mor_megatron.config.schema import Config
 from mor_megatron.planning.accounting import (
+    Widths,
     layer_parameters,
     padded_vocab_size,
     recursion_embedding_parameters,
@@ -79,8 +80,29 @@ def rank_parameters(config: Config, pipeline: PipelinePlan, stage: int) -> int:
     return count
 
 
-def rank_state(config: Config, parameters: int, world_size: int) -> RankState:
-    """Bytes for a number of parameters, by the table above."""
+def trained_parameters(config: Config, pipeline: PipelinePlan, stage: int) -> int:
+    """Those of `rank_parameters` that `--freeze` leaves to be trained."""
+    recursion, freeze = config.recursion, config.optimizer.freeze
+    if freeze == "none":
+        return rank_parameters(config, pipeline, stage)
+    count = router_parameters(config) if stage == 0 else 0
+    if freeze == "base":
+        layer = relaxation_parameters(config, config.parallel.tensor_model_parallel_size)
+        layer += Widths.of(config).layer_norms if recursion.recursion_norms else 0  # those of the first recursion
+        count += pipeline.block_layers[stage] * layer + (recursion_embedding_parameters(config) if stage == 0 else 0)
+    return count
+
+
+def rank_state(config: Config, parameters: int, world_size: int, trained: int | None = None) -> RankState:
+    """Bytes for a number of parameters, by the table above.
+
+    Args:
+        config: of the run.
+        parameters: on the rank.
+        world_size: ranks of the run.
+        trained: how many of them have gradients and optimizer state; None: all.
+    """
+    trained = parameters if trained is None else trained
     training = config.training
     shards = [data_parallel_size(config, world_size) if training.zero_stage >= stage else 1 for stage in (1, 2, 3)]
     optimizer_shards, gradient_shards, weight_shards = shards
@@ -90,8 +112,8 @@ def rank_state(config: Config, parameters: int, world_size: int) -> RankState:
     return RankState(
         parameters,
         weights=(2 if half else 4) * parameters // weight_shards,
-        gradients=4 * parameters // gradient_shards,
-        optimizer=(moments + copy) * parameters // optimizer_shards,
+        gradients=4 * trained // gradient_shards,
+        optimizer=(moments + copy) * trained // optimizer_shards,
     )
 
 
@@ -139,7 +161,8 @@ def rank_memory(config: Config, pipeline: PipelinePlan, stage: int, world_size: 
     Raises:
         ValueError: too few micro-batches for a ring.
     """
-    state = rank_state(config, rank_parameters(config, pipeline, stage), world_size)
+    parameters, trained = (count(config, pipeline, stage) for count in (rank_parameters, trained_parameters))
+    state = rank_state(config, parameters, world_size, trained)
     peak = max(_moments(config, pipeline, stage, world_size, cuda), key=lambda moment: moment.total)
     buffers = _reduction_buffers(config, state, cuda) + _gathered_weights(config, state, world_size)
     return RankMemory(state, buffers, peak, config.training.optimizer_cpu_offload)

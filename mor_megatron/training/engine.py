@@ -42,6 +42,7 @@ from mor_megatron.training.modes.whole import Bf16, Bf16Zero1, Fp32
 from mor_megatron.training.modes.wrapping import wrap
 from mor_megatron.training.modes.zero3 import Zero3
 from mor_megatron.training.optimizer import build_optimizer
+from mor_megatron.training.trained import choose_trained
 
 Driver = Literal["schedule", "engine"]
 
@@ -72,6 +73,7 @@ def build_engine(model: nn.Module, config: Config) -> Engine:
     Raises:
         ValueError: DeepSpeed settings that contradict the flags, or something that this machine does not have.
     """
+    choose_trained(model, config)
     engine = choose_mode(config)(wrap(model, build_optimizer(model, config.optimizer), config))
     if choose_driver(config) == "engine" and config.parallel.sequence_parallel:
         _reduce_over_sequence_shards(model)
@@ -91,5 +93,5 @@ def _reduce_over_sequence_shards(model: nn.Module) -> None:
         return gradient
 
     for parameter in model.parameters():
-        if getattr(parameter, "sequence_parallel", False):
+        if parameter.requires_grad and getattr(parameter, "sequence_parallel", False):
             parameter.register_hook(reduce)

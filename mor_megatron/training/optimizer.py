@@ -13,22 +13,28 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Trainable parameters split by decay and learning-rate multiplier.
 
     Norm weights and biases are not decayed: one-dimensional parameters, and those with an attribute `is_norm`. A
-    parameter with an attribute `lr_mult` (the auxiliary router) joins a group of that rate. Each group carries
-    `lr_mult` for `set_learning_rate`.
+    parameter with an attribute `lr_mult` (the auxiliary router, adapters) joins a group of that rate, and with
+    `weight_decay` (adapters) one of that decay. Each group carries `lr_mult` for `set_learning_rate`.
 
     Returns:
-        Groups in a fixed order (decayed before not decayed, then by multiplier), parameters in the model's order, so
-        that a checkpoint's optimizer state fits the same model again.
+        Groups in a fixed order (decayed before not decayed, then by multiplier and decay), parameters in the model's
+        order, so that a checkpoint's optimizer state fits the same model again. Of a model that is wholly frozen, as a
+        pipeline stage may be, one group of a weight that is not the model's: DeepSpeed wraps no optimizer of none.
     """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             undecayed = parameter.ndim <= 1 or getattr(parameter, "is_norm", False)
-            key = (undecayed, float(getattr(parameter, "lr_mult", 1.0)))
-            groups.setdefault(key, []).append(parameter)
+            decay = 0.0 if undecayed else getattr(parameter, "weight_decay", weight_decay)
+            groups.setdefault((undecayed, getattr(parameter, "lr_mult", 1.0), decay), []).append(parameter)
+    if not groups:
+        (like, *_) = model.parameters()
+        nothing = nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
+        nothing.grad_dtype = None  # any
+        groups[True, 1.0, 0.0] = [nothing]
     return [
-        {"params": parameters, "weight_decay": 0.0 if undecayed else weight_decay, "lr_mult": lr_mult}
-        for (undecayed, lr_mult), parameters in sorted(groups.items(), key=lambda item: item[0])
+        {"params": parameters, "weight_decay": decay, "lr_mult": lr_mult}
+        for (_, lr_mult, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 

@@ -185,11 +185,17 @@ def _numel(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
-def differences(got: Result, expected: Result, tolerance: float = FP32_LAYOUT_TOL) -> list[tuple[str, float]]:
+def differences(
+    got: Result,
+    expected: Result,
+    tolerance: float = FP32_LAYOUT_TOL,
+    trained: Callable[[str], bool] = lambda name: True,
+) -> list[tuple[str, float]]:
     """What differs by more than the tolerance, and by how much, in the order in which it came about.
 
     Numbers are compared by |a - b| / |b|, parameters and buffers by max|a - b| / max|b|. Weights hardly move in a few
-    steps, so what training changed in them is compared too, by (max|a - b| - rounding) / max|change|.
+    steps, so what training changed in them is compared too, by (max|a - b| - rounding) / max|change|. Weights that are
+    not `trained` do not change.
     """
     found: list[tuple[str, float]] = []
 
@@ -216,6 +222,9 @@ def differences(got: Result, expected: Result, tolerance: float = FP32_LAYOUT_TO
     for name, value in expected.final.items():
         size, error = _largest(value), _largest(got.final[name].double() - value.double())
         change = _largest(value.double() - expected.initial[name].double())
+        if not trained(name):
+            note(f"frozen {name}", max(error, change))
+            continue
         assert change > 0, f"{name} was not trained"
         note(name, error / size)
         note(f"change of {name}", max(0.0, error - FP32_ROUNDING * size) / change)

@@ -124,7 +124,7 @@ OPTIMIZERS: dict[str, OptimizerConfig] = {
 
 
 def build_config(model: str, layout: Layout, optimizer: str = "sgd", bf16: bool = False, **changes) -> Config:
-    """The validated configuration of one cell; `changes` are fields of its sections but data and optimizer."""
+    """The validated configuration of one cell; `changes` are fields of any section but data and layout."""
     shape = ModelConfig(
         hidden_size=32,
         ffn_hidden_size=48,
@@ -143,20 +143,19 @@ def build_config(model: str, layout: Layout, optimizer: str = "sgd", bf16: bool 
         loss_chunk_rows=layout.loss_chunk_rows,
     )
     settings = MODELS[model] | changes
-    pick = lambda section: {k: v for k, v in settings.items() if hasattr(section, k)}  # noqa: E731
-    recursion, distillation = (
-        replace(section, **pick(section)) for section in (RecursionConfig(), DistillationConfig())
-    )
-    shape, training = replace(shape, **pick(shape)), replace(training, **pick(training))
-    unknown = [k for k in settings if not any(hasattr(s, k) for s in (shape, recursion, distillation, training))]
+    sections = RecursionConfig(), OPTIMIZERS[optimizer], DistillationConfig(), shape, training
+    unknown = [k for k in settings if not any(hasattr(section, k) for section in sections)]
     assert not unknown, unknown
+    recursion, optimization, distillation, shape, training = (
+        replace(section, **{k: v for k, v in settings.items() if hasattr(section, k)}) for section in sections
+    )
     ends = 2 if recursion.sharing_strategy.startswith("middle") and recursion.num_recursions > 1 else 0
     shape = replace(shape, num_layers=ends + BLOCK * recursion.num_recursions)
     config = Config(
         model=shape,
         recursion=recursion,
         data=DataConfig(seq_length=SEQ_LENGTH),
-        optimizer=OPTIMIZERS[optimizer],
+        optimizer=optimization,
         distillation=distillation,
         training=training,
         parallel=ParallelConfig(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mor_megatron.distributed.cpu import device
 from mor_megatron.distributed.replicated import is_counted_here
+from mor_megatron.model.stored_names import stored_parameters
 from mor_megatron.training.cuda_graph import MicroBatchGraph
 from mor_megatron.training.gradients import Gradients, sum_of_squares
 from mor_megatron.training.modes.slices import ParameterSlice
@@ -49,6 +50,8 @@ class Engine(ABC):
     """The class of DeepSpeed's optimizer in this mode."""
     partitions_state: ClassVar[bool]
     """Whether data-parallel ranks divide the optimizer's state among themselves; else each has all of it."""
+    partitions_weights: ClassVar[bool] = False
+    """Whether they divide the weights."""
     graph: MicroBatchGraph | None = None
     """What runs this engine's micro-batches with `--enable-cuda-graph`; `train_step` makes it."""
 
@@ -60,7 +63,8 @@ class Engine(ABC):
             # Cast every contribution before it is added, over recursions as well as over micro-batches: a sum of
             # Nr x micro-batches terms in 16 bits loses the small ones.
             for parameter in self.module.parameters():
-                parameter.grad_dtype = torch.float32
+                if parameter.requires_grad:
+                    parameter.grad_dtype = torch.float32
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -123,9 +127,19 @@ class Engine(ABC):
 
         self.deepspeed.allreduce_gradients = timed
 
-    @abstractmethod
     def parameter_slices(self) -> list[ParameterSlice]:
-        """All that this rank updates; together with the other data-parallel ranks, every element at least once."""
+        """All that this rank updates, and what it holds of frozen weights; together with the other data-parallel ranks,
+        every element at least once."""
+        return [*self.updated_slices(), *self.frozen_slices()]
+
+    @abstractmethod
+    def updated_slices(self) -> list[ParameterSlice]:
+        """The trained ones of `parameter_slices`."""
+
+    def frozen_slices(self) -> list[ParameterSlice]:
+        """The others. What would be updated is the weight itself."""
+        frozen = [(name, weight) for name, weight in stored_parameters(self.module) if not weight.requires_grad]
+        return [ParameterSlice(name, weight, 0, weight.numel(), weight, 0) for name, weight in frozen]
 
     def distinct_slices(self) -> Iterator[ParameterSlice]:
         """What this rank has to save: over all ranks, every element of the model exactly once."""
@@ -133,7 +147,7 @@ class Engine(ABC):
         for each in self.parameter_slices():
             if not is_counted_here(each.parameter):
                 continue
-            if self.partitions_state:
+            if self.partitions_state if each.parameter.requires_grad else self.partitions_weights:
                 yield each
                 continue
             begin, end = each.length * rank // size, each.length * (rank + 1) // size  # replicas divide the work

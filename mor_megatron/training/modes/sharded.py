@@ -70,9 +70,16 @@ class Zero12(ShardedGradients):
     def __init__(self, deepspeed: DeepSpeedEngine):
         super().__init__(deepspeed)
         self._zero.scaled_global_norm = lambda: self.norm_and_clip()
+        own = set(self.module.parameters())
+        self._not_in_model = [weight for group in self._zero.bit16_groups for weight in group if weight not in own]
         if deepspeed.bfloat16_enabled() or deepspeed.fp16_enabled():
             # ZeRO 2 would round to the parameters' type what a backward pass leaves before it is reduced.
             self._zero._gradient_reduction_buffer_dtype = lambda: torch.float32
+
+    def _step(self, clip_grad: float, sections: Sections) -> StepOutcome:
+        for weight in self._not_in_model:
+            (0.0 * weight).sum().backward()  # DeepSpeed does not step without a gradient
+        return super()._step(clip_grad, sections)
 
     def discard(self) -> None:
         super().discard()
@@ -97,7 +104,7 @@ class Zero12(ShardedGradients):
                 shards += zip(parameters, real, strict=False)  # trailing padding is not always marked
         return shards
 
-    def parameter_slices(self) -> list[ParameterSlice]:
+    def updated_slices(self) -> list[ParameterSlice]:
         return list(slices_of_partitions(self.module, self._zero.single_partition_of_fp32_groups))
 
     @torch.no_grad()

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from mor_megatron.config.deepspeed_settings import GRADIENT_BUCKET
 from mor_megatron.distributed.cpu import device
-from mor_megatron.model.stored_names import stored_parameters
 from mor_megatron.training.gradients import Gradients, clip, global_norm
 from mor_megatron.training.modes.base import Engine, StepOutcome
-from mor_megatron.training.modes.slices import ParameterSlice, slices_of_partitions
+from mor_megatron.training.modes.slices import ParameterSlice, slices_of_partitions, trained_parameters
 from mor_megatron.training.modes.uses import accumulate_each_use
 from mor_megatron.training.sections import Sections
 
@@ -62,8 +61,8 @@ class Fp32(WholeGradients):
     def optimizer(self) -> torch.optim.Optimizer:
         return self.deepspeed.optimizer
 
-    def parameter_slices(self) -> list[ParameterSlice]:
-        named = stored_parameters(self.module)
+    def updated_slices(self) -> list[ParameterSlice]:
+        named = trained_parameters(self.module)
         return [ParameterSlice(name, weight, 0, weight.numel(), weight, 0) for name, weight in named]
 
     def refresh(self) -> None:
@@ -83,9 +82,9 @@ class Bf16(WholeGradients):
         self.optimizer.state.clear()
         deepspeed.optimizer.mpu = None  # its own norm, which nothing reads, would take collectives a parameter group
 
-    def parameter_slices(self) -> list[ParameterSlice]:
+    def updated_slices(self) -> list[ParameterSlice]:
         copies = {id(weight): copy for weight, copy in self._copies()}
-        named = stored_parameters(self.module)
+        named = trained_parameters(self.module)
         return [ParameterSlice(name, weight, 0, weight.numel(), copies[id(weight)], 0) for name, weight in named]
 
     @torch.no_grad()
@@ -131,7 +130,7 @@ class Bf16Zero1(WholeGradients):
         for flat in self.flat_gradients():  # a bucket of one tensor is reduced in place
             self.deepspeed.allreduce_bucket([flat], parallel_state.get_data_parallel_group())
 
-    def parameter_slices(self) -> list[ParameterSlice]:
+    def updated_slices(self) -> list[ParameterSlice]:
         return list(slices_of_partitions(self.module, self.deepspeed.optimizer.fp32_groups_flat_partition))
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ def wrap(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> 
     if not torch.cuda.is_available():
         # A shared-memory all-reduce that DeepSpeed would compile at start, for minutes; gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    with quiet():
+    with quiet(), _names_of_all(model, optimizer):
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -43,6 +43,19 @@ def wrap(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> 
             dist_init_required=False,
         )
     return engine
+
+
+@contextlib.contextmanager
+def _names_of_all(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Let DeepSpeed find in the model what it steps: the one weight of an optimizer that has none of the model's."""
+    own = set(model.parameters())
+    (first, *_) = (weight for group in optimizer.param_groups for weight in group["params"])
+    if first in own:
+        yield
+        return
+    model.register_parameter("nothing", first)
+    yield
+    del model.nothing
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from megatron.core import parallel_state
-from torch import nn
+from torch import Tensor, nn
 
 from mor_megatron.model.stored_names import stored_parameters
 from mor_megatron.training.gradients import Gradients
@@ -20,6 +20,7 @@ class Zero3(ShardedGradients):
     """Weights are gathered before a module runs; gradients, fp32 copies and optimizer state lie in partitions."""
 
     wraps = DeepSpeedZeroOptimizer_Stage3
+    partitions_weights = True
 
     def __init__(self, deepspeed: DeepSpeedEngine):
         super().__init__(deepspeed)
@@ -46,17 +47,22 @@ class Zero3(ShardedGradients):
             for parameter, group, begin, length in self._places()
         ]
 
-    def parameter_slices(self) -> list[ParameterSlice]:
-        rank = parallel_state.get_data_parallel_rank()
+    def updated_slices(self) -> list[ParameterSlice]:
         names = {id(parameter): name for name, parameter in stored_parameters(self.module)}
-        slices = []
-        for parameter, group, begin, length in self._places():
-            offset = rank * length
-            real = min(length, parameter.ds_numel - offset)  # partitions are of one size, the last ones padded
-            if real > 0:
-                updated = self._zero.fp32_partitioned_groups_flat[group]
-                slices.append(ParameterSlice(names[id(parameter)], parameter, offset, real, updated, begin))
-        return slices
+        flat = self._zero.fp32_partitioned_groups_flat
+        return [
+            part
+            for parameter, group, begin, length in self._places()
+            for part in _of_this_rank(names[id(parameter)], parameter, length, flat[group], begin)
+        ]
+
+    def frozen_slices(self) -> list[ParameterSlice]:
+        return [
+            part
+            for name, parameter in stored_parameters(self.module)
+            if not parameter.requires_grad
+            for part in _of_this_rank(name, parameter, parameter.ds_tensor.numel(), parameter.ds_tensor, 0)
+        ]
 
     def shard_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
         return tuple(parameter.ds_shape)  # an empty tensor is in the weight's place
@@ -76,3 +82,13 @@ class Zero3(ShardedGradients):
         for parameters in self._zero.fp16_groups:
             for parameter in parameters:
                 yield parameter, *self._zero.grad_position[self._zero.get_param_id(parameter)]
+
+
+def _of_this_rank(
+    name: str, parameter: nn.Parameter, length: int, tensor: Tensor, begin: int
+) -> Iterator[ParameterSlice]:
+    """What this rank has of a parameter, if anything: partitions are of one `length`, the last ones padded."""
+    offset = parallel_state.get_data_parallel_rank() * length
+    real = min(length, parameter.ds_numel - offset)
+    if real > 0:
+        yield ParameterSlice(name, parameter, offset, real, tensor, begin)

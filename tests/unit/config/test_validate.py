@@ -22,6 +22,12 @@ def run(flags: str, world_size: int = 1) -> Config:
 
 # flags -> what the message must contain: the field with its value, then the remedy.
 REFUSED = {
+    "frozen without relaxation": (
+        "--num-recursions 2 --num-layers 6 --freeze base",
+        "freeze=base",
+        "--relaxation lora",
+    ),
+    "frozen without routers": ("--freeze all-but-routers", "freeze=all-but-routers .*routing=none", "--freeze none"),
     "zero layers": ("--num-layers 0", "num-layers=0", "use 1 or more"),
     "negative decay": ("--weight-decay -0.1", "weight-decay=-0.1", "use 0 or more"),
     "zero lr": ("--lr 0", "lr=0.0", "use a value above 0"),

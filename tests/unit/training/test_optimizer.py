@@ -15,6 +15,8 @@ class Net(nn.Module):
         self.linear = nn.Linear(4, 3)
         self.auxiliary = nn.Linear(4, 1, bias=False)
         self.auxiliary.weight.lr_mult = 10.0
+        self.adapter = nn.Linear(4, 2, bias=False)
+        self.adapter.weight.lr_mult, self.adapter.weight.weight_decay = 3.0, 0.02
         self.frozen = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
 
 
@@ -24,6 +26,7 @@ def test_norms_and_biases_are_not_decayed_and_lr_mult_is_a_group():
     got = [(group["weight_decay"], group["lr_mult"], [id(p) for p in group["params"]]) for group in groups]
     assert got == [
         (0.1, 1.0, [id(net.linear.weight)]),
+        (0.02, 3.0, [id(net.adapter.weight)]),
         (0.1, 10.0, [id(net.auxiliary.weight)]),
         (0.0, 1.0, [id(net.norm.weight), id(net.linear.bias)]),
     ]
@@ -32,7 +35,7 @@ def test_norms_and_biases_are_not_decayed_and_lr_mult_is_a_group():
 def test_learning_rate_is_multiplied():
     optimizer = build_optimizer(Net(), OptimizerConfig())
     set_learning_rate(optimizer.param_groups, 0.5)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 5.0, 0.5]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 1.5, 5.0, 0.5]
 
 
 def test_decay_is_decoupled_and_spares_norms():
