@@ -93,7 +93,8 @@ def best_share(pass_cost: float, turn_cost: float, active: np.ndarray) -> float:
         pass_cost, turn_cost: what does not depend on the number of rows.
         active: rows at each recursion, [Nr].
     """
-    passes, turns = simulate(SHARES, 1.0 - np.append(active[1:] / active[:-1], 0.0))
+    staying = active[1:] / np.maximum(active[:-1], 1e-9)  # nothing may have been there for long
+    passes, turns = simulate(SHARES, 1.0 - np.append(staying, 0.0))
     return float(SHARES[np.argmin(pass_cost * passes + turn_cost * turns)])
 
 

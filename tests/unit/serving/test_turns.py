@@ -27,6 +27,8 @@ def test_dear_turns_are_waited_for():
 def test_depths_without_choice_are_taken_in_lock_step():
     assert best_share(1.0, 1.0, np.array([5.0, 5.0, 5.0])) >= 0.5
     assert best_share(1.0, 1.0, np.array([5.0])) in SHARES
+    with np.errstate(all="raise"):
+        assert best_share(1.0, 1.0, np.array([5.0, 0.0, 0.0])) in SHARES
 
 
 def test_line_through_noise_and_without_spread():
