@@ -34,7 +34,10 @@ def problem() -> tuple[Tensor, ...]:
     """Rows and head of the model and of its teacher, labels, and what each token weighs."""
     draw = torch.Generator().manual_seed(0)
     ours = torch.randn(LENGTH, BATCH, WIDTH, generator=draw), torch.randn(PADDED, WIDTH, generator=draw)
-    theirs = torch.randn(LENGTH, BATCH, TEACHER_WIDTH, generator=draw), torch.randn(PADDED, TEACHER_WIDTH)
+    theirs = (
+        torch.randn(LENGTH, BATCH, TEACHER_WIDTH, generator=draw),
+        torch.randn(PADDED, TEACHER_WIDTH, generator=draw),
+    )
     counted = (torch.rand(LENGTH, BATCH, generator=draw) > 0.3).float()
     return *ours, *theirs, torch.randint(VOCABULARY, (LENGTH, BATCH), generator=draw), counted
 
