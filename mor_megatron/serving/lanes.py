@@ -108,10 +108,12 @@ class Lanes:
         return set(np.flatnonzero(self.is_open).tolist())
 
     def demand(self) -> Iterator[tuple[int, int]]:
-        """(slot, table of the block) that the next pass adds a row to."""
+        """(slot, table of the block) that the next pass adds a row to, and that has no room for it."""
         count = self.store.recursions
         slots = np.flatnonzero(self.is_open & (self.recursion < count))
-        return zip(slots.tolist(), (slots * count + self.recursion[slots]).tolist(), strict=True)
+        tables = slots * count + self.recursion[slots]
+        lacks = self.store.block.missing(tables, 1) > 0
+        return zip(slots[lacks].tolist(), tables[lacks].tolist(), strict=True)
 
     def forget(self, slot: int) -> None:
         """The sequence has left."""

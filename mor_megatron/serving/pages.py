@@ -62,7 +62,7 @@ class Pages:
         """Pages for so many rows of one table."""
         return -(-rows // self.size) if self.layers else 0 * rows
 
-    def missing(self, tables: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def missing(self, tables: np.ndarray, rows: np.ndarray | int) -> np.ndarray:
         """Pages that tables lack for so many more rows each."""
         return np.maximum(0, self.needed(self.rows[tables] + rows) - self.held[tables])
 

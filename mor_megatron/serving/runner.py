@@ -92,7 +92,7 @@ class Runner:
         return [rows[r] for r in range(self.plan.num_recursions)]
 
     def demand(self) -> dict[tuple[int, int], int]:
-        """(slot, table of the block) -> rows that the next pass adds to it."""
+        """(slot, table of the block) -> rows that the next pass adds to it; not all tables that have room for them."""
         rows: Counter[tuple[int, int]] = Counter()
         for cohort in self.cohorts:
             if cohort.recursion < self.store.recursions:

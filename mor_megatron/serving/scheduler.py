@@ -88,9 +88,10 @@ class Scheduler:
 
     def reserve_pass(self) -> None:
         """Pages for the next pass of the block."""
-        running = {request.slot: request for request in self.running}
         demand = self.runner.demand()
-        self.reserve(self.store.block, {(running[slot], table): rows for (slot, table), rows in demand.items()})
+        if demand:
+            running = {request.slot: request for request in self.running}
+            self.reserve(self.store.block, {(running[slot], table): rows for (slot, table), rows in demand.items()})
 
     def reserve(self, pages: Pages, demand: dict[tuple[Request, int], int]) -> None:
         """Pages for more rows.
