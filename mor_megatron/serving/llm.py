@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 from mor_megatron.inference.loading import encode, load_model
-from mor_megatron.serving.engine import Engine, EngineOptions
+from mor_megatron.serving.engine import Engine
+from mor_megatron.serving.options import EngineOptions
 from mor_megatron.serving.request import Event, FinishReason, Logprob, Request, SamplingParams
 
 

@@ -7,8 +7,9 @@ from dataclasses import fields
 
 from mor_megatron.command import load_extension
 from mor_megatron.inference.loading import load_model
-from mor_megatron.serving.engine import Engine, EngineOptions
+from mor_megatron.serving.engine import Engine
 from mor_megatron.serving.http.options import ServerOptions
+from mor_megatron.serving.options import EngineOptions
 
 
 def server_options(args: Namespace) -> ServerOptions:
