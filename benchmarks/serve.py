@@ -18,9 +18,11 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import random
 import statistics
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -221,7 +223,12 @@ def measure(args: argparse.Namespace) -> list[dict]:
     gc.freeze()  # as a server would: no pass over all modules within a step
     for lanes in args.lanes:
         contenders = contenders_of(lanes, models, args)
+        begin = time.perf_counter()
         for number in range(args.rounds):
+            spent = time.perf_counter() - begin
+            if number and spent + spent / number > args.budget:
+                print(f"{lanes} lanes: {number} of {args.rounds} rounds, for another may exceed --budget", flush=True)
+                break
             works = requests(args.waves * lanes, number + 1, args)
             tokens = sum(len(work.new) for work in works)
             for contender in contenders:
@@ -298,6 +305,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--turn-at", nargs="*", type=int, help="beside automatic; default 1, B/4, B/2, B of B lanes")
     parser.add_argument("--waves", type=int, default=2, help="requests for each lane")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds for all rounds with so many lanes")
     parser.add_argument("--prompt", nargs=2, type=int, default=[64, 256], help="fewest and most tokens")
     parser.add_argument("--new", nargs=2, type=int, default=[32, 128], help="fewest and most tokens")
     parser.add_argument("--block", type=int, default=2, help="layers of the block; vanilla has as many unrolled layers")
