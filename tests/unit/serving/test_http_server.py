@@ -326,10 +326,14 @@ def _serve(pipe, **options) -> None:
     """A server that may have few open files, as many shells allow."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, most))
-    with listen(ServerOptions(port=0)) as bound:
-        port = bound.getsockname()[1]
-    pipe.send(port)
-    os._exit(serve(engine_of(), ServerOptions(name="tiny", port=port, **options)))
+
+    def tell(options: ServerOptions) -> socket.socket:
+        bound = listen(options)
+        pipe.send(bound.getsockname()[1])
+        return bound
+
+    run.listen = tell  # this process is for nothing else
+    os._exit(run.serve(engine_of(), ServerOptions(name="tiny", port=0, **options)))
 
 
 @contextmanager
