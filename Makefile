@@ -11,6 +11,8 @@ TORCH_BACKEND ?= cpu
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+# Most modules are never imported; the others are compiled when they are.
+INSTALL := $(PIP) install -q --no-compile
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 
@@ -49,12 +51,12 @@ $(PY):
 # pip may already have the CPU build; otherwise uv knows where PyTorch keeps each build.
 $(STAMP): requirements.txt requirements-dev.txt requirements-eval.txt requirements-serve.txt | $(PY)
 	@echo "Setting up $(VENV) (once, a few minutes)"
-	@{ test $(TORCH_BACKEND) = cpu && $(PIP) install -q torch==$(TORCH)+cpu 2> /dev/null; } \
-		|| { $(PIP) install -q uv && $(VENV)/bin/uv pip install --python $(PY) \
+	@{ test $(TORCH_BACKEND) = cpu && $(INSTALL) torch==$(TORCH)+cpu 2> /dev/null; } \
+		|| { $(INSTALL) uv && $(VENV)/bin/uv pip install --python $(PY) \
 			--torch-backend=$(TORCH_BACKEND) torch==$(TORCH); } \
 		|| { echo "No $(TORCH_BACKEND) build of torch was found: installing pip's own"; \
-			$(PIP) install torch==$(TORCH); }
-	$(PIP) install -q -r requirements.txt -r requirements-dev.txt -r requirements-eval.txt \
+			$(PIP) install --no-compile torch==$(TORCH); }
+	$(INSTALL) -r requirements.txt -r requirements-dev.txt -r requirements-eval.txt \
 		-r requirements-serve.txt
-	$(PIP) install -q --no-deps -e .
+	$(INSTALL) --no-deps -e .
 	@touch $@
