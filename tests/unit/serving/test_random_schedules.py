@@ -134,6 +134,7 @@ def test_every_schedule_gives_what_each_gets_alone(kind, crowd, way, spare):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @settings(patient, max_examples=10_000)
 @crowds
 def test_ten_thousand_schedules(kind, crowd, way, spare):
