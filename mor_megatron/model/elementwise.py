@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mor_megatron.distributed.gpu import LIBRARIES, check_gpu
 from mor_megatron.model import functional
 
 Result = TypeVar("Result")
@@ -102,10 +103,16 @@ def implementation(device_type: str) -> Elementwise:
 
 
 def tried(load: Callable[[], Result], otherwise: str) -> Result | None:
-    """What `load` gives; or None, and a warning of what follows and why."""
+    """What `load` gives, which runs a kernel; or None, and a warning of what follows and why.
+
+    Raises:
+        ValueError: the kernel has crashed the GPU.
+    """
+    result = None
     try:
-        return load()
+        result = load()
     except Exception as error:  # a library, a compiler, a driver: each has its own
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         logging.getLogger(__name__).warning("%s: %s", otherwise, reason)
-        return None
+    check_gpu(f"the kernel without which {otherwise}", LIBRARIES)
+    return result

@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from mor_megatron.config.schema import Config
+from mor_megatron.distributed.gpu import LIBRARIES, check_gpu
 from mor_megatron.distributed.libraries import NAMES, why_not
 from mor_megatron.model.attention_by_shape import AttentionByShape, AttentionKernels
 from mor_megatron.model.attention_check import LAYER, Heads, errors, expected, outputs_and_gradients, random_case
@@ -25,6 +26,13 @@ CUDNN_FIRST = (9, 10)
 """Major compute capabilities, Hopper's and Blackwell's, on which cuDNN is the faster one."""
 CUDNN_RIGHT = 91501
 """Before cuDNN 9.15.1, gradients are wrong where 128 does not divide the number of rows (pytorch issue 169849)."""
+WITHOUT = {
+    "cudnn": "use --attention-backend flash",
+    "flash": LIBRARIES,
+    "varlen_attn": "use --attention-backend sdpa",
+    "range attention": "use --attention-backend sdpa",
+}
+"""How to run without a kernel."""
 ROUNDING = 0.05
 """Error of bf16, relative to the largest value, is below 0.01; of an attention that is not the right one, above 0.1."""
 
@@ -36,7 +44,7 @@ def attention_kernels(config: Config) -> AttentionKernels | None:
     reason reported.
 
     Raises:
-        ValueError: a kernel is asked for and cannot be had here.
+        ValueError: a kernel is asked for and cannot be had here, or crashes the GPU.
     """
     wanted, plan, length = config.training.attention_backend, config.plan, config.data.seq_length
     if not torch.cuda.is_available():
@@ -44,12 +52,12 @@ def attention_kernels(config: Config) -> AttentionKernels | None:
             raise ValueError(f"attention-backend={wanted}, but this machine has no CUDA: use auto or sdpa")
         return None
     heads = _heads(config)
-    obstacles = {name: _why_not_regular(name, heads) for name in REGULAR}
+    prefers_flash = wanted != "cudnn" and torch.cuda.get_device_capability()[0] not in CUDNN_FIRST
+    names = [name for name in REGULAR if name == "flash" or not (wanted == "flash" or prefers_flash)]
+    obstacles = {name: _why_not_regular(name, heads) for name in names}
     if obstacles.get(wanted) is not None:
         raise ValueError(f"attention-backend={wanted}, but {obstacles[wanted]}: use auto or sdpa")
-    taken = [name for name in REGULAR if obstacles[name] is None]
-    if wanted == "flash" or (wanted != "cudnn" and torch.cuda.get_device_capability()[0] not in CUDNN_FIRST):
-        taken = [name for name in taken if name != "cudnn"]
+    taken = [name for name in names if obstacles[name] is None]
     no_varlen = no_ranges = None
     if wanted == "sdpa":
         no_varlen = no_ranges = "attention-backend=sdpa"
@@ -133,7 +141,9 @@ def tried(name: str, heads: Heads) -> str | None:
     """What goes wrong where this kernel attends, forward and backward, in one line; or None.
 
     Args:
-        name: cudnn, flash, varlen_attn or range attention.
+        name: a key of `WITHOUT`.
+    Raises:
+        ValueError: it has crashed the GPU.
     """
     length, batch, most = 300, 3, 250  # not a multiple of any tile
     rows = torch.arange(length * batch, device=heads.device).view(length, batch)
@@ -151,6 +161,7 @@ def tried(name: str, heads: Heads) -> str | None:
         found = outputs_and_gradients(AttentionByShape(*LAYER, kernels=kernels), pattern, inputs)
         off = errors(found, expected(pattern, inputs))
     except Exception as error:  # a compiler, a driver, a library: each has its own
+        check_gpu(name, WITHOUT[name])
         return f"{name} fails with {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     if all(each < ROUNDING for each in off):  # and so no NaN
         return None

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mor_megatron.distributed.gpu import check_gpu
 from mor_megatron.huggingface.attention_mor import Pair
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 from mor_megatron.serving.kernel import DeviceKernels
@@ -28,6 +29,8 @@ def build_lanes(
         enforce_eager: launch kernels one by one.
     Returns:
         None: the routing method, from an extension, does not run on rows of several recursions.
+    Raises:
+        ValueError: a kernel has crashed the GPU.
     """
     options = (model.config.depth, model.config.router_threshold)
     try:
@@ -35,15 +38,16 @@ def build_lanes(
         lanes.prepare(lambda function: function)
     except (RuntimeError, ValueError, TypeError) as error:
         logger.warning(f"no lanes for routing={model.model.router.name}, so its sequences decode more slowly: {error}")
-        return None
-    if model.device.type == "cuda" and not enforce_eager:
+        lanes = None
+    check_gpu("a kernel of the engine", "use attention=torch")
+    if lanes is not None and model.device.type == "cuda" and not enforce_eager:
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         try:
             lanes.prepare(lambda function: captured(function, pool, stream))
             lanes.is_captured = True
         except RuntimeError as error:
             logger.warning(f"no CUDA graphs for routing={model.model.router.name}: {error}")
-            torch.cuda.synchronize()
+            check_gpu("a CUDA graph", "use enforce_eager")
             lanes.prepare(lambda function: function)
     return lanes
 

@@ -13,7 +13,7 @@ from models import SEQ, small_config
 from torch.nn.attention import SDPBackend
 
 from mor_megatron.config.schema import Config
-from mor_megatron.model import attention_by_shape, build_model, kernels, layer_spec, ranges
+from mor_megatron.model import attention_by_shape, build_model, elementwise, kernels, layer_spec, ranges
 from mor_megatron.model.attention_by_shape import AttentionByShape
 from mor_megatron.model.attention_check import Heads
 from mor_megatron.model.kernels import attention_kernels, uses_transformer_engine
@@ -149,6 +149,32 @@ def test_what_fails_or_computes_something_else_is_found(monkeypatch):
     assert re.fullmatch(
         r"range attention is wrong here, by .*, 1, .* of the largest value", tried("range attention", heads)
     )
+
+
+def test_a_kernel_that_crashes_the_gpu_ends_the_run(monkeypatch):
+    """Nothing could take its place: every later call would fail, too."""
+
+    def illegal() -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore")
+
+    heads = Heads(4, 2, 16, torch.float32, "cpu")
+    monkeypatch.setattr(attention_by_shape, "_range_attention", lambda: illegal)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", illegal)
+    message = r"range attention has crashed .* \(CUDA error: an illegal memory access was encountered\): .* sdpa"
+    with pytest.raises(ValueError, match=message):
+        kernels.tried.__wrapped__("range attention", heads)
+    with pytest.raises(ValueError, match=r"without which the loss is not fused has crashed .*Triton"):
+        elementwise.tried(lambda: True, "the loss is not fused")  # a launch succeeds, and fails later
+
+
+def test_a_kernel_that_a_flag_avoids_is_not_tried(gpu, monkeypatch):
+    seen = []
+    gpu(HOPPER)
+    monkeypatch.setattr(kernels, "tried", lambda name, heads: seen.append(name))
+    for backend in ("flash", "sdpa"):
+        attention_kernels(_config("expert", attention_backend=backend))
+    assert seen == ["flash", "range attention", "cudnn", "flash"]
 
 
 def test_fp32_stays_in_fp32(gpu):
