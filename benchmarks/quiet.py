@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 from mor_megatron.inference.loading import encode
 from mor_megatron.serving import Engine, EngineOptions, Request
-from mor_megatron.serving.http.protocol import CompletionBody
+from mor_megatron.serving.http.protocol import Body, ChatBody, CompletionBody
 
 ROUNDING = 1e-5  # relative; fp32 rounds at 6e-8, and sums of a few layers collect some of that
 LOGPROB = 1e-3  # absolute; what ROUNDING makes of a log-probability
@@ -60,12 +60,9 @@ class QuietRun:
 
     def choices(self, engine: Engine, visit: Visit) -> list[Choice]:
         """What an engine makes of a request that has it to itself."""
-        body = CompletionBody.model_validate(visit.body)
-        (prompt,) = body.prompts
+        prompt, body, own = self._asked(visit)
         ids = encode(prompt, self.tokenizer, engine.model.config.vocab_size) if isinstance(prompt, str) else prompt
-        params = body.sampling_params(
-            max_tokens=body.max_tokens, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None
-        )
+        params = body.sampling_params(**own)
         seeds = [params.seed if params.seed is None else params.seed + i for i in range(body.n)]
         requests = []
         for seed in seeds:
@@ -73,10 +70,24 @@ class QuietRun:
             engine.drain()
         return [self._choice(request, body) for request in requests]
 
-    def _choice(self, request: Request, body: CompletionBody) -> Choice:
+    def _asked(self, visit: Visit) -> tuple[str | list[int], Body, dict]:
+        """The prompt, the body, and the parameters that the two kinds of bodies name differently."""
+        if visit.is_chat:
+            body = ChatBody.model_validate(visit.body)
+            messages = [message.for_template() for message in body.messages]
+            prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            reports = body.top_logprobs if body.logprobs else None
+            return prompt, body, {"max_tokens": body.max_completion_tokens, "logprobs": reports}
+        body = CompletionBody.model_validate(visit.body)
+        (prompt,) = body.prompts
+        reports = {"logprobs": body.logprobs, "prompt_logprobs": body.logprobs if body.echo else None}
+        return prompt, body, {"max_tokens": body.max_tokens, **reports}
+
+    def _choice(self, request: Request, body: Body) -> Choice:
         reports = [*request.prompt_logprobs, *request.logprobs]
+        echoes = isinstance(body, CompletionBody) and body.echo
         return Choice(
-            (self.tokenizer.decode(request.prompt) if body.echo else "") + request.shown,
+            (self.tokenizer.decode(request.prompt) if echoes else "") + request.shown,
             request.finish_reason,
             request.depths[len(request.prompt) :] if body.return_depths else [],
             [None if report is None else report.token for report in reports],

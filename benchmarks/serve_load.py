@@ -30,7 +30,7 @@ import transformers
 from processor import processor
 from quiet import QuietRun
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from traffic import ALPHABET, Answer, Visit, send, visits
+from traffic import ALPHABET, TEMPLATE, Answer, Visit, send, visits
 from transformers import PreTrainedTokenizerFast
 
 from mor_megatron.huggingface.configuration_mor import MoRConfig
@@ -61,7 +61,7 @@ def build(args: argparse.Namespace) -> tuple[MoRForCausalLM, PreTrainedTokenizer
     characters = Tokenizer(models.WordLevel({c: i for i, c in enumerate(ALPHABET)}, unk_token="?"))
     characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     characters.decoder = decoders.Fuse()
-    return MoRForCausalLM(config).eval(), PreTrainedTokenizerFast(tokenizer_object=characters)
+    return MoRForCausalLM(config).eval(), PreTrainedTokenizerFast(tokenizer_object=characters, chat_template=TEMPLATE)
 
 
 @dataclass
@@ -221,8 +221,7 @@ def run(args: argparse.Namespace) -> Report:
 
 def kv_bytes(model: MoRForCausalLM, plan: list[Visit], args: argparse.Namespace) -> int:
     """Memory for a fifth of the tokens that requests in all lanes have on average."""
-    bodies = [visit.body for visit in plan if visit.fault is None]
-    mean = statistics.mean(len(body["prompt"]) + body["max_tokens"] for body in bodies)
+    mean = statistics.mean(visit.longest for visit in plan if visit.fault is None)
     whole = Engine(model, None, EngineOptions(lanes=1, page_size=PAGE_SIZE))
     return int(args.lanes * mean / 5 * whole.store.nbytes() / whole.kv_tokens)
 

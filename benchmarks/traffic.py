@@ -17,6 +17,10 @@ import httpx
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz .,:;!?\n012345"
 """Prompts are of these characters."""
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}you:{% endif %}"
+)
+"""Of conversations; it adds no other characters."""
 Outcome = Literal["answered", "left", "malformed", "overloaded", "wrong"]
 """As it should be; cut off by the client; refused with status 400 or 413 and the field's name; refused with status 429;
 anything else."""
@@ -24,7 +28,7 @@ anything else."""
 
 @dataclass(frozen=True)
 class Visit:
-    """One request to /v1/completions.
+    """One request for a completion, or for the next turn of a conversation.
 
     Attributes:
         arrives: seconds after the start.
@@ -37,6 +41,18 @@ class Visit:
     body: dict[str, Any] | bytes
     leaves_after: int | None = None
     fault: str | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        return isinstance(self.body, dict) and "messages" in self.body
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a well-formed one, without what the chat template adds."""
+        if self.is_chat:
+            system, user = (message["content"] for message in self.body["messages"])
+            return len(system) + len(user[0]["text"]) + self.body["max_completion_tokens"]
+        return len(self.body["prompt"]) + self.body["max_tokens"]
 
     @property
     def is_stream(self) -> bool:
@@ -82,7 +98,8 @@ def visits(count: int, rate: float, longest: int, most_body: int, seed: int = 0)
         body = _body(r, longest, beginnings)
         leaves = None
         if i in leaving:
-            body |= {"stream": True, "max_tokens": max(8, body["max_tokens"])}
+            most = "max_completion_tokens" if "messages" in body else "max_tokens"
+            body |= {"stream": True, most: max(8, body[most])}
             leaves = r.randrange(0, 6)
         found.append(Visit(now, body, leaves))
     return found
@@ -117,7 +134,21 @@ def _body(r: random.Random, longest: int, beginnings: list[str]) -> dict[str, An
     for chance, values in options:
         if r.random() < chance:
             body |= values
-    return body
+    return _chat(body, prompt[: longest // 3], r) if r.random() < 0.3 else body
+
+
+def _chat(body: dict[str, Any], prompt: str, r: random.Random) -> dict[str, Any]:
+    """The same options for a conversation of two messages."""
+    cut, reports = r.randint(0, len(prompt)), body.get("logprobs")
+    own = {
+        "messages": [
+            {"role": "system", "content": prompt[:cut]},
+            {"role": "user", "content": [{"type": "text", "text": prompt[cut:]}]},
+        ],
+        "max_completion_tokens": body["max_tokens"],
+        **({} if reports is None else {"logprobs": True, "top_logprobs": reports}),
+    }
+    return {key: value for key, value in body.items() if key not in ("prompt", "max_tokens", "echo")} | own
 
 
 def _faults(longest: int, most_body: int) -> list[tuple[str, dict | bytes]]:
@@ -125,12 +156,14 @@ def _faults(longest: int, most_body: int) -> list[tuple[str, dict | bytes]]:
     return [
         ("max_tokens", {"prompt": "a", "max_tokens": "many"}),
         ("prompt", {"prompt": "a" * (longest + 1)}),
+        ("messages", {"messages": [{"role": "user", "content": "a" * longest}]}),
         ("body", b'{"prompt": "a", '),
         ("body", json.dumps({"prompt": "a" * most_body}).encode()),
         ("colour", {"prompt": "a", "colour": "blue"}),
         ("prompt", {"prompt": [0, 10**6]}),
         ("prompt", {"prompt": [0.5] * 100}),
         ("temperature", {"prompt": "a", "temperature": -1.0}),
+        ("messages", {"messages": [{"role": "user"}]}),
     ]
 
 
@@ -181,7 +214,8 @@ async def _ask(http: httpx.AsyncClient, url: str, visit: Visit, answer: Answer) 
     content = visit.body if isinstance(visit.body, bytes) else json.dumps(visit.body).encode()
     headers = {"Content-Type": "application/json"}
     start = time.monotonic()
-    async with http.stream("POST", f"{url}/v1/completions", content=content, headers=headers) as response:
+    path = "chat/completions" if visit.is_chat else "completions"
+    async with http.stream("POST", f"{url}/v1/{path}", content=content, headers=headers) as response:
         answer.status = response.status_code
         if visit.is_stream and response.status_code == 200:
             await _read_stream(response, visit, answer, start)
@@ -228,6 +262,7 @@ async def _read_stream(response: httpx.Response, visit: Visit, answer: Answer, s
 
 def _join(parts: list[dict]) -> dict[str, Any]:
     """The parts of a choice as one."""
+    parts = [_as_completion(part) for part in parts]
     logprobs = [part["logprobs"]["token_logprobs"] for part in parts if part["logprobs"]]
     return {
         "text": "".join(part["text"] for part in parts),
@@ -235,3 +270,12 @@ def _join(parts: list[dict]) -> dict[str, Any]:
         "depths": [depth for part in parts for depth in part.get("depths", [])],
         "token_logprobs": [value for values in logprobs for value in values],
     }
+
+
+def _as_completion(choice: dict) -> dict:
+    """What a conversation calls otherwise, under the names of a completion."""
+    message = choice.get("delta", choice.get("message"))
+    if message is None:
+        return choice
+    reports = choice["logprobs"] and {"token_logprobs": [entry["logprob"] for entry in choice["logprobs"]["content"]]}
+    return choice | {"text": message["content"], "logprobs": reports}

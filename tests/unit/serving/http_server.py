@@ -11,6 +11,7 @@ from functools import cache
 
 from serving_models import VOCAB, model_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from traffic import TEMPLATE
 from transformers import PreTrainedTokenizerFast
 
 from mor_megatron.serving.engine import Engine, EngineOptions
@@ -19,9 +20,6 @@ from mor_megatron.serving.http.run import Server, listen
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz .,:;!?\n0123456"
 KEY = "secret"
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}you:{% endif %}"
-)
 
 
 @cache
