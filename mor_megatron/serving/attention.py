@@ -171,7 +171,7 @@ def run_layer(
     number: int,
     view: View,
     wanted: Tensor | None,
-    reads: Reads | DeviceReads | StaticReads,
+    reads: AnyReads,
 ) -> Tensor:
     """A layer on the rows of a pass: [T, H] -> [T, H], or of the wanted rows only, [W, H].
 

@@ -99,6 +99,8 @@ class Engine:
         )
         self.kv_tokens = self.store.tokens(model.model.router.planned_fractions())
         """Tokens that the pages have room for, if the router selects as many as planned."""
+        self.longest = min(self.max_length, self.store.longest())
+        """Most tokens of one sequence, whatever recursions they take."""
         kernel = choose(options.attention, model.dtype, model.device)
         self.prefixes = PrefixCache(self.store) if options.prefix_cache else None
         computed, on_cpu = model, model.device.type == "cpu"
@@ -224,14 +226,15 @@ class Engine:
             self.turns.saw_pass(rows, self._clock() - start)
 
     def _read_inbox(self) -> None:
+        # Before the inbox is read: what has been cancelled by now has been added by now.
+        cancelled = [self._cancelled.popleft() for _ in range(len(self._cancelled))]
         while self._inbox:
             request = self._inbox.popleft()
             self.scheduler.waiting.append(request)
             if request.params.max_tokens == 0 and request.params.prompt_logprobs is None:
                 self._end(request, "length")
-        while self._cancelled:
-            request = self._cancelled.popleft()
-            if request.finish_reason is None or request.slot >= 0:
+        for request in cancelled:
+            if not request.has_ended:
                 self._end(request, request.finish_reason or "cancelled")
 
     def _turn(self, finished: list[Request]) -> None:
@@ -315,7 +318,7 @@ class Engine:
     ) -> None:
         """The last event; all that a request holds is given back."""
         self.scheduler.remove(request)
-        request.finish_reason = reason
+        request.finish_reason, request.has_ended = reason, True
         self._tell(request, token, text + request.text.rest(), logprob, reason)
 
     def _tell(
@@ -334,23 +337,19 @@ class Engine:
         check_options(config, depth, threshold, "threshold")
         if not prompt:
             raise ValueError("prompt is empty: give at least one token")
-        wrong = next((token for token in (*prompt, *params.stop_token_ids) if not 0 <= token < config.vocab_size), None)
-        if wrong is not None:
-            raise ValueError(f"token {wrong} is not an id: use numbers from 0 to {config.vocab_size - 1}")
         if size + min(1, params.max_tokens) > self.max_length:
             raise ValueError(
                 f"prompt of {size} tokens leaves no room for another within max_length={self.max_length}: shorten it"
             )
-        longest = min(size + params.max_tokens, self.max_length)
-        needs = [
-            pages.needed(longest) * n for pages, n in zip(self.store.kinds, (1, self.store.recursions), strict=True)
-        ]
-        if any(need > pages.count for need, pages in zip(needs, self.store.kinds, strict=True)):
+        if min(size + params.max_tokens, self.max_length) > self.longest:
             raise ValueError(
-                f"prompt of {size} tokens and max_tokens={params.max_tokens} may need {sum(needs)} pages of keys and "
-                f"values, and there are {sum(pages.count for pages in self.store.kinds)}: use fewer tokens, or more "
-                "kv_bytes"
+                f"prompt of {size} tokens and max_tokens={params.max_tokens} may not fit, as the pages have room for "
+                f"{self.longest} tokens that take all recursions: use fewer tokens, or more kv_bytes"
             )
+        for name, tokens in (("prompt", prompt), ("stop_token_ids", params.stop_token_ids)):
+            wrong = next((token for token in tokens if not 0 <= token < config.vocab_size), None)
+            if wrong is not None:
+                raise ValueError(f"{name}: {wrong} is not an id, use numbers from 0 to {config.vocab_size - 1}")
 
 
 def _needs_prompt_logprobs(request: Request) -> bool:

@@ -16,8 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LN_2 = tl.constexpr(math.log(2))
-"""exp(x) = exp2(x / LN_2), and exp2 is the instruction that a GPU has."""
 SPLITS = 8
 """Parts of the keys of a table, where programs are fewer than processors."""
 
@@ -128,7 +126,7 @@ def paged_attention(
     if splits > 1:
         parts = torch.empty(count, heads, splits, width, dtype=torch.float32, device=query.device)
         peaks, totals = torch.empty(2, count, heads, splits, dtype=torch.float32, device=query.device).unbind()
-    scale = width**-0.5 / math.log(2)
+    scale = width**-0.5 / math.log(2)  # exp(x) = exp2(x / log(2)), and exp2 is the instruction that a GPU has
     _attend[len(begin) - 1, groups, splits](
         query, keys, values, parts, peaks, totals, tables, table, seen, begin, scale, tables.shape[1],
         query.stride(0), keys.stride(0), heads,

@@ -154,6 +154,10 @@ class Store:
         share = sum(fractions[: self.recursions])
         return int(min(p.count * p.size / n for p, n in zip(self.kinds, (1, share), strict=True) if p.layers))
 
+    def longest(self) -> int:
+        """Tokens of one sequence that there is room for, if all of them pass all recursions."""
+        return min(p.count // n * p.size for p, n in zip(self.kinds, (1, self.recursions), strict=True) if p.layers)
+
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
         buffers = [x for pages in self.kinds for x in (*pages.keys.values(), *pages.values.values())]

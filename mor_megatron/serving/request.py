@@ -43,7 +43,7 @@ class SamplingParams:
     seed: int | None = None
     """Seed of this request's samples: they do not depend on what runs beside it. None: another seed every time."""
     stop: tuple[str, ...] = ()
-    """Strings that end the text; they are not part of it."""
+    """Strings that end the text; they are not part of it. One string may be given by itself."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the text, like the end of sequence."""
     ignore_eos: bool = False
@@ -61,8 +61,8 @@ class SamplingParams:
 
     def __post_init__(self):
         check(self, dashes=False)
-        for name in ("stop", "stop_token_ids"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         if "" in self.stop:
             raise ValueError("stop='' would end every text at once: leave it out")
 
@@ -131,7 +131,8 @@ class Request:
     preemptions: int = 0
     chain: list[Any] = field(default_factory=list)
     """Its blocks in the prefix cache."""
-    is_cancelled: bool = False
+    has_ended: bool = False
+    """Whether the last event has been told."""
 
     def __post_init__(self):
         self.tokens = list(self.prompt)

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from mor_megatron.inference.loading import StreamDecoder
+from mor_megatron.inference.loading import StreamDecoder, continuation
 from mor_megatron.serving.http.protocol import Body
 from mor_megatron.serving.request import Event, Logprob, Request
 
@@ -56,8 +56,8 @@ class Choice:
         raise NotImplementedError
 
     def word(self, token: int) -> str:
-        """Text of a token by itself."""
-        return str(token) if self.tokenizer is None else self.tokenizer.decode([token])
+        """Text of a token within a text."""
+        return continuation(self.request.prompt[-1:], [token], self.tokenizer)
 
 
 class CompletionChoice(Choice):
@@ -112,7 +112,8 @@ class ChatChoice(Choice):
 
     def _entry(self, token: int, value: float) -> dict[str, Any]:
         word = self.word(token)
-        return {"token": word, "logprob": value, "bytes": list(word.encode())}
+        is_part = "\N{REPLACEMENT CHARACTER}" in word  # of a character, whose bytes are those of several tokens
+        return {"token": word, "logprob": value, "bytes": None if is_part else list(word.encode())}
 
 
 def usage(requests: list[Request], n: int) -> dict[str, Any]:

@@ -25,15 +25,16 @@ Many = Annotated[list[T], Field(fail_fast=True)]
 
 
 class Strict(BaseModel):
-    """Types are not converted, and unknown fields are refused: the first one speaks for all."""
+    """Types are not converted. null is as good as nothing. Unknown fields are refused: the first one speaks for all."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _one_unknown(cls, given: Any) -> Any:
+    def _given(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
+        given = {name: value for name, value in given.items() if value is not None}
         unknown = [name for name in given if name not in cls.model_fields]
         return {name: value for name, value in given.items() if name in cls.model_fields or name == unknown[0]}
 
@@ -54,13 +55,11 @@ class Body(Strict):
     repetition_penalty: float = 1.0
     min_tokens: int = 0
     seed: int | None = None
-    stop: str | Many[str] | None = None
+    stop: str | Many[str] = []
     stop_token_ids: Many[int] = []
     ignore_eos: bool = False
     user: str | None = None
     """Not used."""
-    logit_bias: None = None
-    """Not supported, and accepted as null only."""
     depth: int | None = None
     """Recursions of every token."""
     router_threshold: float | None = None
@@ -76,12 +75,12 @@ class Body(Strict):
         """
         names = {entry.name for entry in fields(SamplingParams)} & type(self).model_fields.keys()
         values = {name: getattr(self, name) for name in names - {"logprobs", "max_tokens"}}
-        values["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if len(values["stop"]) > MOST_STOPS:
-            raise ValueError(f"stop has {len(values['stop'])} strings: use at most {MOST_STOPS}")
-        if any(len(string) > LONGEST_STOP for string in values["stop"]):
+        params = SamplingParams(**values, last_depth=self.return_depths, **own)
+        if len(params.stop) > MOST_STOPS:
+            raise ValueError(f"stop has {len(params.stop)} strings: use at most {MOST_STOPS}")
+        if any(len(string) > LONGEST_STOP for string in params.stop):
             raise ValueError(f"stop has a string of more than {LONGEST_STOP} characters: use shorter ones")
-        return SamplingParams(**values, last_depth=self.return_depths, **own)
+        return params
 
     @property
     def sends_usage(self) -> bool:
@@ -100,9 +99,6 @@ class CompletionBody(Body):
     max_tokens: int = 16
     echo: bool = False
     logprobs: int | None = None
-    best_of: None = None
-    """Not supported, like `suffix`."""
-    suffix: None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 
 import pytest
 import torch
@@ -90,10 +91,10 @@ def test_limits():
         served.add(list(TEXT[:20]))
     with pytest.raises(ValueError, match="prompt is empty"):
         served.add([])
-    with pytest.raises(ValueError, match=f"token {VOCAB} is not an id"):
+    with pytest.raises(ValueError, match=f"prompt: {VOCAB} is not an id"):
         served.add([VOCAB])
     few = engine(kv_bytes=fewest_bytes(model_of(KIND), 12, 4))
-    with pytest.raises(ValueError, match=r"may need 16 pages .* and there are 13"):
+    with pytest.raises(ValueError, match=r"room for 12 tokens that take all recursions: use fewer"):
         few.add(list(TEXT[:9]), SamplingParams(max_tokens=4))
     assert run(few, TEXT[:9], max_tokens=3).finish_reason == "length"
     assert run(served, TEXT[:5], max_tokens=0).finish_reason == "length"
@@ -145,9 +146,34 @@ def test_cancelled_requests_leave_nothing():
     served.drain()
     served.cancel(requests[0])  # once more, when it has ended
     served.drain()
+    done = served.add(list(TEXT[:5]), SamplingParams(max_tokens=2, last_depth=True))
+    while done.finish_reason is None:
+        served.step()
+    served.scheduler.preempt(done)  # it would pass the model once more, for its last depth only
+    served.cancel(done)
+    served._read_inbox()
+    assert (served.has_work, done.finish_reason) == (False, "length")
     assert {request.finish_reason for request in requests} == {"cancelled"}
     served.prefixes.clear()
     assert all(len(pages.free) == pages.count for pages in served.store.kinds)
+
+
+def test_a_request_that_comes_and_goes_while_the_inbox_is_read():
+    """Added and cancelled by another thread just when nothing more was found."""
+    served, late = engine(), []
+
+    class Inbox(deque):
+        def __bool__(self) -> bool:
+            found = len(self) > 0
+            if not found and not late:
+                late.append(served.add(list(TEXT[:5])))
+                served.cancel(late[0])
+            return found
+
+    served._inbox = Inbox()
+    served.step()
+    served.drain()
+    assert late[0].finish_reason == "cancelled"
 
 
 def test_status():
@@ -197,6 +223,7 @@ def test_what_does_not_fit_is_refused():
         engine().add([1], SamplingParams(depth=4))
     with pytest.raises(ValueError, match=r"top_p=1.5 is out of range"):
         SamplingParams(top_p=1.5)
+    assert SamplingParams(stop="ab").stop == ("ab",)
     with pytest.raises(ValueError, match="lanes=0 is out of range: use 1 or more"):
         EngineOptions(lanes=0)
     with pytest.raises(ValueError, match="params has 1 values for 2 prompts"):
