@@ -53,6 +53,7 @@ def add_server(parser: ArgumentParser) -> None:
     server.add_argument("--max-waiting", type=int, help="requests that wait for a lane, before 429; default 256")
     server.add_argument("--max-logprobs", type=int, help="most likely tokens a request may ask for; default 20")
     server.add_argument("--max-body-size", type=int, help="bytes of a request, before 413; default 8 MiB")
+    server.add_argument("--receive-timeout", type=int, help="seconds for the body of a request, before 408; default 60")
     server.add_argument("--send-timeout", type=int, help="seconds for a client that takes nothing; default 60")
     server.add_argument("--shutdown-timeout", type=int, help="seconds to drain after SIGTERM; default 60")
     engine = parser.add_argument_group("engine")
@@ -68,7 +69,7 @@ def add_server(parser: ArgumentParser) -> None:
         "--kv-cache-memory-bytes", dest="kv_bytes", type=int, help="default: enough for all sequences at their longest"
     )
     engine.add_argument("--enable-prefix-caching", dest="prefix_cache", action=BooleanOptionalAction, default=True)
-    engine.add_argument("--turn-at", type=int, help="sequences that wait for the outer layers; default half of all")
+    engine.add_argument("--turn-at", type=int, help="sequences that wait for the outer layers; default: automatic")
     engine.add_argument("--attention-backend", dest="attention", choices=("auto", "native", "torch"))
     engine.add_argument("--enforce-eager", action="store_true", help="on a GPU, launch kernels without CUDA graphs")
 

@@ -39,7 +39,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Exit status 0: stopped by a signal; 1: the engine failed; 2: something does not fit or cannot be read."""
+    """Exit status 0: stopped by a signal; 1: the engine failed; 2: something does not fit or cannot be read; 130: a
+    second SIGINT."""
     args = parse()
     return exit_status(lambda: run(args))
 

@@ -80,7 +80,7 @@ class Service:
         most = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
         params = self._params(
             body,
-            max_tokens=max(1, self.engine.max_length - len(prompt)) if most is None else most,
+            max_tokens=max(1, self.engine.longest - len(prompt)) if most is None else most,
             logprobs=body.top_logprobs if body.logprobs else None,
         )
         call = self._submit(body, [prompt], params)
@@ -186,7 +186,7 @@ def build_app(engine: Engine, options: ServerOptions, on_death: Callable[[], Non
         docs_url=None,
         redoc_url=None,
     )
-    app.add_middleware(BodyLimit, most=options.max_body_size)
+    app.add_middleware(BodyLimit, most=options.max_body_size, seconds=options.receive_timeout)
     app.state.service = service  # what is not asynchronous would take a thread of a pool of forty
     errors.install(app)
     keyed = [Depends(authorize)]

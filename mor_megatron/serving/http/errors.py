@@ -9,6 +9,11 @@ from starlette.exceptions import HTTPException
 
 from mor_megatron.serving.http.worker import EngineDied, Overload, Unavailable
 
+_HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    408: {"Connection": "close"},  # or a client that goes on sending would keep it
+    429: {"Retry-After": "1"},
+}
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -34,8 +39,7 @@ def as_json(message: str, status: int, param: str | None = None) -> dict:
 
 def answer(message: str, status: int, param: str | None = None) -> JSONResponse:
     """An error as the whole answer."""
-    headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(status)
-    return JSONResponse(as_json(message, status, param), status, headers)
+    return JSONResponse(as_json(message, status, param), status, _HEADERS.get(status))
 
 
 def in_words(error: Exception) -> tuple[str, int]:

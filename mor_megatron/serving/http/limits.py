@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import resource
 import socket
 
@@ -11,25 +12,37 @@ from mor_megatron.serving.http.errors import ApiError
 
 
 class BodyLimit:
-    """Refuses larger bodies while they arrive. Starlette's own limit answers in plain text.
+    """Refuses bodies that are too large, or do not end in time, while they arrive.
+
+    Starlette's own limit answers in plain text, and neither Starlette nor uvicorn limits the time.
 
     Args:
         app: that reads the body.
         most: bytes.
+        seconds: from the head of a request to the end of its body.
     """
 
-    def __init__(self, app: ASGIApp, most: int):
-        self.app, self.most = app, most
+    def __init__(self, app: ASGIApp, most: int, seconds: int):
+        self.app, self.most, self.seconds = app, most, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        size = 0
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        clock = asyncio.get_running_loop().time
+        size, deadline = 0, clock() + self.seconds
 
         async def receive_part() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal size, deadline
+            try:
+                message = await asyncio.wait_for(receive(), None if deadline is None else deadline - clock())
+            except asyncio.TimeoutError:
+                raise ApiError(f"body has not arrived within {self.seconds} s: send it faster", 408, "body") from None
             size += len(message.get("body", b""))
             if size > self.most:
                 raise ApiError(f"body is larger than {self.most} bytes: send less at a time", 413, "body")
+            if not message.get("more_body", False):
+                deadline = None  # what comes now is the end of the connection
             return message
 
         await self.app(scope, receive_part, send)

@@ -29,6 +29,8 @@ class ServerOptions:
     """Most likely tokens that a request may ask for at each position."""
     max_body_size: int = setting(8 << 20, least=1)
     """Most bytes of a request's body."""
+    receive_timeout: int = setting(60, least=1)
+    """Seconds in which the body of a request must arrive; then it is refused with status 408."""
     send_timeout: int = setting(60, least=1)
     """Seconds in which a client takes nothing of its answer, before its connection is closed; on Linux."""
     shutdown_timeout: int = setting(60, least=0)

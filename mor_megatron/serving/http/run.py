@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
+from types import FrameType
 
 import uvicorn
 
@@ -17,7 +19,8 @@ from mor_megatron.serving.http.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+"""Exit status after a second SIGINT, as shells have it."""
 _LAST_WORDS = 5
 """Seconds to send errors to those who still wait at the end."""
 
@@ -43,6 +46,13 @@ class Server(uvicorn.Server):
     @property
     def worker(self) -> Worker:
         return self.config.app.state.service.worker
+
+    def handle_exit(self, number: int, frame: FrameType | None) -> None:
+        """On a signal. A second SIGINT ends the process at once: uvicorn would leave open requests in the midst of
+        what they do, and print where."""
+        if self.should_exit and number == signal.SIGINT:
+            os._exit(EXIT_INTERRUPTED)
+        super().handle_exit(number, frame)
 
     def stop(self) -> None:
         """Take no new connection, and end when the open requests have ended."""
@@ -71,7 +81,7 @@ def serve(engine: Engine, options: ServerOptions) -> int:
     """Serve until SIGTERM or SIGINT. Then take no new connection, and end when the open requests have ended.
 
     Returns:
-        Exit status: 0, or 1 if the engine has failed.
+        Exit status: 0, or 1 if the engine has failed. A second SIGINT ends the process with `EXIT_INTERRUPTED`.
     Raises:
         OSError: the address is taken, or not this machine's.
     """

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import itertools
 import json
-import multiprocessing
-import os
-import resource
-import signal
 import socket
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -26,9 +22,10 @@ from pydantic import ValidationError
 
 from mor_megatron.serving import LLM, EngineOptions, SamplingParams
 from mor_megatron.serving.http import run
+from mor_megatron.serving.http.limits import BodyLimit
 from mor_megatron.serving.http.options import ServerOptions
 from mor_megatron.serving.http.protocol import CompletionBody
-from mor_megatron.serving.http.run import Server, listen, serve
+from mor_megatron.serving.http.run import listen
 
 JSON = {"Content-Type": "application/json"}
 PROMPTS = ["once upon", "a", "the sea, the sea"]
@@ -174,8 +171,9 @@ def test_chat(client):
         ("completions", {"prompt": "a", "logprobs": 21}, "logprobs", "use 0 to 20"),
         ("completions", {"prompt": "a", "depth": 4}, "depth", "num_recursions=3"),
         ("completions", {"prompt": "a", "router_threshold": 2}, "router_threshold", "0 to 1"),
-        ("completions", {"prompt": "a", "suffix": "b"}, "suffix", "None"),
+        ("completions", {"prompt": "a", "suffix": "b"}, "suffix", "not permitted"),
         ("completions", {"prompt": "a", "colour": 1}, "colour", "not permitted"),
+        ("completions", {"prompt": "a", "stop_token_ids": [40]}, "stop_token_ids", "40 is not an id"),
         ("completions", {"prompt": [1.5] * 9}, "prompt", "valid string"),
         ("chat/completions", {"messages": [{"role": "user"}]}, "messages", "required"),
         ("chat/completions", {"messages": [{"role": "user", "content": "a" * 2048}]}, "messages", "no room"),
@@ -216,6 +214,36 @@ def test_a_body_full_of_mistakes_costs_little(body: dict):
     with pytest.raises(ValidationError) as found:
         CompletionBody.model_validate(body)
     assert found.value.error_count() <= 4  # one for each type that a prompt may have
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["completion", "chat"])
+def test_null_is_as_good_as_nothing(http: httpx.Client, chat: bool):
+    """In OpenAI's schema most fields may be null, and some clients send all of them."""
+    names = [
+        "temperature",
+        "top_p",
+        "n",
+        "stream",
+        "stop",
+        "seed",
+        "presence_penalty",
+        "logprobs",
+        "logit_bias",
+        "user",
+    ]
+    body = {"max_tokens": 2, "depth": 1, **dict.fromkeys([*names, "tools" if chat else "best_of"])}
+    body |= {"messages": [{"role": "user", "content": "a", "name": None}]} if chat else {"prompt": "a"}
+    answer = http.post(f"/v1/{'chat/' * chat}completions", json=body)
+    assert (answer.status_code, answer.json()["usage"]["mean_depth"]) == (200, 1.0), answer.text
+
+
+def test_a_chat_takes_what_room_there_is():
+    """Without max_tokens, where pages are fewer than a sequence of the greatest length could need."""
+    with running(engine_of(kv_bytes=40_000)) as server:
+        body = {"messages": [{"role": "user", "content": "a"}]}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["total_tokens"] == server.engine.longest
 
 
 def test_numbers_that_no_float_can_hold(client):
@@ -322,98 +350,6 @@ def test_missing_packages_are_told(monkeypatch):
         tool().run(tool().parse(["--model", "any"]))
 
 
-def _serve(pipe, **options) -> None:
-    """A server that may have few open files, as many shells allow."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (100, most))
-
-    def tell(options: ServerOptions) -> socket.socket:
-        bound = listen(options)
-        pipe.send(bound.getsockname()[1])
-        return bound
-
-    run.listen = tell  # this process is for nothing else
-    os._exit(run.serve(engine_of(), ServerOptions(name="tiny", port=0, **options)))
-
-
-@contextmanager
-def forked(**options) -> Iterator[tuple[multiprocessing.Process, str]]:
-    """A server in a process of its own, and its address."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), kwargs=options)
-    process.start()
-    try:
-        yield process, f"http://127.0.0.1:{ours.recv()}"
-        process.join(30)
-    finally:
-        process.kill()
-        process.join()
-
-
-@pytest.fixture
-def stream_body() -> dict:
-    return {"prompt": "once", "max_tokens": 200, "stream": True}
-
-
-def test_sigterm_drains(stream_body: dict):
-    """An open request ends as it would have, whatever further signals come; a new one is not taken; the exit status is
-    0. Connections that do nothing are in nobody's way."""
-    with forked() as (process, url), httpx.Client(base_url=url, timeout=60) as http, ExitStack() as idle:
-        address = ("127.0.0.1", int(url.rpartition(":")[2]))
-        for _ in range(150):
-            idle.enter_context(socket.create_connection(address))
-        with http.stream("POST", "/v1/completions", json=stream_body) as answer:
-            lines = (line for line in answer.iter_lines() if line)
-            next(lines)
-            os.kill(process.pid, signal.SIGTERM)
-            next(lines)
-            os.kill(process.pid, signal.SIGTERM)
-            rest = list(lines)
-        assert rest[-1] == "data: [DONE]"
-        assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
-        with pytest.raises(httpx.TransportError):
-            httpx.get(f"{url}/health")
-    assert process.exitcode == 0
-
-
-@pytest.mark.timeout(60)
-def test_a_signal_before_the_server_listens_to_signals(monkeypatch):
-    """It is not lost."""
-    start = Server.run
-
-    def interrupted(self: Server, **options) -> None:
-        signal.raise_signal(signal.SIGTERM)
-        start(self, **options)
-
-    monkeypatch.setattr(Server, "run", interrupted)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        assert serve(engine_of(), ServerOptions(port=0)) == 0
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def test_those_who_wait_too_long_for_the_end_are_told(stream_body: dict):
-    """In a stream, and in place of a whole answer."""
-    with forked(shutdown_timeout=1) as (process, url), httpx.Client(base_url=url, timeout=60) as http:
-        with (
-            ThreadPoolExecutor() as pool,
-            http.stream("POST", "/v1/completions", json={**stream_body, "max_tokens": 2000}) as answer,
-        ):
-            lines = (line for line in answer.iter_lines() if line)
-            next(lines)
-            whole = pool.submit(http.post, "/v1/completions", json={"prompt": "once", "max_tokens": 2000})
-            next(itertools.islice(lines, 20, None))  # the second request has come, too
-            os.kill(process.pid, signal.SIGTERM)
-            *_, last = lines
-        for error in (json.loads(last.removeprefix("data: "))["error"], whole.result().json()["error"]):
-            assert (error["code"], error["type"]) == (503, "server_error")
-            assert "shutting down" in error["message"]
-    assert process.exitcode == 0
-
-
 def test_a_client_that_does_not_read_gives_up_its_place(monkeypatch):
     """Its connection is closed after some time. The engine does not wait for it."""
 
@@ -437,3 +373,37 @@ def test_a_client_that_does_not_read_gives_up_its_place(monkeypatch):
             time.sleep(0.05)
         assert answer.status_code == 200
         assert not server.engine.has_work
+
+
+def test_a_body_that_arrives_too_slowly_is_refused():
+    """A byte at a time. The answer comes before its end, and closes the connection."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+    with running(receive_timeout=1) as server, socket.socket() as slow:
+        slow.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        slow.sendall(head)
+        slow.settimeout(0.1)
+        answer, deadline = b"", time.monotonic() + 20
+        while not answer:
+            assert time.monotonic() < deadline, "it waits for ever"
+            slow.sendall(b" ")
+            with suppress(TimeoutError):
+                answer = slow.recv(4096)
+        status, _, rest = answer.partition(b"\r\n")
+        assert status == b"HTTP/1.1 408 Request Timeout"
+        assert b"connection: close" in rest.lower()
+        error = json.loads(rest.partition(b"\r\n\r\n")[2] or slow.recv(4096))["error"]
+        assert (error["param"], error["message"]) == ("body", "body has not arrived within 1 s: send it faster")
+
+
+def test_the_end_of_a_connection_may_be_waited_for_longer_than_a_body():
+    async def app(scope, receive, send) -> None:
+        kinds.extend([(await receive())["type"] for _ in range(2)])
+
+    async def receive() -> dict:
+        if kinds_to_come[0] == "http.disconnect":
+            await asyncio.sleep(0.2)
+        return {"type": kinds_to_come.pop(0)}
+
+    kinds, kinds_to_come = [], ["http.request", "http.disconnect"]
+    asyncio.run(BodyLimit(app, most=9, seconds=0.05)({"type": "http"}, receive, None))
+    assert kinds == ["http.request", "http.disconnect"]
