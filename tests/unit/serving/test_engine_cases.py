@@ -91,7 +91,7 @@ def test_limits():
         served.add(list(TEXT[:20]))
     with pytest.raises(ValueError, match="prompt is empty"):
         served.add([])
-    with pytest.raises(ValueError, match=f"prompt: {VOCAB} is not an id"):
+    with pytest.raises(ValueError, match=f"prompt has {VOCAB}, which is not an id"):
         served.add([VOCAB])
     few = engine(kv_bytes=fewest_bytes(model_of(KIND), 12, 4))
     with pytest.raises(ValueError, match=r"room for 12 tokens that take all recursions: use fewer"):

@@ -151,7 +151,7 @@ def test_chat(client):
     [
         ("completions", {"prompt": ""}, "prompt", "no token that begins a document"),
         ("completions", {"prompt": []}, "prompt", "use 1 to 12"),
-        ("completions", {"prompt": [1, 40]}, "prompt", "40 is not an id"),
+        ("completions", {"prompt": [1, 40]}, "prompt", "40, which is not an id"),
         ("completions", {"prompt": "a" * 2048}, "prompt", "no room for another"),
         ("completions", {"prompt": ["a"] * 13}, "prompt", "use 1 to 12"),
         ("completions", {}, "prompt", "required"),
@@ -173,7 +173,7 @@ def test_chat(client):
         ("completions", {"prompt": "a", "router_threshold": 2}, "router_threshold", "0 to 1"),
         ("completions", {"prompt": "a", "suffix": "b"}, "suffix", "not permitted"),
         ("completions", {"prompt": "a", "colour": 1}, "colour", "not permitted"),
-        ("completions", {"prompt": "a", "stop_token_ids": [40]}, "stop_token_ids", "40 is not an id"),
+        ("completions", {"prompt": "a", "stop_token_ids": [40]}, "stop_token_ids", "40, which is not an id"),
         ("completions", {"prompt": [1.5] * 9}, "prompt", "valid string"),
         ("chat/completions", {"messages": [{"role": "user"}]}, "messages", "required"),
         ("chat/completions", {"messages": [{"role": "user", "content": "a" * 2048}]}, "messages", "no room"),
