@@ -349,7 +349,7 @@ class Engine:
         for name, tokens in (("prompt", prompt), ("stop_token_ids", params.stop_token_ids)):
             wrong = next((token for token in tokens if not 0 <= token < config.vocab_size), None)
             if wrong is not None:
-                raise ValueError(f"{name} has {wrong}, which is not an id: use numbers from 0 to {config.vocab_size - 1}")
+                raise ValueError(f"{name} has {wrong}, which is not an id: use 0 to {config.vocab_size - 1}")
 
 
 def _needs_prompt_logprobs(request: Request) -> bool:
