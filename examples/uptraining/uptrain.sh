@@ -5,8 +5,9 @@
 #   examples/uptraining/uptrain.sh recursive DENSE DIR --data-path PREFIX [flags of pretrain_mor.py]
 #   examples/uptraining/uptrain.sh routed DENSE DIR --data-path PREFIX [flags of pretrain_mor.py]
 #
-# DENSE is a Llama, Mistral or Qwen2 directory of transformers, and the teacher of the second step. Results go to
-# DIR/start, DIR/recursive and DIR/routed. A step that was stopped goes on where it was when it is called again.
+# DENSE is a Llama, Mistral or Qwen2 directory of transformers, and the teacher of the second step. PREFIX is a corpus
+# of its tokenizer (tools/preprocess_data.py). Results go to DIR/start, DIR/recursive and DIR/routed. A step that was
+# stopped goes on where it was when it is called again. --dry-run behind a training step shows what each GPU would hold.
 # LAUNCH is what stands before the flags of pretrain_mor.py: by default torchrun with a process for each GPU. On a Slurm
 # cluster, for example:
 #
@@ -25,12 +26,12 @@ step=$1 dense=$2 dir=$3
 shift 3
 launch=${LAUNCH:-torchrun --nproc-per-node auto pretrain_mor.py}
 
-# The settings of the model are those of its import; a corpus of the model's own tokenizer needs no more flags.
+# The settings of the model are those of its import.
 phase() { # BEFORE [FLAGS]
     local before=$1
     shift
     # shellcheck disable=SC2086  # several words
-    exec $launch --config "$dir/start/iter_0000000/config.yaml" "examples/uptraining/$step.yaml" \
+    exec $launch --config "$dir/start/iter_0000000/config.yaml" examples/uptraining/{common,"$step"}.yaml \
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$dense" \
         --branch-from "$dir/$before" --finetune --load "$dir/$step" --save "$dir/$step" "$@"
 }

@@ -64,8 +64,6 @@ def write_card(model: PreTrainedModel, checkpoint: Checkpoint, verified: Compari
         unrolled = stored - own + layer_parameters(run) * (len(plan.layers) - trained)
         parameters = f"{stored:,} stored; {unrolled:,} if no layer were shared"
         layers = f"{len(plan.layers)} positions on {trained} stored layers"
-    progress = checkpoint.manifest.progress
-    tokens = progress["consumed_samples"] * run.data.seq_length
     facts = {
         "parameters": parameters,
         "layers": layers,
@@ -78,14 +76,7 @@ def write_card(model: PreTrainedModel, checkpoint: Checkpoint, verified: Compari
             f"{config.num_key_value_heads}"
         ),
         "vocabulary, longest sequence": f"{run.model.vocab_size:,}, {config.max_position_embeddings:,}",
-        "trained on": f"{tokens:,} tokens in {progress['iteration']:,} iterations",
-        "global batch": f"{run.training.global_batch_size:,} sequences of {run.data.seq_length:,} tokens",
-        "optimizer": (
-            f"{checkpoint.manifest.optimizer}, peak rate {run.optimizer.lr:g}, {run.optimizer.lr_decay_style} "
-            f"schedule, weight decay {run.optimizer.weight_decay:g}, clipping {run.optimizer.clip_grad:g}"
-        ),
-        "precision": run.training.precision,
-        "seed": f"{run.training.seed}",
+        **_training(checkpoint),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     parts = [
@@ -101,6 +92,24 @@ def write_card(model: PreTrainedModel, checkpoint: Checkpoint, verified: Compari
     if verified is not None:
         parts += ["## Verified", f"Against the training code, in fp32, on {verified}."]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _training(checkpoint: Checkpoint) -> dict[str, str]:
+    """Facts of the run."""
+    progress, run = checkpoint.manifest.progress, checkpoint.config
+    if progress["iteration"] == 0:
+        return {"trained on": "nothing since it was imported"}
+    return {
+        "trained on": f"{progress['consumed_samples'] * run.data.seq_length:,} tokens in "
+        f"{progress['iteration']:,} iterations",
+        "global batch": f"{run.training.global_batch_size:,} sequences of {run.data.seq_length:,} tokens",
+        "optimizer": (
+            f"{checkpoint.manifest.optimizer}, peak rate {run.optimizer.lr:g}, {run.optimizer.lr_decay_style} "
+            f"schedule, weight decay {run.optimizer.weight_decay:g}, clipping {run.optimizer.clip_grad:g}"
+        ),
+        "precision": run.training.precision,
+        "seed": f"{run.training.seed}",
+    }
 
 
 def _advice(config) -> str:

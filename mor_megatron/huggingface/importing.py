@@ -177,6 +177,8 @@ def write_checkpoint(
     if root.exists() and any(root.iterdir()):
         raise ValueError(f"output={root} is not empty: name a new directory")
     partial = root / f"{checkpoint_name(0)}{PARTIAL}"
+    # Batch, length and rates are open: the validated ones are those of a hundred iterations on one rank.
+    settings = Config(model=config.model, recursion=config.recursion, data=config.data)
     buffers = {f"router.{name}" for name, _ in routers(config).named_buffers()}
     kinds = {name: BUFFER if name in buffers else WEIGHT for name in weights}
     entries = [(str(ShardEntry(kinds[name], name, 0, 0)), tensor.float().flatten()) for name, tensor in weights.items()]
@@ -196,7 +198,7 @@ def write_checkpoint(
         partial.mkdir(parents=True)
         state = "state_00000.safetensors"
         manifest.files[state] = write_tensors(partial / state, entries)
-        manifest.files[CONFIG] = write_text(partial / CONFIG, to_yaml(config))
+        manifest.files[CONFIG] = write_text(partial / CONFIG, to_yaml(settings))
         if tokenizer is not None:
             manifest.files.update(tokenizer.write(partial))
         write_text(partial / MANIFEST, manifest.to_json())

@@ -11,6 +11,7 @@ import pytest
 from small_runs import ROOT, assert_same_checkpoint, load_tool, read_metrics, save_teacher, save_tokenizer
 
 from mor_megatron.config.cli import read_config
+from mor_megatron.config.validate import validate
 from mor_megatron.pretraining.pretrain import pretrain
 
 SMALL = "--seq-length 16 --micro-batch-size 4 --global-batch-size 8 --eval-iters 0 --lr-warmup-iters 0 --peak-tflops 1"
@@ -31,23 +32,31 @@ def test_dense_to_recursive_to_routed(process_group, corpus, tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["import_hf.py", *words_of("start", dense, tmp_path, "--lora-rank", "4")])
     assert load_tool("import_hf").main() == 0
 
-    def run(step: str, directory: Path = tmp_path, *more: str) -> bool:
-        return pretrain(read_config(words_of(step, dense, directory, "--data-path", corpus, *SMALL.split(), *more)))
+    def run(step: str, directory: Path, *more: str) -> bool:
+        words = [*SMALL.split(), "--train-iters", "4", *more]
+        return pretrain(read_config(words_of(step, dense, directory, "--data-path", corpus, *words)))
+
+    def run_whole_and_in_parts(step: str, *more: str) -> list[dict]:
+        assert run(step, whole, *more)
+        assert not run(step, parts, *more, "--exit-interval", "2")
+        assert run(step, parts, *more)
+        assert_same_checkpoint(whole / step, parts / step, 4)
+        metrics = read_metrics(whole / step)
+        assert read_metrics(parts / step) == metrics
+        assert [line["learning_rate"] for line in metrics] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+        return metrics
 
     whole, parts = tmp_path, tmp_path / "parts"
     parts.mkdir()
     (parts / "start").symlink_to(whole / "start")
-    length = ("--train-iters", "4")
-    assert run("recursive", whole, *length)
-    assert not run("recursive", parts, *length, "--exit-interval", "2")
-    assert run("recursive", parts, *length)
-    assert_same_checkpoint(whole / "recursive", parts / "recursive", 4)
-    assert all("distillation_kl" in line for line in read_metrics(whole / "recursive"))
-
-    assert run("routed", whole, *length, "--capacity-warmup-iters", "3")
-    kept = [line["tokens_per_recursion_2"] for line in read_metrics(whole / "routed")]
+    assert all("distillation_kl" in line for line in run_whole_and_in_parts("recursive"))
+    kept = [line["tokens_per_recursion_2"] for line in run_whole_and_in_parts("routed", "--capacity-warmup-iters", "3")]
     assert kept[0] > kept[1] > kept[2] == kept[3]
     assert kept[3] == pytest.approx(1 / 3, abs=1 / 16)
+
+    for step in ("recursive", "routed"):
+        config = validate(read_config(words_of(step, dense, tmp_path, "--seq-length", "16")), world_size=8)
+        assert config.optimizer.lr_decay_iters == config.training.train_iters > 1000
 
 
 def test_the_script_says_how_it_is_used():

@@ -15,17 +15,10 @@ from pathlib import Path
 
 import pytest
 from cluster import LONG, ROOT, SHORT, SLURM, STARTED, Cluster, Job, flags
-from small_runs import assert_same_checkpoint, read_metrics
+from curves import assert_same_curve
+from small_runs import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-
-
-def assert_same_curve(save: Path, whole: Path, iterations: int) -> None:
-    """Every number of every iteration, and the state at the end, bit for bit."""
-    metrics = read_metrics(save)
-    assert [record["iteration"] for record in metrics] == list(range(1, iterations + 1))
-    assert metrics == read_metrics(whole)[:iterations]
-    assert_same_checkpoint(save, whole, iterations)
 
 
 def rank_process(job: Job, rank: int) -> int:

@@ -191,7 +191,10 @@ def test_command_line(llama, tmp_path: Path, monkeypatch, capsys):
         again.config.rope_parameters["rope_theta"]
         == json.loads((tmp_path / "again" / "config.json").read_text())["rope_theta"]
     )
-    assert "trust_remote_code" not in (tmp_path / "again" / "README.md").read_text()
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "trust_remote_code" not in card
+    assert "| trained on | nothing since it was imported |" in card
+    assert "global batch" not in card
     assert call("--output", tmp_path / "run") == 2
     assert "is not empty" in capsys.readouterr().err
     assert call("--output", tmp_path / "new", "--initialization", "upper") == 2
