@@ -1,9 +1,10 @@
 """Collect the text of docs/science.md: Debian's documentation packages and the quickstart's sources, 150 MB of English.
 
-    python examples/science/corpus.py --output runs/science/data
+    python examples/science/corpus.py --output runs/science/text
 
-Needs apt-get, with Debian's `main` and `non-free` (for the RFCs). Packages are read, not installed. Paragraphs that
-occurred before are dropped. Whole documents are held out: train.jsonl and valid.jsonl have none in common.
+Needs apt-get and Debian's keyring, but no root: packages of Debian 12 are read, not installed, with package lists of
+their own (the RFCs and GNU's manuals are in `non-free`). Paragraphs that occurred before are dropped. Whole documents
+are held out: train.jsonl and valid.jsonl have none in common.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from hashlib import blake2b
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+DEBIAN = f"deb [signed-by={KEYRING}] http://deb.debian.org/debian bookworm main non-free\n"
 BOOK = 200_000
 """Characters from which a file, such as a dictionary, is divided into documents of its own."""
 PIECE = 8000
@@ -120,6 +123,25 @@ SOURCES = (
 )
 
 
+def download(names: list[str], directory: Path) -> None:
+    """Fetch packages of Debian 12 into a directory, whatever release this machine has.
+
+    Raises:
+        SystemExit: apt-get is missing, or its exit status is not 0.
+    """
+    lists = directory / "apt"
+    (lists / "lists" / "partial").mkdir(parents=True, exist_ok=True)
+    (lists / "sources.list").write_text(DEBIAN)
+    places = {"etc::sourcelist": "sources.list", "state::lists": "lists", "cache": "cache"}
+    options = ["-o=dir::etc::sourceparts=-"]
+    options += [f"-o=dir::{name}={(lists / place).resolve()}" for name, place in places.items()]
+    for words in (["update"], ["download", *names]):
+        try:
+            subprocess.run(["apt-get", *options, *words], cwd=directory, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            sys.exit(f"packages cannot be downloaded ({error}): fetch them elsewhere, and give --packages DIRECTORY")
+
+
 def read(package: Path, source: Source) -> Iterator[tuple[str, str]]:
     """Names and texts of a package's files."""
     with (
@@ -181,9 +203,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     if args.packages is None:
         args.packages = args.output / "packages"
-        args.packages.mkdir(exist_ok=True)
-        names = [name for source in SOURCES for name in source.packages.split()]
-        subprocess.run(["apt-get", "download", *names], cwd=args.packages, check=True)
+        download([name for source in SOURCES for name in source.packages.split()], args.packages)
     subprocess.run(
         [sys.executable, ROOT / "tools/collect_corpus.py", "--output", args.output / "quickstart"], check=True
     )
