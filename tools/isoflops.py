@@ -15,10 +15,11 @@ import sys
 from pathlib import Path
 
 from mor_megatron.command import exit_status
+from mor_megatron.pretraining.stopping import EXIT_STOPPED
 from mor_megatron.scaling import report
 from mor_megatron.scaling.family import FAMILY, Recipe, Run, plan_family, read_family, write_family
 from mor_megatron.scaling.results import read_result
-from mor_megatron.scaling.side_by_side import SideBySide
+from mor_megatron.scaling.side_by_side import SideBySide, worst
 
 
 def run_plan(args: argparse.Namespace) -> None:
@@ -61,8 +62,6 @@ def run_train(args: argparse.Namespace) -> int:
     Raises:
         ValueError: there is no family or no such model, or a run's settings, data or checkpoint do not fit.
     """
-    from mor_megatron.pretraining.stopping import EXIT_STOPPED
-
     family = read_family(args.directory)
     models = list(dict.fromkeys(Path(run.directory).name for run in family))
     chosen = args.models or models
@@ -75,8 +74,7 @@ def run_train(args: argparse.Namespace) -> int:
         runs = [run for run in family if Path(run.directory).name in chosen]
         return 0 if train_family(runs) else EXIT_STOPPED
     command = [sys.executable, __file__, "train", str(args.directory), "--models"]
-    statuses = SideBySide(command, args.directory).train(chosen, args.jobs)
-    return next((status for status in statuses if status not in (0, EXIT_STOPPED)), max(statuses))
+    return worst(SideBySide(command, args.directory).train(chosen, args.jobs))
 
 
 def run_report(args: argparse.Namespace) -> None:

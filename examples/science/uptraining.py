@@ -27,7 +27,8 @@ from compare import by_document, causal_mode, corpus_pieces, interval
 from mor_megatron.command import exit_status
 from mor_megatron.config.cli import read_config, save_config
 from mor_megatron.files import write_whole
-from mor_megatron.scaling.side_by_side import SideBySide
+from mor_megatron.pretraining.stopping import EXIT_STOPPED
+from mor_megatron.scaling.side_by_side import SideBySide, worst
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "examples" / "configs"
@@ -95,10 +96,11 @@ def run_plan(args: argparse.Namespace) -> None:
             directory = args.output / f"{name}-seed{seed}"
             rate = SCRATCH_LR if kind.start is None else WARM_LR
             words = ["--config", CONFIGS / f"{kind.method}.yaml", args.size, *kind.flags, "--seed", seed]
-            words += ["--train-iters", args.iterations, "--lr", rate, "--save", directory / "run"]
+            run = directory / "run"
+            words += ["--train-iters", args.iterations, "--lr", rate, "--save", run, "--load", run]
             words += ["--lr-warmup-iters", args.iterations // 10, "--lr-decay-style", "linear"]
             if kind.start is not None:
-                words += ["--load", starts[kind.start], "--finetune"]
+                words += ["--branch-from", starts[kind.start], "--finetune"]  # until the run has checkpoints of its own
                 if kind.method.startswith("mor"):  # every token at full depth at first, as it was in the dense model
                     words += ["--capacity-warmup-iters", args.iterations // 3]
             config = read_config(list(map(str, [*words, *args.settings])))
@@ -108,12 +110,19 @@ def run_plan(args: argparse.Namespace) -> None:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    """Train and evaluate runs here, or side by side in processes of their own."""
-    names = args.runs or sorted(path.parent.name for path in args.directory.glob("*/run.yaml"))
+    """Train and evaluate runs here, or side by side in processes of their own; the exit status of pretrain_mor.py.
+
+    Raises:
+        ValueError: nothing is planned, or no such run.
+    """
+    planned = sorted(path.parent.name for path in args.directory.glob("*/run.yaml"))
+    names = args.runs or planned
+    if not planned or not set(names) <= set(planned):
+        raise ValueError(f"runs={' '.join(names)} of {args.directory}: use some of those planned: {' '.join(planned)}")
     if args.jobs is None:
-        return 0 if all(train(args.directory / name) for name in names) else 85
+        return 0 if all(train(args.directory / name) for name in names) else EXIT_STOPPED
     command = [sys.executable, __file__, "train", str(args.directory), "--runs"]
-    return max(SideBySide(command, args.directory).train(names, args.jobs))
+    return worst(SideBySide(command, args.directory).train(names, args.jobs))
 
 
 def train(directory: Path) -> bool:

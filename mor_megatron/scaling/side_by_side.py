@@ -11,6 +11,11 @@ from pathlib import Path
 from mor_megatron.pretraining.stopping import EXIT_STOPPED
 
 
+def worst(statuses: Sequence[int]) -> int:
+    """The exit status of all: that of the first that failed; otherwise EXIT_STOPPED if one was stopped, or 0."""
+    return next((status for status in statuses if status not in (0, EXIT_STOPPED)), max(statuses))
+
+
 class SideBySide:
     """The models of a family, each trained by a process of its own.
 
@@ -49,7 +54,10 @@ class SideBySide:
                 process.terminate()
             status = process.wait()
             self._running.discard(process)
-        print(f"{name}: {'finished' if status == 0 else f'exit status {status}, see its train.log'}", flush=True)
+        if self.stopped and status == -signal.SIGTERM:  # it had not got as far as to save something
+            status = EXIT_STOPPED
+        said = {0: "finished", EXIT_STOPPED: "stopped; the same command continues"}
+        print(f"{name}: {said.get(status, f'exit status {status}, see its train.log')}", flush=True)
         return status
 
     def _stop(self) -> None:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from mor_megatron.pretraining.stopping import EXIT_STOPPED
-from mor_megatron.scaling.side_by_side import SideBySide
+from mor_megatron.scaling.side_by_side import SideBySide, worst
 
 NAMES = ("a", "b", "c")
 
@@ -38,10 +38,20 @@ sys.exit(7 * (name == "b"))
     assert [log.split(" beside")[0] for log in logs] == [f"this is {name}" for name in NAMES]
 
 
+def test_a_failure_is_worse_than_a_stop():
+    assert [worst(statuses) for statuses in ([0, 0], [0, EXIT_STOPPED], [EXIT_STOPPED, -9, 0], [2, 1])] == [
+        0,
+        85,
+        -9,
+        2,
+    ]
+
+
 def test_sigterm_reaches_those_that_run_and_starts_no_other(tmp_path):
     code = f"""
 import signal
-signal.signal(signal.SIGTERM, lambda *_: sys.exit({EXIT_STOPPED}))
+if name == "a":  # b is not ready for a signal yet
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit({EXIT_STOPPED}))
 open(name + "/begun", "w").close()
 time.sleep(60)
 """
