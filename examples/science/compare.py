@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from mor_megatron.evaluation.sequences import Piece
 
@@ -31,16 +30,23 @@ def causal_mode(facts: dict) -> dict:
     return next(facts["ways"][mode] for mode in CAUSAL if mode in facts["ways"])
 
 
+def indexed(corpus: Path):
+    """An indexed corpus; an IndexedDataset."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset  # after our package, which silences its warnings
+
+    return IndexedDataset(str(corpus))
+
+
 def documents_of(corpus: Path, sequences: int, length: int) -> np.ndarray:
     """The document of each sequence, [sequences]: what `text_pieces` made of the texts that this corpus was made of."""
-    indexed = IndexedDataset(str(corpus))  # its arrays live as long as it does
-    ends = np.cumsum(indexed.sequence_lengths)
+    documents = indexed(corpus)  # its arrays live as long as it does
+    ends = np.cumsum(documents.sequence_lengths)
     return np.searchsorted(ends, np.arange(sequences) * length, side="right")
 
 
 def corpus_pieces(corpus: Path, length: int) -> list[Piece]:
     """All of an indexed corpus in its order, as `text_pieces` cuts the text that it was made of."""
-    documents = IndexedDataset(str(corpus))
+    documents = indexed(corpus)
     ids = np.concatenate([documents[i] for i in range(len(documents))]).astype(np.int64)
     stream = torch.from_numpy(np.concatenate([ids[-1:], ids]))  # an end of document precedes the first one
     starts = range(0, len(ids), length)

@@ -66,7 +66,7 @@ def read_cells(directory: Path) -> dict[tuple[str, float], Cell]:
             continue
         cells.setdefault((run.method, run.budget), Cell({})).runs[run.seed] = result
     if not cells:
-        raise ValueError(f"{directory}: no run has finished and was evaluated: see the loop in {Path(__file__).name}")
+        raise ValueError(f"{directory}: no run has finished and was evaluated: train and evaluate them (--help)")
     return cells
 
 
@@ -87,11 +87,11 @@ def losses_table(cells: dict[tuple[str, float], Cell], corpus: Path) -> str:
     return "\n".join(lines)
 
 
-def differences_table(cells: dict[tuple[str, float], Cell], corpus: Path) -> str:
+def differences_table(cells: dict[tuple[str, float], Cell], corpus: Path, first: str) -> str:
     """Every other method against the first: at the same budget, and where it saw as many tokens."""
-    first = next(iter(cells))[0]
-    names = ["method", "budget", f"{first} of equal", "tokens", "its tokens", "its executed FLOPs", "NLL - NLL", "95%"]
-    lines = [f"| {' | '.join([*names, 'each seed'])} |", "|" + "---|" * (len(names) + 1)]
+    names = ["method", "budget", f"{first} of equal", "tokens", f"{first}'s tokens", f"{first}'s executed FLOPs"]
+    names += ["difference of NLL", "95%", "each seed"]
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for (method, budget), cell in cells.items():
         for (base_method, base_budget), base in cells.items():
             tokens = base.any.tokens / cell.any.tokens
@@ -105,9 +105,9 @@ def differences_table(cells: dict[tuple[str, float], Cell], corpus: Path) -> str
             each = ", ".join(f"{value:+.4f}" for value in (here - there).sum(1) / predictions.sum())
             values = [method, f"{budget:.4g}", equal, f"{cell.any.tokens:,}", f"{base.any.tokens:,}"]
             flops = [np.mean([r.executed_flops for r in side.runs.values()]) for side in (base, cell)]
-            values += [f"{flops[0] / flops[1]:.2f} of them", f"{mean:+.4f}", f"{low:+.4f} .. {high:+.4f}", each]
+            values += [f"{flops[0] / flops[1]:.2f} of the method's", f"{mean:+.4f}", f"{low:+.4f} .. {high:+.4f}", each]
             lines.append(f"| {' | '.join(values)} |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else f"nothing to compare with {first} yet"
 
 
 def draw(cells: dict[tuple[str, float], Cell], path: Path) -> None:
@@ -147,7 +147,8 @@ def run(args: argparse.Namespace) -> None:
         ValueError: there is no family, or nothing to compare.
     """
     cells = read_cells(args.directory)
-    print(losses_table(cells, args.corpus), differences_table(cells, args.corpus), sep="\n\n")
+    first = read_family(args.directory)[0].method
+    print(losses_table(cells, args.corpus), differences_table(cells, args.corpus, first), sep="\n\n")
     draw(cells, args.plot)
 
 
