@@ -77,9 +77,11 @@ def run_plan(args: argparse.Namespace) -> None:
     """Import the starts and write a settings file for each run.
 
     Raises:
-        ValueError: settings do not fit.
+        ValueError: settings do not fit, or DIR already contains runs.
         SystemExit: an import failed; carries its exit status.
     """
+    if args.output.exists() and any(args.output.iterdir()):
+        raise ValueError(f"output={args.output} is not empty: give another directory, or delete it")
     wanted = {name: kind for name, kind in kinds(args.dense).items() if not args.only or name in args.only}
     recipes = list(dict.fromkeys(kind.start for kind in wanted.values() if kind.start is not None))
     starts = {recipe: args.output / "starts" / str(number) for number, recipe in enumerate(recipes)}
@@ -166,8 +168,9 @@ def run_report(args: argparse.Namespace) -> None:
         found.setdefault(path.parent.name.rpartition("-seed")[0], []).append(path)
     if not found:
         raise ValueError(f"{args.directory}: no run has finished: train them")
-    print("| run | seeds | unique parameters | without embedding | forward FLOPs a token (1e6) | NLL | - dense |")
-    print("|---|---|---|---|---|---|---|")
+    names = ["run", "seeds", "unique parameters", "without embedding", "forward MFLOP a token"]
+    names += ["NLL causal, ± half the range", "difference to dense (95%)"]
+    print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
     points = {}
     for name in [name for name in kinds(args.directory) if name in found]:
         facts = json.loads(found[name][0].read_text())
@@ -181,9 +184,9 @@ def run_report(args: argparse.Namespace) -> None:
         if paired:
             base, _ = by_document([dense[number] for number in paired], args.corpus)
             difference = "{:+.4f} ({:+.4f} .. {:+.4f})".format(*interval(sums[paired] - base, predictions))
-        half = (nll.max() - nll.min()) / 2
+        half = f" ± {(nll.max() - nll.min()) / 2:.4f}" if len(nll) > 1 else ""
         cells = [name, len(nll), f"{points[name][0]:,}", f"{facts['parameters']['non_embedding']:,}", f"{flops:.2f}"]
-        cells += [f"{nll.mean():.4f} ± {half:.4f}", difference]
+        cells += [f"{nll.mean():.4f}{half}", difference]
         print(f"| {' | '.join(map(str, cells))} |")
     draw(points, args.plot)
 
