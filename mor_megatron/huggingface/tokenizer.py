@@ -1,4 +1,4 @@
-"""A run's tokenizer as one that transformers loads, proven to give the same ids.
+"""A run's tokenizer as one of transformers, proven to give the same ids.
 
 What stands before a document in training is the end of the one before: it is the export's bos as well, or there is
 none. Padding gets a token of its own, so that whoever masks padding does not mask ends of documents.
@@ -7,7 +7,6 @@ none. Padding gets a token of its own, so that whoever masks padding does not ma
 from __future__ import annotations
 
 import json
-import logging
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +15,10 @@ from pydoc_data.topics import topics
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import SpmConverter, import_protobuf
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from mor_megatron.config.schema import DataConfig
 from mor_megatron.data.tokenizers import TRAINED_SIZE, FastTokenizer, Tokenizer, build_tokenizer
-
-logger = logging.getLogger(__name__)
 
 PAD = "<|pad|>"
 """Padding of tokenizers that have none of their own."""
@@ -40,7 +38,7 @@ _BLOCKS = (
 
 
 def export_tokenizer(
-    data: DataConfig, longest: int, own_padding: bool = True, strict: bool = True, trained: bool = True
+    data: DataConfig, longest: int, own_padding: bool = True, convert: bool = True, trained: bool = True
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer for an export; None if the run has none, or one of numbers only.
 
@@ -49,7 +47,7 @@ def export_tokenizer(
         longest: tokens that the model can see.
         own_padding: give it a padding token that training did not have, unless it has one that is no end of document;
             otherwise it has none then.
-        strict: refuse one that transformers encodes otherwise, instead of warning of it.
+        convert: make a SentencePiece model one of transformers, as an export needs it; otherwise it is used itself.
         trained: whether the model was trained here. An imported one that was not keeps the tokenizer it came with: its
             special tokens, what it puts around a text, its chat template.
     Raises:
@@ -61,7 +59,7 @@ def export_tokenizer(
     path = Path(data.tokenizer_model)
     spells_special = data.tokenizer_type == "SentencePieceTokenizer"
     if spells_special:
-        exported = _sentencepiece(path)
+        exported = _sentencepiece(path, convert)
     elif isinstance(original, FastTokenizer) and trained:
         exported = _rust(original, path)
     else:
@@ -84,10 +82,8 @@ def export_tokenizer(
     # Only what is among init_kwargs is saved.
     exported.init_kwargs |= {"padding_side": "left", TRAINED_SIZE: original.vocab_size, SPELLS_SPECIAL: spells_special}
     difference = _difference(original, exported, data)
-    if difference and strict:
-        raise ValueError(f"{difference}: use --no-tokenizer, and tokenize as in training")
     if difference:
-        logger.warning(difference)
+        raise ValueError(f"{difference}: export it with --no-tokenizer, and tokenize as in training")
     return exported
 
 
@@ -98,7 +94,11 @@ def encoder_of_training(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[st
         tokenizer: of an export. What was added to it since is ordinary text to the result.
     """
     if not tokenizer.is_fast:
-        return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        options = {
+            "add_special_tokens": False,
+            "split_special_tokens": tokenizer.init_kwargs.get(SPELLS_SPECIAL, False),
+        }
+        return lambda texts: tokenizer(texts, **options, verbose=False)["input_ids"]
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     size = tokenizer.init_kwargs.get(TRAINED_SIZE, len(tokenizer))
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size]
@@ -142,19 +142,30 @@ def random_texts(count: int, special: list[str], seed: int = 0) -> list[str]:
     return texts
 
 
-def _sentencepiece(path: Path) -> PreTrainedTokenizerFast:
+class SentencePiece(SentencePieceBackend):
+    """A SentencePiece model itself: not all of them can be converted, and not every version of transformers does it
+    right. It needs that library's package."""
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Text of pieces, also of bytes."""
+        return self.sp_model.decode(tokens)
+
+
+def _sentencepiece(path: Path, convert: bool) -> PreTrainedTokenizerBase:
     proto = import_protobuf().ModelProto.FromString(path.read_bytes())
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
-    if proto.trainer_spec.model_type == proto.trainer_spec.BPE:
-        vocab = {piece: i for i, (piece, _) in enumerate(pieces)}
-    else:
-        vocab = _below_text(proto, pieces)
-    backend = SpmConverter.build_tokenizer_from_spm_proto(proto, vocab)
     special = {}
     for role in ("bos", "eos", "unk"):
         index = getattr(proto.trainer_spec, f"{role}_id")
         if index >= 0:
             special[f"{role}_token"] = pieces[index][0]
+    if not convert:
+        return SentencePiece(vocab_file=str(path), clean_up_tokenization_spaces=False, **special)
+    if proto.trainer_spec.model_type == proto.trainer_spec.BPE:
+        vocab = {piece: i for i, (piece, _) in enumerate(pieces)}
+    else:
+        vocab = _below_text(proto, pieces)
+    backend = SpmConverter.build_tokenizer_from_spm_proto(proto, vocab)
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
 
 

@@ -32,7 +32,7 @@ def load_model(
         dtype: fp32, bf16 or fp16.
         device: default: CUDA if available, otherwise the CPU.
     Raises:
-        ValueError: the path contains no model, or a damaged one.
+        ValueError: the path contains no model, or a damaged one, or its tokenizer gives other ids than in training.
     """
     path = Path(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,7 +43,7 @@ def load_model(
     else:
         checkpoint = read_checkpoint(path)
         data, longest = checkpoint.config.data, checkpoint.config.model.max_position_embeddings
-        tokenizer = export_tokenizer(data, longest, strict=False, trained=checkpoint.is_trained)
+        tokenizer = export_tokenizer(data, longest, convert=False, trained=checkpoint.is_trained)
         model = to_model(checkpoint.weights, checkpoint.config, tokenizer)
         model = cast(model, DTYPES[dtype])
     return model.to(device).eval(), tokenizer
@@ -116,31 +116,34 @@ class StreamDecoder:
 
     Args:
         tokenizer: if None, the text of a token is its number.
+        before: tokens that the first one follows.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, before: Sequence[int] = ()):
         self.tokenizer = tokenizer
-        self._ids: list[int] = []  # one complete token, then those of the incomplete character
-        self._shown = ""
+        self._ids = list(before[-4:])  # a character has at most four tokens
+        self._context = len(self._ids)
+        """The first of `_ids`: some tokenizers strip a space at the beginning of a text. The others are of a character
+        that is not complete."""
 
     def next(self, token: int) -> str:
         """The text that a token adds."""
         if self.tokenizer is None:
             return f"{token} "
         self._ids.append(token)
-        text = self.tokenizer.decode(self._ids, skip_special_tokens=False)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+        piece = self._added()
+        if piece.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        piece = text[len(self._shown) :]
-        # One token of context: some tokenizers strip a space at the beginning of a text.
-        self._ids = [token]
-        self._shown = self.tokenizer.decode(self._ids, skip_special_tokens=False)
-        if self._shown.endswith("\N{REPLACEMENT CHARACTER}"):
-            self._ids, self._shown = [], ""
+        self._ids = self._ids[self._context :]
+        self._context = len(self._ids)
         return piece
 
     def rest(self) -> str:
         """Replacement characters for an incomplete character at the end of the text."""
-        if self.tokenizer is None or not self._ids:
-            return ""
-        return self.tokenizer.decode(self._ids, skip_special_tokens=False)[len(self._shown) :]
+        return "" if self.tokenizer is None else self._added()
+
+    def _added(self) -> str:
+        """The text of what follows the context."""
+        context, all_of_it = self._ids[: self._context], self._ids
+        before, text = (self.tokenizer.decode(ids, skip_special_tokens=False) for ids in (context, all_of_it))
+        return text[len(before) :]

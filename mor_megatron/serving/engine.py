@@ -154,7 +154,7 @@ class Engine:
             depth=config.depth if params.depth is None else params.depth,
             threshold=config.router_threshold if params.router_threshold is None else params.router_threshold,
             on_event=on_event,
-            text=Text(StreamDecoder(self.tokenizer), params.stop),
+            text=Text(StreamDecoder(self.tokenizer, prompt), params.stop),
         )
         self._inbox.append(request)
         self._arrived.set()

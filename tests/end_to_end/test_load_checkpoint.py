@@ -21,6 +21,7 @@ from mor_megatron.data.preprocess import preprocess
 from mor_megatron.data.tokenizer_training import train_tokenizer
 from mor_megatron.data.tokenizers import build_tokenizer
 from mor_megatron.huggingface.export import read_run_config
+from mor_megatron.huggingface.tokenizer import SentencePiece
 from mor_megatron.inference.loading import load_model
 from mor_megatron.pretraining.pretrain import pretrain
 
@@ -126,6 +127,7 @@ def test_the_tokenizer_is_in_the_checkpoint(trained: Trained, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     _, tokenizer = load_model("moved")
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+    assert isinstance(tokenizer, SentencePiece)  # it is not converted
     whole = convert("moved/iter_0000002", "whole")
     assert read_run_config(whole)[0].data.tokenizer_model == "whole/tokenizer/tok.model"
     assert list(verify(whole)) == []

@@ -37,7 +37,6 @@ class Choice:
 
     def __init__(self, index: int, body: Body, request: Request, tokenizer: PreTrainedTokenizerBase | None):
         self.index, self.body, self.request, self.tokenizer = index, body, request, tokenizer
-        self.decoder = StreamDecoder(tokenizer)
         self.is_first = True
 
     def take(self, events: Sequence[Event]) -> dict[str, Any]:
@@ -69,6 +68,7 @@ class CompletionChoice(Choice):
         super().__init__(*args)
         self.prompt = prompt
         """Text to repeat."""
+        self.decoder = StreamDecoder(self.tokenizer, () if self.body.echo else self.request.prompt)
         self.offset = 0
 
     def content(self, text: str, entries: list[Entry]) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from serving_models import model_of
+from serving_models import VOCAB, model_of
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from mor_megatron.serving import LLM, SamplingParams
 
@@ -18,6 +20,14 @@ def test_results_come_in_order_and_early(capsys):
     assert next(results) == together[0]
     assert llm.engine.has_work
     assert list(results) == together[1:]
+
+
+def test_text_goes_on_where_the_prompt_ends():
+    """With a tokenizer that strips a space at the beginning of a text."""
+    words = Tokenizer(models.WordLevel({f"▁{i}": i for i in range(VOCAB)}, unk_token="▁0"))
+    words.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    (done,) = LLM(model_of("expert"), PreTrainedTokenizerFast(tokenizer_object=words)).generate(PROMPTS[:1])
+    assert done.text == "".join(f" {token}" for token in done.tokens)
 
 
 def test_who_stops_reading_leaves_no_work():
