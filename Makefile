@@ -11,8 +11,10 @@ TORCH_BACKEND ?= cpu
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-# Most modules are never imported; the others are compiled when they are.
+# Most modules are never imported; the others are compiled when they are, also where an image forbids it: otherwise every
+# process would compile them again, which takes six seconds.
 INSTALL := $(PIP) install -q --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 
@@ -59,4 +61,5 @@ $(STAMP): requirements.txt requirements-dev.txt requirements-eval.txt requiremen
 	$(INSTALL) -r requirements.txt -r requirements-dev.txt -r requirements-eval.txt \
 		-r requirements-serve.txt
 	$(INSTALL) --no-deps -e .
+	$(PY) -c 'import mor_megatron.pretraining.pretrain' > /dev/null
 	@touch $@

@@ -101,6 +101,8 @@ class RollCall:
         reason = f"rank {self.rank}: {text}"
         self.failure = "".join(traceback.format_exception(error))
         try:
+            # The first call gives the reason: exchanges with a rank whose own has failed end as well, and say less.
+            reason = self.store.compare_set("reason", "", reason).decode()
             self.store.multi_set([f"call/{rank}" for rank in range(self.world_size)], [reason] * self.world_size)
             self.thread.join()  # it ends the process, unless the store is lost
         except dist.DistError:

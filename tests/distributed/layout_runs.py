@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
 from mor_megatron.distributed.initialize import initialize_distributed
-from mor_megatron.huggingface.teacher import load_teacher
 from mor_megatron.model import MoRModel, build_model
 from mor_megatron.recursion.routers import score
 from mor_megatron.recursion.routing import TIE
@@ -100,7 +99,10 @@ def train(config: Config, fault: Callable[[nn.Module], None] | None = None) -> R
     initialize_distributed(config)
     model = build_model(config)
     initial = gather_parameters(model)
-    model.distillation = load_teacher(model, config)
+    if config.distillation.distill_from is not None:
+        from mor_megatron.huggingface.teacher import load_teacher  # imports transformers, which takes each rank a second
+
+        model.distillation = load_teacher(model, config)
     if fault is not None:
         fault(model)
     storages = {"built": unique_elements(model)}

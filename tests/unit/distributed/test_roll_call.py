@@ -45,7 +45,8 @@ def test_the_lost_rank_is_named_once(tmp_path, fate):
     assert sorted(stacks) == [f"rank_{rank:05d}.txt" for rank in (0, 1, 3)]
     assert all("MainThread\n" in stack and "lost_rank_worker.py" in stack for stack in stacks.values())
     if fate == "stopped":
-        assert "Timed out" in report
+        # The second is what a rank sees of another that was faster to time out, and to leave.
+        assert re.search(r"Timed out|Connection (closed|reset) by peer", report)
 
 
 def test_the_host_of_the_store_is_named(tmp_path):
