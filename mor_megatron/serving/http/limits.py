@@ -8,7 +8,8 @@ import socket
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mor_megatron.serving.http.errors import ApiError
+from mor_megatron.serving.http.errors import ApiError, in_words
+from mor_megatron.serving.http.worker import ShuttingDown
 
 
 class BodyLimit:
@@ -30,19 +31,22 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         clock = asyncio.get_running_loop().time
-        size, deadline = 0, clock() + self.seconds
+        size, is_whole, deadline = 0, False, clock() + self.seconds
 
         async def receive_part() -> Message:
-            nonlocal size, deadline
+            nonlocal size, is_whole
+            if is_whole:
+                return await receive()  # the end of the connection
             try:
-                message = await asyncio.wait_for(receive(), None if deadline is None else deadline - clock())
+                message = await asyncio.wait_for(receive(), deadline - clock())
             except asyncio.TimeoutError:
                 raise ApiError(f"body has not arrived within {self.seconds} s: send it faster", 408, "body") from None
+            except asyncio.CancelledError:  # the server ends
+                raise ApiError(*in_words(ShuttingDown())) from None
             size += len(message.get("body", b""))
             if size > self.most:
                 raise ApiError(f"body is larger than {self.most} bytes: send less at a time", 413, "body")
-            if not message.get("more_body", False):
-                deadline = None  # what comes now is the end of the connection
+            is_whole = not message.get("more_body", False)
             return message
 
         await self.app(scope, receive_part, send)

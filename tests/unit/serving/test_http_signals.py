@@ -127,3 +127,20 @@ def test_a_second_sigint_ends_at_once(stream_body: dict, capfd):
         process.join(30)
         assert process.exitcode == EXIT_INTERRUPTED
     assert capfd.readouterr().err == ""
+
+
+def test_a_body_that_still_arrives_at_the_end_is_refused(monkeypatch, capfd):
+    """In the form of all errors; uvicorn would answer in plain text, and print where it was."""
+    monkeypatch.setattr(run, "_LAST_WORDS", 1)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    with forked(shutdown_timeout=0) as (process, url), socket.socket() as slow:
+        slow.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        slow.sendall(head)
+        assert httpx.get(f"{url}/health").status_code == 200  # the head has arrived before
+        os.kill(process.pid, signal.SIGTERM)
+        slow.settimeout(30)
+        answer = b"".join(iter(lambda: slow.recv(4096), b""))
+    assert process.exitcode == 0
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert b"shutting down: try again later" in answer
+    assert "Traceback" not in capfd.readouterr().err
