@@ -92,7 +92,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--text", nargs="+", help="text files, or files of records with a field `text`")
     data.add_argument("--split", help="split of indexed data; the second part is evaluated; 0,1,0: all of it")
     data.add_argument(
-        "--seq-length", type=int, help="tokens per sequence; default: that of the run, or the longest of an export"
+        "--seq-length",
+        type=int,
+        help="tokens per sequence; default: that of the run; of an export 1024, or its longest if it is less",
     )
     data.add_argument("--seed", type=int, help="seed for the order of indexed data; default: that of the run")
     data.add_argument("--sequences", type=int, default=500, help="maximum number of sequences to evaluate")

@@ -58,7 +58,7 @@ def newest_checkpoint(path: str | Path) -> Path:
         return path
     found = candidates(path)
     if not found:
-        raise ValueError(f"load={path} has no checkpoint: give a run's --save directory, or one checkpoint in it")
+        raise ValueError(f"{path} has no checkpoint: give a run's --save directory, or one checkpoint in it")
     return found[0]
 
 

@@ -100,7 +100,9 @@ def train(config: Config, fault: Callable[[nn.Module], None] | None = None) -> R
     model = build_model(config)
     initial = gather_parameters(model)
     if config.distillation.distill_from is not None:
-        from mor_megatron.huggingface.teacher import load_teacher  # imports transformers, which takes each rank a second
+        from mor_megatron.huggingface.teacher import (
+            load_teacher,
+        )  # imports transformers, which takes each rank a second
 
         model.distillation = load_teacher(model, config)
     if fault is not None:
