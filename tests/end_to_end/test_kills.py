@@ -153,7 +153,7 @@ def carry_out(corpus: str, directory: Path, counts: dict[str, int], seed: int) -
 
 
 def test_three_kills(corpus, tmp_path):
-    """All ranks or one, with saves in the background or waited for, amid the iterations: that is what the seed gives."""
+    """All ranks or one, with saves in the background or waited for, amid the iterations: what the seed gives."""
     kills = carry_out(corpus, tmp_path, {"dp2": 1, "tp2": 1, "pp2": 1}, seed=343)
     assert len(kills) == 3
     assert any(kill.resumed.startswith("iter_") for kill in kills), "some should come after a checkpoint"
