@@ -26,7 +26,7 @@ from mor_megatron.data.fingerprint import check_corpora
 from mor_megatron.data.gpt_dataset import EpochDataset, EpochDatasetConfig
 from mor_megatron.data.indexed import Index, read_index, read_tokens
 from mor_megatron.data.tokenizers import Tokenizer
-from mor_megatron.data.workers import number_of_workers, serve
+from mor_megatron.data.workers import WorkerContext, number_of_workers, serve
 
 # Tokens at the start of a corpus that are compared with the vocabulary: enough to catch data of another tokenizer.
 _PROBE = 1 << 20
@@ -162,8 +162,7 @@ def build_batches(
         batch_sampler=_MicroBatches(len(dataset), consumed_samples, micro_batch_size, data_parallel_rank, stride),
         collate_fn=partial(make_batch, data=data, eod=eod),
         num_workers=workers,
-        # They share what the rank has read of the corpora. It has threads by now: what these lock, workers do not use.
-        multiprocessing_context="fork" if workers else None,
+        multiprocessing_context=WorkerContext() if workers else None,
         persistent_workers=workers > 0,
         worker_init_fn=partial(serve, os.getpid()),
         pin_memory=torch.cuda.is_available(),

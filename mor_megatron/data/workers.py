@@ -2,7 +2,7 @@
 
 A worker ends with its rank, however that ends: it shares the rank's connections, which stay open for the other ranks as
 long as a copy is. And it does not end before it: a signal that a scheduler sends to every process of a job is for the
-rank, which saves first.
+rank, which saves first. So workers ignore SIGTERM, and a rank ends them with another signal.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import ctypes
 import os
 import signal
 import sys
-import threading
+from multiprocessing.context import ForkContext, ForkProcess
+from multiprocessing.popen_fork import Popen
 
 import torch
 
@@ -20,6 +21,8 @@ from mor_megatron.config.schema import DataConfig
 WITH_CUDA = 2
 """Workers of a rank with a GPU, unless it is told how many; Megatron-LM's number."""
 _PR_SET_PDEATHSIG = 1
+_END = signal.SIGALRM
+"""From a rank to its workers; no scheduler sends it."""
 
 
 def number_of_workers(data: DataConfig) -> int:
@@ -40,11 +43,25 @@ def serve(rank: int, worker: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != rank:  # it died before
         os._exit(1)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    threading.Thread(target=_end_if_the_rank_says_so, args=(rank,), daemon=True).start()
+    signal.signal(_END, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _end_if_the_rank_says_so(rank: int) -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != rank:
-        pass
-    os._exit(0)
+class _Popen(Popen):
+    def terminate(self) -> None:
+        self._send_signal(_END)
+
+
+class _Worker(ForkProcess):
+    @staticmethod
+    def _Popen(process: ForkProcess) -> Popen:
+        return _Popen(process)
+
+
+class WorkerContext(ForkContext):
+    """Starts workers: forks that a rank ends with a signal of its own. DataLoader's `multiprocessing_context`.
+
+    They share what the rank has read of the corpora. It has threads by now: what these lock, workers do not use.
+    """
+
+    Process = _Worker

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 from itertools import islice
+from multiprocessing.util import register_after_fork
 from pathlib import Path
 
 import pytest
@@ -51,7 +53,8 @@ def runs(pid: int) -> bool:
 
 
 def test_a_signal_to_every_process_of_a_job_leaves_the_workers_alone(loader):
-    """`kill` is not their rank."""
+    """Also one with a thread that a library started in the fork."""
+    register_after_fork(loader, lambda _: threading.Thread(target=time.sleep, args=(LIMIT,), daemon=True).start())
     batches = iter(loader)
     next(batches)
     subprocess.run(["kill", "-TERM", str(worker_of(batches))], check=True)
