@@ -36,6 +36,9 @@ RANKS = (8, 32, 128)
 SCRATCH_LR, WARM_LR = 4e-3, 2e-3
 """Peak learning rates of models that start at random, and of those that start as the dense one."""
 
+RESIDUAL = ("--router-gating", "residual", "--router-alpha", "2", "--router-temperature", "10")
+"""Gates near 1 at first, with which a MoR model begins as the recursive one."""
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -67,6 +70,8 @@ def kinds(dense: Path) -> dict[str, Kind]:
             start = (*shared, "average", *lora, "--adapters", adapters)
             found[f"relaxed-{adapters}-{rank}"] = Kind(recursive, start, lora)
     found["mor-svd-32"] = Kind(mor, found["relaxed-svd-32"].start, found["relaxed-svd-32"].flags)
+    for name in ("mor-average", "mor-svd-32"):
+        found[f"{name}-residual"] = replace(found[name], flags=(*found[name].flags, *RESIDUAL))
     taught = ("--distill-from", str(dense), "--no-enable-cuda-graph")
     for name in ("recursive-average", "relaxed-svd-32", "mor-average"):
         found[f"{name}-distilled"] = replace(found[name], flags=(*found[name].flags, *taught))

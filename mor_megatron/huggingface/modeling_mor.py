@@ -238,7 +238,7 @@ class MoRModel(MoRPreTrainedModel):
 
         hidden = run(self.plan.first, hidden, rows, hidden)
         stream = run_recursions(self.router, Stream(rows, rows, hidden), run_pass, options)
-        hidden = stream.merged(self.router.layout).hidden
+        hidden = self.router.merged(stream).hidden
         return run(self.plan.last, hidden, rows, hidden), passed
 
 

@@ -193,7 +193,7 @@ class MoRModel(MegatronModule):
 
         idle = walk_along if self.run_config.training.zero_stage == 3 else None
         stream = run_recursions(self.router, stream, run, context, idle)
-        return self.finish(stream.merged(self.rows).hidden, metadata)
+        return self.finish(self.router.merged(stream).hidden, metadata)
 
     def set_input_tensor(self, input_tensor) -> None:
         """Megatron-core's schedules hand over what the previous stage sent; a single stage receives nothing."""

@@ -74,7 +74,7 @@ class Chunk(nn.Module):
             stream = replace(stream, rows=model.run_layers(layers, stream.rows, metadata, stream.active))
         if model.is_last_stage and self.is_last_chunk:
             metadata.store.clear()
-            return model.head(stream.merged(model.rows).hidden, metadata, micro.batch)
+            return model.head(model.router.merged(stream).hidden, metadata, micro.batch)
         message = micro.messages.pack(stream, self.index, to_first=model.is_last_stage)
         if torch.is_grad_enabled() and not message.requires_grad:
             message.requires_grad_()  # frozen so far: the schedule runs a backward pass of every chunk

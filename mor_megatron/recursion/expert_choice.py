@@ -136,7 +136,7 @@ class ExpertChoice(RoutingMethod):
         context.record(f"router_logits_{r}", logits)
         context.decide(ACTIVE.format(r), lambda: layout.mask(active))
         gate = None
-        if self.settings.router_gating == "weighted":
+        if self.weighs:
             gate = layout.at(score(logits, self.settings), index)
         return replace(stream, active=active, rows=layout.take(x, candidates, index), gate=gate)
 

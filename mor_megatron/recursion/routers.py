@@ -35,8 +35,9 @@ class RouterSettings:
 class GatingSettings(RouterSettings):
     """Settings of a method whose gate is optional and whose router has a loss of its own."""
 
-    router_gating: Literal["weighted", "additive"] = "weighted"
-    """weighted: h + g*y; additive: h + y (the router then learns from its own losses only)."""
+    router_gating: Literal["weighted", "additive", "residual"] = "weighted"
+    """weighted: h + g*y; additive: h + y (the router then learns from its own losses only); residual: h + g*(y - h),
+    which with a gate of 1 is y, as without routing (for up-training)."""
     router_z_loss_coeff: float = setting(0.0, least=0, change=Change.REPORTED)
     """Coefficient of the router z-loss, mean(logsumexp(logits)^2)."""
 

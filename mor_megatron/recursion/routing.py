@@ -124,15 +124,6 @@ class Stream:
     choice: Any = None
     """What the method decided once, for all recursions."""
 
-    def merged(self, layout: Layout) -> Stream:
-        """The rows brought back: h[t] + g_t * y_t at the active tokens. The active set stays."""
-        hidden = self.hidden
-        if hidden is None:
-            hidden = self.rows
-        elif self.active.count > 0:
-            hidden = layout.combine(hidden, self.rows, self.gate, self.active)
-        return replace(self, hidden=hidden, rows=None, gate=None)
-
 
 @dataclass(frozen=True)
 class Incoming:
@@ -210,7 +201,11 @@ class RoutingMethod(nn.Module):
     @property
     def weighs(self) -> bool:
         """Whether `open` sets a gate; default: what --router-gating says where the method has that setting."""
-        return issubclass(self.Settings, GatingSettings) and self.settings.router_gating == "weighted"
+        return self._gating in ("weighted", "residual")
+
+    @property
+    def _gating(self) -> str | None:
+        return self.settings.router_gating if issubclass(self.Settings, GatingSettings) else None
 
     @property
     def threshold_routers(self) -> Sequence[nn.Module]:
@@ -294,10 +289,31 @@ class RoutingMethod(nn.Module):
     def close(self, r: int, stream: Stream) -> Stream:
         """Bring back the rows that leave after recursion r; default: all of them.
 
-        Not called after the last recursion that runs: there all rows come back (`Stream.merged`), in a pipeline on a
-        rank without the routers.
+        Not called after the last recursion that runs: there all rows come back (`merged`), in a pipeline on a rank
+        without the routers.
         """
-        return stream.merged(self.layout)
+        return self.merged(stream)
+
+    def merged(self, stream: Stream) -> Stream:
+        """All rows brought back. The active set stays."""
+        hidden = stream.hidden
+        if hidden is None:
+            hidden = stream.rows
+        elif stream.active.count > 0:
+            hidden = self.combine(hidden, stream.rows, stream.gate, stream.active)
+        return replace(stream, hidden=hidden, rows=None, gate=None)
+
+    def combine(self, hidden: Tensor, rows: Tensor, gate: Tensor | None, active: Active) -> Tensor:
+        """The residual stream with what the block made of active tokens brought back, as --router-gating says.
+
+        Args:
+            hidden: residual stream of all tokens, as the block found it at the active ones.
+            rows: output of the block, which contains its input, [.., H].
+            gate: weights of the rows, [.., 1]; None: 1.
+        """
+        if self._gating == "residual":
+            rows = rows - self.layout.gather(hidden, active)
+        return self.layout.combine(hidden, rows, gate, active)
 
     def after_step(self, metrics: dict[str, Tensor | float], iteration: int) -> None:
         """After an applied optimizer step, with the means of the metrics over the global batch."""

@@ -95,7 +95,7 @@ class TokenChoice(RoutingMethod):
     def warnings(cls, settings: TokenChoiceSettings) -> list[str]:
         """The router may be left without a gradient."""
         balanced = settings.router_balance == "loss" and settings.router_balance_coeff > 0
-        if balanced or settings.router_gating == "weighted":
+        if balanced or settings.router_gating != "additive":
             return []
         return [
             "router-gating=additive without a balancing loss leaves the depth router without a gradient: use "
@@ -136,7 +136,7 @@ class TokenChoice(RoutingMethod):
         if self.training and context.losses != "none":
             y = self._add_losses(y, logits, scores, choice, stream, context)
         gate = None
-        if self.settings.router_gating == "weighted":
+        if self.weighs:
             gate = scores.gather(-1, depth.unsqueeze(-1))  # [.., 1]
         return replace(stream, rows=y, gate=gate, choice=choice)
 
@@ -150,7 +150,7 @@ class TokenChoice(RoutingMethod):
         if stream.gate is not None:
             gates = layout.at(stream.gate, out), layout.at(stream.gate, stay)
         if leaving.count > 0:
-            hidden = layout.combine(hidden, layout.take(y, active, out), gates[0], leaving)
+            hidden = self.combine(hidden, layout.take(y, active, out), gates[0], leaving)
         return replace(stream, active=staying, hidden=hidden, rows=layout.take(y, active, stay), gate=gates[1])
 
     def after_step(self, metrics: dict[str, Tensor | float], iteration: int) -> None:

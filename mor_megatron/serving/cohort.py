@@ -104,7 +104,7 @@ class Cohort:
         r, method = self.recursion, self.method
         self.recursion += 1
         if r + 1 == self.context.depth(method.plan.num_recursions):
-            self.stream, self.active = stream.merged(method.layout), self.active[:0]
+            self.stream, self.active = method.merged(stream), self.active[:0]
             return None
         self.stream = method(r + 1, method.close(r, stream), self.context)
         if self.stream.active.index is None:  # a method may choose among all rows again

@@ -226,7 +226,7 @@ class Lanes:
             here = sent["recursion"] == r
             stream = self._stream(here, rows, self.hidden if self.keeps_hidden else None)
             if r + 1 == self.recursions:
-                self._store(here, stream.merged(self.method.layout))
+                self._store(here, self.method.merged(stream))
             else:
                 stream = self.method(r + 1, self.method.close(r, stream), self.context)
                 self._store(here, stream)

@@ -102,7 +102,9 @@ MODELS: dict[str, dict] = {
     "expert-aux-router": EXPERT3 | {"router_objective": "aux_router", "router_type": "mlp"},
     "expert-untied": EXPERT3 | {"untie_embeddings_and_output_weights": True},
     "expert-gqa": EXPERT3 | GROUPS | {"kv_mode": "sharing"},
-    "expert-relaxed": EXPERT3 | LORA | {"recursion_norms": True, "recursion_embedding": True},
+    "expert-relaxed": EXPERT3
+    | LORA
+    | {"recursion_norms": True, "recursion_embedding": True, "router_gating": "residual", "router_alpha": 1.5},
     "expert-relaxed-gqa": EXPERT3 | LORA | GROUPS | {"kv_mode": "sharing"},
     "cycle": EXPERT3 | {"sharing_strategy": "cycle"},
     "middle-sequence": {"num_recursions": 2, "sharing_strategy": "middle_sequence", "kv_mode": "sharing"},

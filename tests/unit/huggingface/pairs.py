@@ -18,7 +18,16 @@ from mor_megatron.model import MoRModel, build_model
 from mor_megatron.model.stored_names import stored_name
 from mor_megatron.recursion.context import RoutingContext
 
-ALL = (*RECURSIONS, *RELAXED, "expert_mlp_tanh", "expert_additive", "token_mlp", "expert_sharing_update_bias")
+ALL = (
+    *RECURSIONS,
+    *RELAXED,
+    "expert_mlp_tanh",
+    "expert_additive",
+    "expert_residual",
+    "token_residual",
+    "token_mlp",
+    "expert_sharing_update_bias",
+)
 ROUTED = tuple(name for name in ALL if "expert" in name or "token" in name)
 DECODED = (
     "vanilla",
@@ -38,6 +47,8 @@ DECODED = (
 EXTRA = {
     "expert_mlp_tanh": {"router_type": "mlp", "router_func": "tanh", "router_temperature": 0.7},
     "expert_additive": {"router_gating": "additive"},
+    "expert_residual": {"router_gating": "residual", "router_alpha": 1.5},
+    "token_residual": {"router_gating": "residual"},
     "token_mlp": {"router_type": "mlp", "router_func": "sigmoid"},
 }
 BIASED = {"add_qkv_bias": True, "use_rope_scaling": True, "rotary_base": 500000.0}
@@ -49,7 +60,7 @@ __all__ = ["ALL", "DECODED", "ROUTED", "SEQ", "TOLERANCE", "VOCAB", "exported", 
 @cache
 def pair(name: str) -> tuple[MoRModel, MoRForCausalLM]:
     """Made once; tests do not change them."""
-    kind = re.sub("_(mlp|additive|bias).*", "", name)
+    kind = re.sub("_(mlp|additive|residual|bias).*", "", name)
     config = small_config(
         kind, group_query_attention=True, num_query_groups=2, **BIASED if name.endswith("bias") else {}
     )

@@ -142,6 +142,18 @@ def test_fixed_depth(name):
         _logits(model, ids, fixed_depth=num_recursions + 1)
 
 
+def test_a_residual_gate_of_one_is_the_recursive_model():
+    """What up-training begins with, at full capacity."""
+    config = small_config("expert_relaxed")
+    recursion = replace(config.recursion, capacity=(1.0, 1.0, 1.0), router_gating="residual", router_alpha=2.0)
+    routed = build_model(replace(config, recursion=recursion))
+    for weight in routed.router.parameters():
+        weight.data.zero_()
+    plain = build_model(replace(config, recursion=replace(recursion, routing="none")))
+    plain.load_state_dict(routed.state_dict(), strict=False)
+    assert (_logits(routed, random_ids()) - _logits(plain, random_ids())).abs().max() < FP32_TOL
+
+
 def test_fixed_depth_is_at_least_one():
     with pytest.raises(ValueError, match="fixed_depth=0"):
         RoutingContext(fixed_depth=0)

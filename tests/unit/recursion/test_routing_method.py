@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mor_megatron.config.schema import RecursionConfig
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.dispatch import ActiveTokens, LocalRows
+from mor_megatron.recursion.methods import method_of
 from mor_megatron.recursion.plan import build_plan
 from mor_megatron.recursion.routing import NoSettings, RoutingMethod, Stream, run_recursions
 
@@ -62,6 +64,27 @@ def test_the_first_recursion_takes_all_and_no_token_comes_back(masks, options, t
 def test_a_gate_is_announced():
     with pytest.raises(ValueError, match="with gate=a tensor, but its weighs=False"):
         run(Chosen(ALL, ALL, gate=torch.ones(12, 1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("gating", "expected"),
+    [
+        ("weighted", lambda h, y, g: h + g * y),
+        ("residual", lambda h, y, g: (1 - g) * h + g * y),
+        ("additive", lambda h, y, g: h + y),
+    ],
+)
+@pytest.mark.parametrize("routing", ["expert_choice", "token_choice"])
+def test_gating(routing, gating, expected):
+    recursion = RecursionConfig(routing=routing, num_recursions=2, router_gating=gating)
+    method = method_of(routing)(recursion, build_plan(2, 2, "cycle"), LocalRows())
+    hidden, block, gate = torch.randn(3, 6, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gate, chosen = gate[..., :1], mask(1, 2, 5)
+    active, _ = method.layout.keep(TOKENS, chosen)
+    rows, gates = method.layout.gather(block, active), method.layout.gather(gate, active)
+    got = method.combine(hidden, rows, gates if method.weighs else None, active)
+    wanted = torch.where(chosen.unsqueeze(-1), expected(hidden, block, gate), hidden)
+    torch.testing.assert_close(got, wanted, atol=1e-15, rtol=0)
 
 
 def test_ignored_losses_stay_out_of_the_graph():

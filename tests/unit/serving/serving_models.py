@@ -35,6 +35,7 @@ KINDS = {
     },
     "expert_aux_router": {**_EXPERT, "router_objective": "aux_router", "router_func": "tanh"},
     "expert_additive": {**_EXPERT, "router_gating": "additive"},
+    "expert_residual": {**_EXPERT, "router_gating": "residual", "router_alpha": 1.5},
     "expert_bias_scaled": {**_EXPERT, "qkv_bias": True, "rope_theta": 5e5, "rope_scaling_factor": 8.0},
     "expert_padding_row": {**_EXPERT, "padding_row": 7, "num_key_value_heads": 2},
     "token": _TOKEN,
