@@ -193,8 +193,12 @@ def _check_kernels(config: Config) -> None:
 
 def _check_freeze(config: Config) -> None:
     freeze, routing = config.optimizer.freeze, config.recursion.routing
-    if freeze == "all-but-routers" and not method_of(routing).routes:
+    method = method_of(routing)
+    if freeze == "all-but-routers" and not method.routes:
         raise ValueError(f"freeze={freeze} trains routers, and routing={routing} has none: use --freeze none")
+    untrained = method.untrained(config.recursion)
+    if freeze == "all-but-routers" and untrained is not None:
+        raise ValueError(f"freeze={freeze} leaves nothing that learns, as {untrained}")
     if freeze == "base" and not config.recursion.is_relaxed:
         raise ValueError(
             f"freeze={freeze} trains what tells recursions apart, and nothing does here: use --freeze none, or "

@@ -97,6 +97,16 @@ class ExpertChoice(RoutingMethod):
             "generation select at random: use a value above 0"
         ]
 
+    @classmethod
+    def untrained(cls, settings: ExpertChoiceSettings) -> str | None:
+        """Without a gate, a router has the gradients of its losses only."""
+        if settings.router_gating != "additive" or settings.router_aux_loss_coeff or settings.router_z_loss_coeff:
+            return None
+        return (
+            "router-gating=additive without router losses gives routers no gradient: use --router-gating weighted, or "
+            "--router-aux-loss-coeff above 0"
+        )
+
     def metric_names(self) -> tuple[str, ...]:
         """Losses and accuracy of the selection, and the tokens of each recursion."""
         z = (Z_LOSS,) if self.settings.router_z_loss_coeff > 0.0 else ()

@@ -194,6 +194,11 @@ class RoutingMethod(nn.Module):
         """Messages about what valid settings leave untrained."""
         return []
 
+    @classmethod
+    def untrained(cls, settings: Any) -> str | None:
+        """Why valid settings give none of its weights a gradient, and a remedy; default None: one has a gradient."""
+        return None
+
     def metric_names(self) -> tuple[str, ...]:
         """What a training pass reports, in the order of the log line; the same on every rank of a pipeline."""
         return (*(TOKENS_PER_RECURSION.format(r) for r in range(self.plan.num_recursions)), MEAN_DEPTH)

@@ -94,13 +94,19 @@ class TokenChoice(RoutingMethod):
     @classmethod
     def warnings(cls, settings: TokenChoiceSettings) -> list[str]:
         """The router may be left without a gradient."""
+        reason = cls.untrained(settings)
+        return [] if reason is None else [reason]
+
+    @classmethod
+    def untrained(cls, settings: TokenChoiceSettings) -> str | None:
+        """Without a gate, the router has the gradients of its losses only."""
         balanced = settings.router_balance == "loss" and settings.router_balance_coeff > 0
-        if balanced or settings.router_gating != "additive":
-            return []
-        return [
+        if settings.router_gating != "additive" or balanced or settings.router_z_loss_coeff:
+            return None
+        return (
             "router-gating=additive without a balancing loss leaves the depth router without a gradient: use "
             "--router-gating weighted or --router-balance loss"
-        ]
+        )
 
     def metric_names(self) -> tuple[str, ...]:
         """Losses, and the tokens and exits of each recursion."""

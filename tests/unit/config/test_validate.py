@@ -28,6 +28,16 @@ REFUSED = {
         "--relaxation lora",
     ),
     "frozen without routers": ("--freeze all-but-routers", "freeze=all-but-routers .*routing=none", "--freeze none"),
+    "frozen with routers that learn nothing": (
+        f"{EXPERT} --freeze all-but-routers --router-gating additive --router-aux-loss-coeff 0",
+        "freeze=all-but-routers .*router-gating=additive",
+        "--router-gating weighted, or --router-aux-loss-coeff above 0",
+    ),
+    "frozen with a depth router that learns nothing": (
+        f"{TOKEN} --freeze all-but-routers --router-gating additive --router-balance loss_free",
+        "freeze=all-but-routers .*router-gating=additive",
+        "--router-gating weighted or --router-balance loss",
+    ),
     "zero layers": ("--num-layers 0", "num-layers=0", "use 1 or more"),
     "negative decay": ("--weight-decay -0.1", "weight-decay=-0.1", "use 0 or more"),
     "zero lr": ("--lr 0", "lr=0.0", "use a value above 0"),
