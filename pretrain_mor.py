@@ -11,11 +11,13 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from functools import partial
 
 from mor_megatron.config.cli import parse_config
 from mor_megatron.distributed.launch import adopt_srun, launched_world_size, note_launcher
 from mor_megatron.distributed.libraries import set_broken_aside
 from mor_megatron.files import Unfailing
+from mor_megatron.huggingface.teacher_settings import teacher_settings
 from mor_megatron.planning.report import dry_run
 
 
@@ -23,7 +25,7 @@ def main() -> int:
     """Exit status 0: trained; 1: failed; 2: settings, data or checkpoint do not fit; 85: stopped early, run again."""
     adopt_srun()
     note_launcher()
-    config = parse_config(None, launched_world_size, dry_run)
+    config = parse_config(None, launched_world_size, partial(dry_run, read_teacher=teacher_settings))
     set_broken_aside()
     # Imported after the flags are parsed: --help and a wrong flag should not wait for Megatron-core and DeepSpeed.
     import torch.distributed as dist

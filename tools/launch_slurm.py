@@ -20,6 +20,7 @@ from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Config
 from mor_megatron.data.corpora import read_blends
 from mor_megatron.files import write_whole
+from mor_megatron.huggingface.teacher_settings import teacher_settings
 from mor_megatron.planning.report import dry_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,7 +130,7 @@ def launch(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     if config.checkpoint.save is None:
         raise ValueError("save=None leaves nothing to continue from after the time limit: give --save DIR")
     _require_one_at_a_time(args.sbatch, config.checkpoint.save)
-    print(dry_run(config, args.nodes * _tasks_per_node(args)), file=sys.stderr)
+    print(dry_run(config, args.nodes * _tasks_per_node(args), teacher_settings), file=sys.stderr)
     script = job_script(args, arguments, config)
     try:
         if not args.container_image:

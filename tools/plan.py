@@ -53,6 +53,7 @@ def run(args: argparse.Namespace, settings: list[str]) -> None:
     from mor_megatron.config.settings import read_command_line
     from mor_megatron.config.validate import validate_model
     from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocabulary
+    from mor_megatron.huggingface.teacher_settings import teacher_settings
     from mor_megatron.planning.listing import listing
     from mor_megatron.planning.machines import load_machine
     from mor_megatron.planning.search import FREE, search
@@ -69,7 +70,8 @@ def run(args: argparse.Namespace, settings: list[str]) -> None:
     if config.training.global_batch_size is None:
         raise ValueError("global-batch-size is not set, and decides how many micro-batches there are: give it")
     fixed = frozenset(setting.name for setting in read_command_line(settings)) & frozenset(FREE)
-    print(listing(search(config, args.gpus, machine, fixed), args.gpus, machine, args.top))
+    found = search(config, args.gpus, machine, fixed, teacher_settings(config))
+    print(listing(found, args.gpus, machine, args.top))
 
 
 def main() -> int:

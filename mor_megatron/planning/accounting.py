@@ -248,12 +248,18 @@ def executed_flops_per_token(config: Config, fractions: Sequence[float] | None =
     return head + router_flops_per_token(config, fractions) + sum(layer_flops_per_token(config, fractions))
 
 
-def training_flops_per_token(config: Config, fractions: Sequence[float] | None = None) -> TrainingFlops:
+def training_flops_per_token(
+    config: Config, fractions: Sequence[float] | None = None, teacher: Config | None = None
+) -> TrainingFlops:
     """Executed FLOPs of a training token; arguments and errors as `executed_flops_per_token`.
 
     Recomputing a layer or a whole pass repeats the forward of every layer, that of the core repeats its attention.
+
+    Args:
+        teacher: of `teacher.beside`; it runs forward once.
     """
     model = FORWARDS_PER_STEP * executed_flops_per_token(config, fractions)
+    model += 0.0 if teacher is None else executed_flops_per_token(teacher)
     layers = layer_work(config, fractions)
     again = {
         None: 0.0,

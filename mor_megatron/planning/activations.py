@@ -85,12 +85,32 @@ def adds_each_use(config: Config) -> bool:
     return training.bf16 and training.zero_stage <= 1 and not training.optimizer_cpu_offload
 
 
-def head_bytes(config: Config, cuda: bool) -> float:
-    """Final norm, head and loss of a micro-batch on the last stage, without the gradient of the head's weight."""
+def forward_bytes(config: Config, cuda: bool) -> float:
+    """The most that a forward pass without gradients has at once, which is in a feed-forward network."""
+    rows = _Rows(config, cuda)
+    gated = 3 if cuda else 4  # gate, up and their product; without a kernel, the gate's activation by itself
+    return rows.tokens * (2 * rows.stream + rows.whole_stream + gated * rows.ffn)
+
+
+def final_norm_bytes(config: Config, cuda: bool) -> float:
+    """Of a micro-batch: what the norm before the head reads and gives."""
+    rows = _Rows(config, cuda)
+    return rows.tokens * (2 * rows.stream + rows.norms / 2)
+
+
+def head_bytes(config: Config, cuda: bool, teacher: Config | None = None) -> float:
+    """Final norm, head and loss of a micro-batch on the last stage, without the gradient of the head's weight.
+
+    Args:
+        teacher: of `teacher.beside`; its logits are compared, a chunk at a time.
+    """
     rows, chunk = _Rows(config, cuda), loss_chunk_rows(config, cuda)
     tokens = rows.tokens
-    norm = tokens * (2 * rows.stream + rows.norms / 2)
-    if chunk > 0 and (cuda or chunk < tokens):
+    norm = final_norm_bytes(config, cuda)
+    if teacher is not None:
+        chunk = chunk or tokens
+        norm += tokens * (_Rows(teacher, cuda).whole_stream + 8)  # what its head reads; two losses of each token
+    if chunk > 0 and (cuda or chunk < tokens or teacher is not None):
         gathered = rows.whole_stream if rows.stream < rows.whole_stream else 0
         at_once = min(chunk, tokens)
         wide = 0.0
@@ -98,9 +118,19 @@ def head_bytes(config: Config, cuda: bool) -> float:
             rows.number < 4 and not cuda
         ):  # no kernel reads 16 bits: a chunk's logits in fp32, or its part of the gradient
             wide = rows.vocabulary * max(4.0 * at_once, rows.number * config.model.hidden_size)
+        if teacher is not None:
+            wide = max(wide, at_once * rows.vocabulary * _comparing(rows.number, cuda))
         return norm + tokens * (rows.whole_stream + gathered) + at_once * rows.vocabulary * rows.number + wide
     in_16_bits = rows.number if rows.number < 4 else 0
     return norm + tokens * rows.vocabulary * (4 + in_16_bits)  # fp32 logits become their gradient in place
+
+
+def _comparing(number: int, cuda: bool) -> int:
+    """Bytes that comparing one logit with a teacher's adds to the model's own."""
+    if cuda:
+        return number
+    copies = 0 if number == 4 else 4 + number  # both in fp32 beside their 16 bits
+    return copies + 4 * 4  # the teacher's, their difference, two exponentials
 
 
 def loss_chunk_rows(config: Config, cuda: bool) -> int:

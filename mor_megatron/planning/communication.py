@@ -4,9 +4,10 @@ In a group of n, an all-reduce of b bytes sends 2 b (n-1)/n, an all-gather or re
 
 - *tensor*: a layer has two all-reduces of its rows forward and two backward; recomputation repeats those of the forward
   pass. With sequence parallelism each is an all-gather and a reduce-scatter, and the backward pass gathers two inputs
-  once more. So has the head; the embedding has one all-reduce. An adapter has one all-reduce of rows as wide as its
-  rank, forward or backward. With sequence parallelism it has a gather and a scatter, and the fp32 gradients of factors
-  that every rank has are summed; those of norms and routers are few, and not counted.
+  once more. So has the head; the embedding has one all-reduce. A teacher has those of a forward pass. An adapter has
+  one all-reduce of rows as wide as its rank, forward or backward. With sequence parallelism it has a gather and a
+  scatter, and the fp32 gradients of factors that every rank has are summed; those of norms and routers are few, and not
+  counted.
 - *pipeline*: the message of each chunk (docs/parallelism.md), and its gradient on the way back.
 - *embedding*: the fp32 gradient of a tied head, over first and last stage.
 - *data*: ZeRO 0 all-reduces fp32 gradients once, ZeRO 1 also gathers updated weights, ZeRO 2 reduces in every
@@ -114,8 +115,20 @@ def _tensor(config: Config, pipeline: PipelinePlan, stage: int) -> float:
     if stage == 0:
         sent += 2 * half
     if stage == pipeline.num_stages - 1:
-        sent += half * (3 if parallel.sequence_parallel else 2)
+        sent += half * (3 if parallel.sequence_parallel else 2) + _of_teacher(pipeline.teacher)
     return sent
+
+
+def _of_teacher(teacher: Config | None) -> float:
+    """Of one micro-batch: those of a forward pass."""
+    if teacher is None:
+        return 0.0
+    tp, fractions = teacher.parallel.tensor_model_parallel_size, planned_fractions(teacher)
+    tokens = teacher.training.micro_batch_size * teacher.data.seq_length
+    row = teacher.model.hidden_size * (2 if teacher.training.precision != "fp32" else 4)
+    uses = sum(active_fraction(layer, fractions) for layer in teacher.plan.layers)
+    gathered = 1 if teacher.parallel.sequence_parallel else 0  # what its head reads
+    return tokens * row * (tp - 1) / tp * (4 * uses + 2 + gathered)
 
 
 def _of_adapters(config: Config, pipeline: PipelinePlan, stage: int) -> float:

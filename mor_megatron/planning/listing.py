@@ -21,6 +21,7 @@ HEAD = (
     "weights",
     "grads",
     "optim",
+    "teacher",
     "buffers",
     "messages",
     "activ",
@@ -36,6 +37,8 @@ HEAD = (
     "PP sent",
     "DP sent",
 )
+TEACHER = HEAD.index("teacher")
+"""A column that runs without a teacher do not have."""
 
 
 def listing(found: list[Candidate], world_size: int, machine: Machine, count: int) -> str:
@@ -62,13 +65,16 @@ def listing(found: list[Candidate], world_size: int, machine: Machine, count: in
             "use more --gpus, more --memory, or a shorter --seq-length"
         )
     config = fitting[0].config
+    rows = [HEAD, *(_row(number, one, machine) for number, one in enumerate(worthwhile(fitting)[:count], 1))]
+    if fitting[0].teacher is None:
+        rows = [(*row[:TEACHER], *row[TEACHER + 1 :]) for row in rows]
     lines = [
         f"{world_size} x {machine.name}, {_gb(usable)} of {machine.memory_gb:g} GB for tensors; global batch "
         f"{config.training.global_batch_size} x {config.data.seq_length} tokens, {config.training.precision}",
         f"{len(found)} layouts can run, {len(fitting)} fit. Left out are those that differ from a faster one only in "
         "micro-batch or recomputation, and hardly need less memory.",
         "GB are those of the fullest rank, and those that one rank sends in an iteration. Times are estimates.",
-        *_table([HEAD, *(_row(number, one, machine) for number, one in enumerate(worthwhile(fitting)[:count], 1))]),
+        *_table(rows),
         "",
         *_details(fitting[0], machine),
     ]
@@ -81,6 +87,7 @@ def _row(number: int, one: Candidate, machine: Machine) -> tuple[str, ...]:
         memory.state.weights,
         memory.state.gradients,
         memory.state.optimizer,
+        memory.teacher,
         memory.buffers,
         memory.peak.messages,
         memory.peak.activations,

@@ -34,10 +34,10 @@ from mor_megatron.planning.accounting import (
     relaxation_parameters,
     router_parameters,
 )
-from mor_megatron.planning.activations import activations, adds_each_use, head_bytes
+from mor_megatron.planning.activations import activations, adds_each_use, final_norm_bytes, forward_bytes, head_bytes
 from mor_megatron.planning.communication import LIVE_WEIGHTS, message_bytes
 from mor_megatron.planning.schedule import passes
-from mor_megatron.planning.stages import PipelinePlan
+from mor_megatron.planning.stages import PipelinePlan, pipeline_plan
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,14 @@ class RankMemory:
     peak: Moment
     is_offloaded: bool = False
     """The optimizer's state is in CPU memory, and not in `total`."""
+    teacher: int = 0
+    """Weights of the teacher."""
 
     @property
     def total(self) -> float:
         """Bytes on the device."""
-        return self.state.total - (self.state.optimizer if self.is_offloaded else 0) + self.buffers + self.peak.total
+        offloaded = self.state.optimizer if self.is_offloaded else 0
+        return self.state.total - offloaded + self.teacher + self.buffers + self.peak.total
 
 
 def rank_memory(config: Config, pipeline: PipelinePlan, stage: int, world_size: int, cuda: bool) -> RankMemory:
@@ -165,7 +168,16 @@ def rank_memory(config: Config, pipeline: PipelinePlan, stage: int, world_size: 
     state = rank_state(config, parameters, world_size, trained)
     peak = max(_moments(config, pipeline, stage, world_size, cuda), key=lambda moment: moment.total)
     buffers = _reduction_buffers(config, state, cuda) + _gathered_weights(config, state, world_size)
-    return RankMemory(state, buffers, peak, config.training.optimizer_cpu_offload)
+    teacher = _teacher_weights(pipeline, world_size) if stage == pipeline.num_stages - 1 else 0
+    return RankMemory(state, buffers, peak, config.training.optimizer_cpu_offload, teacher)
+
+
+def _teacher_weights(pipeline: PipelinePlan, world_size: int) -> int:
+    """Bytes on each rank of the last stage."""
+    if pipeline.teacher is None:
+        return 0
+    parameters = rank_parameters(pipeline.teacher, pipeline_plan(pipeline.teacher), 0)
+    return rank_state(pipeline.teacher, parameters, world_size, trained=0).weights
 
 
 def num_microbatches(config: Config, world_size: int) -> int:
@@ -178,7 +190,8 @@ def _moments(config: Config, pipeline: PipelinePlan, stage: int, world_size: int
     """The passes of a rank, as the schedule has them."""
     own, waiting = activations(config, pipeline, stage, cuda), _waiting_gradients(config, pipeline, stage)
     has_head, vocabulary = stage == pipeline.num_stages - 1, _vocabulary_weights(config)
-    head = head_bytes(config, cuda) if has_head else 0.0
+    teacher = pipeline.teacher
+    head = head_bytes(config, cuda, teacher) if has_head else 0.0
     sent = message_bytes(config, pipeline, stage) if pipeline.num_stages > 1 else (0.0,)
     everything = range(config.recursion.num_recursions)
     live = messages = 0.0
@@ -189,6 +202,9 @@ def _moments(config: Config, pipeline: PipelinePlan, stage: int, world_size: int
             live += sum(own.kept[r] for r in recursions)
             messages += sent[chunk]
             if has_head and chunk == pipeline.num_chunks - 1:
+                if teacher is not None:
+                    norm, working = final_norm_bytes(config, cuda), forward_bytes(teacher, cuda)
+                    yield Moment("forward pass of the teacher", messages, live, norm, working)
                 yield Moment("head and loss", messages, live, head, 4.0 * vocabulary)
             continue
         for r in reversed(recursions):

@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mor_megatron.config.layout import data_parallel_size
 from mor_megatron.config.schema import Config, TrainingConfig
 from mor_megatron.config.validate import validate
 from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocabulary
 from mor_megatron.planning.accounting import (
+    FORWARDS_PER_STEP,
+    count_parameters,
+    executed_flops_per_token,
     head_flops_per_token,
     layer_flops_per_token,
     recursion_embedding_parameters,
@@ -20,12 +25,15 @@ from mor_megatron.planning.memory import RankMemory, num_microbatches, rank_memo
 from mor_megatron.planning.stages import PipelinePlan, microbatch_group_size, pipeline_plan
 
 
-def dry_run(config: Config, world_size: int | None) -> str:
+def dry_run(
+    config: Config, world_size: int | None, read_teacher: Callable[[Config], Config | None] = lambda config: None
+) -> str:
     """Everything that a run would do, as text: its recursion plan and its layout.
 
     Args:
         config: as parsed.
         world_size: ranks of the run; None: as many as one copy of the model needs.
+        read_teacher: settings of the model of `distill_from`, where a run has one.
     Raises:
         ValueError: the settings do not fit, or there is neither a vocabulary size nor a tokenizer.
     """
@@ -33,35 +41,40 @@ def dry_run(config: Config, world_size: int | None) -> str:
     ranks = world_size or parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     config = validate(config, ranks)
     config = resolve_vocabulary(config, configured_tokenizer(config.data))
-    return f"{config.plan.table()}\n\n{describe_layout(config, ranks, cuda=True)}"
+    return f"{config.plan.table()}\n\n{describe_layout(config, ranks, cuda=True, teacher=read_teacher(config))}"
 
 
-def describe_layout(config: Config, world_size: int, cuda: bool) -> str:
+def describe_layout(config: Config, world_size: int, cuda: bool, teacher: Config | None = None) -> str:
     """Ranks, stages, memory, split, schedule and batch of a run, a line each.
 
     Args:
         config: validated for `world_size` ranks, its vocabulary resolved.
         world_size: ranks of the run.
         cuda: whether they have CUDA devices, which decides what is `auto`.
+        teacher: settings of the model of `distill_from`.
     """
-    pipeline = pipeline_plan(config)
+    pipeline = pipeline_plan(config, teacher)
     lines = [_ranks(config, world_size), *_stages(config, world_size, pipeline, cuda)]
     if pipeline.num_stages > 1:
         lines.append(_split(config, pipeline))
     if config.recursion.is_relaxed:
         own = pipeline.plan.block_size * relaxation_parameters(config) + recursion_embedding_parameters(config)
         lines.append(f"recursions differ by {config.recursion.differences}: {own:,} parameters")
+    if pipeline.teacher is not None:
+        lines.append(_teacher(config, pipeline, world_size))
     return "\n".join([*lines, _batch(config, world_size), _schedule(config, world_size, pipeline)])
 
 
 def stage_work(config: Config, pipeline: PipelinePlan) -> tuple[float, ...]:
-    """Share of each pipeline rank in the forward FLOPs of a token, with the planned number of tokens a recursion."""
+    """Share of each pipeline rank in the FLOPs of a training token, with the planned number of tokens a recursion."""
     layer_flops = layer_flops_per_token(config)
     work = [
         sum(layer_flops[layer.index] for chunk in range(pipeline.num_chunks) for layer in pipeline.layers(stage, chunk))
         for stage in range(pipeline.num_stages)
     ]
     work[-1] += head_flops_per_token(config)
+    if pipeline.teacher is not None:
+        work[-1] += executed_flops_per_token(pipeline.teacher) / FORWARDS_PER_STEP
     return tuple(part / sum(work) for part in work)
 
 
@@ -80,11 +93,13 @@ def _stages(config: Config, world_size: int, pipeline: PipelinePlan, cuda: bool)
     per_stage = world_size // pipeline.num_stages
     where = " (CPU)" if config.training.optimizer_cpu_offload else ""
     state = ("weights", "gradients", f"optimizer{where}", "sum")
-    rows = [("ranks", "holds", "parameters", *state, "buffers", "activations", "peak", "work")]
+    teacher = () if pipeline.teacher is None else ("teacher",)
+    rows = [("ranks", "holds", "parameters", *state, *teacher, "buffers", "activations", "peak", "work")]
     for stage, work in enumerate(stage_work(config, pipeline)):
         memory = rank_memory(config, pipeline, stage, world_size, cuda)
         ranks = _span(range(stage * per_stage, (stage + 1) * per_stage))
-        rows.append((ranks, _holds(config, pipeline, stage), *_memory_cells(memory), f"{100 * work:.1f}%"))
+        cells = _memory_cells(memory, pipeline.teacher is not None)
+        rows.append((ranks, _holds(config, pipeline, stage), *cells, f"{100 * work:.1f}%"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(
@@ -95,9 +110,10 @@ def _stages(config: Config, world_size: int, pipeline: PipelinePlan, cuda: bool)
     ]
 
 
-def _memory_cells(memory: RankMemory) -> tuple[str, ...]:
+def _memory_cells(memory: RankMemory, has_teacher: bool) -> tuple[str, ...]:
     state = memory.state
-    parts = (state.weights, state.gradients, state.optimizer, state.total)
+    parts = [state.weights, state.gradients, state.optimizer, state.total]
+    parts += [memory.teacher] if has_teacher else []
     return (f"{state.parameters:,}", *map(_bytes, (*parts, memory.buffers, memory.peak.total, memory.total)))
 
 
@@ -125,6 +141,16 @@ def _split(config: Config, pipeline: PipelinePlan) -> str:
     return (
         f"split: {layers} of the block's {pipeline.plan.block_size} layers, {reason}; "
         f"stage {slowest} has {excess:.1f}% more work than the mean"
+    )
+
+
+def _teacher(config: Config, pipeline: PipelinePlan, world_size: int) -> str:
+    teacher, last = pipeline.teacher, world_size - world_size // pipeline.num_stages
+    ranks = _span(range(last, world_size))
+    return (
+        f"teacher: {count_parameters(teacher).unique:,} parameters on {'rank' if ranks.isdecimal() else 'ranks'} "
+        f"{ranks}, divided by TP {config.parallel.tensor_model_parallel_size} alone; "
+        f"{executed_flops_per_token(teacher) / 1e6:.1f} MFLOP a token forward"
     )
 
 

@@ -20,6 +20,7 @@ from mor_megatron.planning.machines import GB, Machine
 from mor_megatron.planning.memory import RankMemory, num_microbatches, rank_memory
 from mor_megatron.planning.stages import PipelinePlan, pipeline_plan
 from mor_megatron.planning.step_time import StepTime, stage_time, step_time
+from mor_megatron.planning.teacher import beside
 
 FREE = (
     "tensor_model_parallel_size",
@@ -55,6 +56,8 @@ class Candidate:
     traffic: Traffic
     """Of the rank that sends most."""
     time: StepTime
+    teacher: Config | None = None
+    """Settings of a teacher, as it stands beside the model."""
 
     @property
     def data_parallel_size(self) -> int:
@@ -70,11 +73,11 @@ class Candidate:
     def flops(self) -> float:
         """Executed by all ranks in an iteration, recomputation included."""
         tokens = self.config.training.global_batch_size * self.config.data.seq_length
-        return training_flops_per_token(self.config).hardware * tokens
+        return training_flops_per_token(self.config, teacher=self.teacher).hardware * tokens
 
     def mfu(self, machine: Machine) -> float:
         """Model FLOPs utilisation: of the peak, what the model needs, recomputation left out."""
-        needed = training_flops_per_token(self.config).model * self.tokens_per_second
+        needed = training_flops_per_token(self.config, teacher=self.teacher).model * self.tokens_per_second
         return needed / (self.world_size * machine.tflops(self.config.training.precision) * 1e12)
 
     def flags(self) -> str:
@@ -91,14 +94,21 @@ class Candidate:
         return " ".join(words)
 
 
-def search(config: Config, world_size: int, machine: Machine, fixed: frozenset[str] = frozenset()) -> list[Candidate]:
+def search(
+    config: Config,
+    world_size: int,
+    machine: Machine,
+    fixed: frozenset[str] = frozenset(),
+    teacher: Config | None = None,
+) -> list[Candidate]:
     """All layouts that can run, whether they fit or not, fastest first.
 
     Args:
         config: its model validated, its vocabulary resolved, its global batch set.
         fixed: settings of `FREE` that stay as they are in `config`.
+        teacher: settings of the model of `distill_from`.
     """
-    evaluate = Evaluation(world_size, machine)
+    evaluate = Evaluation(world_size, machine, teacher)
     found = [evaluate(candidate) for candidate in _layouts(config, world_size, machine, fixed)]
     return sorted(found, key=lambda one: (-one.tokens_per_second, one.memory.total))
 
@@ -177,8 +187,8 @@ def _runs(config: Config, world_size: int) -> bool:
 class Evaluation:
     """What is expected of layouts of one model."""
 
-    def __init__(self, world_size: int, machine: Machine):
-        self.world_size, self.machine = world_size, machine
+    def __init__(self, world_size: int, machine: Machine, teacher: Config | None = None):
+        self.world_size, self.machine, self.teacher = world_size, machine, teacher
         self._pipelines: dict[tuple, PipelinePlan] = {}
         self._work: list | None = None
 
@@ -196,10 +206,12 @@ class Evaluation:
         most = max(sent, key=lambda one: one.total)
         parameters = max(one.state.parameters for one in memories)
         time = step_time(config, pipeline, times, most, parameters, world_size, machine)
-        return Candidate(config, world_size, memory, most, time)
+        return Candidate(config, world_size, memory, most, time, pipeline.teacher)
 
     def _pipeline(self, config: Config) -> PipelinePlan:
         key = (config.parallel.pipeline_model_parallel_size, config.parallel.pipeline_layers)
         if key not in self._pipelines:
             self._pipelines[key] = pipeline_plan(config)
-        return self._pipelines[key]
+        if self.teacher is None:
+            return self._pipelines[key]
+        return replace(self._pipelines[key], teacher=beside(config, self.teacher))

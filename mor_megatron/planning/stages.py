@@ -4,7 +4,7 @@ With cycle sharing the pipeline is a ring: the block's layers are divided among 
 micro-batch is its r-th round through them. Chunk r of a rank, a virtual stage of Megatron-core's interleaved schedule,
 is recursion r, and all chunks of a rank run the same weights. Where recursions are not contiguous (sequence
 sharing) or there is only one (Nr=1), the pipeline is an ordinary one, of one chunk a rank. Unique first and last
-layers, embedding and head stand at the ends.
+layers, embedding and head stand at the ends. A teacher runs as a whole on the last rank.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from mor_megatron.config.schema import Config
 from mor_megatron.planning.accounting import head_flops_per_token, layer_flops_per_token
+from mor_megatron.planning.teacher import beside
 from mor_megatron.recursion.plan import RecursionPlan, VirtualLayer
 
 
@@ -23,6 +24,8 @@ class PipelinePlan:
     plan: RecursionPlan
     block_layers: tuple[int, ...]
     """Shared-block layers of each rank, all >= 1, in the order of the ring."""
+    teacher: Config | None = None
+    """Settings of a teacher, from `teacher.beside`."""
 
     @property
     def num_stages(self) -> int:
@@ -62,22 +65,24 @@ class PipelinePlan:
         return range(start, start + self.block_layers[rank])
 
 
-def pipeline_plan(config: Config) -> PipelinePlan:
+def pipeline_plan(config: Config, teacher: Config | None = None) -> PipelinePlan:
     """The pipeline of a validated run.
 
     Args:
         config: `pipeline_layers` decides the split if it is set; else `balanced_split` does, by FLOPs, the head's too.
+        teacher: settings of the model of `distill_from`. It does not move the split.
     Raises:
         ValueError: no vocabulary size is known and the split has to be balanced.
     """
     plan, parallel = config.plan, config.parallel
     stages = parallel.pipeline_model_parallel_size
+    placed = None if teacher is None else beside(config, teacher)
     if stages == 1:
-        return PipelinePlan(plan, (plan.block_size,))
+        return PipelinePlan(plan, (plan.block_size,), placed)
     split = parallel.pipeline_layers or balanced_split(*_costs(config, plan), plan.block_size, stages)
     assert len(split) == stages, "validate the configuration"
     assert sum(split) == plan.block_size
-    return PipelinePlan(plan, split)
+    return PipelinePlan(plan, split, placed)
 
 
 def balanced_split(layer: float, first: float, last: float, block_size: int, stages: int) -> tuple[int, ...]:

@@ -21,12 +21,13 @@ from mor_megatron.planning.accounting import (
     active_fraction,
     adapted_maps,
     head_flops_per_token,
+    layer_work,
     planned_fractions,
 )
 from mor_megatron.planning.communication import Traffic
 from mor_megatron.planning.machines import GB, Machine
 from mor_megatron.planning.memory import num_microbatches
-from mor_megatron.planning.stages import PipelinePlan
+from mor_megatron.planning.stages import PipelinePlan, pipeline_plan
 
 # Numbers read and written by element-wise operators of one use of a layer, forward and backward, for each of its rows:
 # two norms and two residual additions, SwiGLU, rotation. How many operators there are, without adapters and for each of
@@ -115,8 +116,17 @@ def stage_time(
     if stage == pipeline.num_stages - 1:
         head = FORWARDS_PER_STEP * head_flops_per_token(config) / products
         chunks[-1] += tokens / tp * (head + number * LOGIT_PASSES * config.model.vocab_size * per_byte)
+        chunks[-1] += _forward_seconds(pipeline.teacher, machine)
     tensor = tensor_bytes / _bandwidth(machine, is_inside=tp <= machine.node_size)
     return StageTime(tuple(seconds + tensor / len(chunks) for seconds in chunks), tensor)
+
+
+def _forward_seconds(teacher: Config | None, machine: Machine) -> float:
+    """Of a teacher for a micro-batch, without its exchanges: a third of what training it would take."""
+    if teacher is None:
+        return 0.0
+    trained = stage_time(teacher, pipeline_plan(teacher), 0, machine, 0.0, layer_work(teacher))
+    return sum(trained.chunks) / FORWARDS_PER_STEP
 
 
 def step_time(

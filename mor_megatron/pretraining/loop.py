@@ -18,6 +18,7 @@ from mor_megatron.checkpointing.save import SaveError, Saver
 from mor_megatron.config.schema import CheckpointConfig, Config
 from mor_megatron.distributed.initialize import print_rank_0
 from mor_megatron.distributed.roll_call import report_iteration
+from mor_megatron.planning.teacher import beside
 from mor_megatron.pretraining.batches import Batches
 from mor_megatron.pretraining.heartbeat import Heartbeat, State
 from mor_megatron.pretraining.observer import Observer
@@ -45,17 +46,19 @@ def train(
     stopper: Stopper,
     tokenizer: KeptTokenizer | None = None,
     writers: Sequence[Writer] = (),
+    teacher: Config | None = None,
 ) -> bool:
     """The iterations from `progress`, which is kept up to date, to the last; returns and raises as `pretrain`.
 
     Args:
         writers: more of them, which the caller closes; rank 0's are used.
+        teacher: settings of the model of `distill_from`.
     """
     with contextlib.ExitStack() as stack:
         saver = None
         if config.checkpoint.save is not None:
             saver = stack.enter_context(Saver(engine, config, tokenizer))
-        loop = _Loop(engine, config, progress, batches, stopper, saver, writers)
+        loop = _Loop(engine, config, progress, batches, stopper, saver, writers, teacher)
         stack.callback(loop.close)
         state: State = "failed"
         try:
@@ -82,6 +85,7 @@ class _Loop:
         stopper: Stopper,
         saver: Saver | None,
         writers: Sequence[Writer],
+        teacher: Config | None,
     ):
         self.engine = engine
         self.config = config
@@ -89,6 +93,7 @@ class _Loop:
         self.batches = batches
         self.stopper = stopper
         self.saver = saver
+        self.teacher = None if teacher is None else beside(config, teacher)
         self.peak, source = device_peak(config)
         print_rank_0(f"utilisation is measured against {self.peak:.3f} TFLOP/s a rank ({source})")
         self.files = open_writers(config, progress.iteration) if dist.get_rank() == 0 else []
@@ -159,6 +164,7 @@ class _Loop:
             seconds=seconds,
             ranks=dist.get_world_size(),
             peak_tflops=self.peak,
+            teacher=self.teacher,
             observed=self.observer.end(progress.iteration),
         )
         self._write(record)

@@ -12,6 +12,7 @@ from mor_megatron.config.validate import validate
 from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocabulary
 from mor_megatron.distributed.initialize import initialize_distributed, print_rank_0
 from mor_megatron.distributed.launch import launched_world_size
+from mor_megatron.huggingface.teacher_settings import teacher_settings
 from mor_megatron.model import build_model
 from mor_megatron.model.mor_model import MoRModel
 from mor_megatron.planning.accounting import count_parameters, executed_flops_per_token
@@ -51,20 +52,21 @@ def _pretrain(config: Config, stopper: Stopper, writers: list[Writer]) -> bool:
     config = resolve_vocabulary(config, tokenizer)
     kept = None if tokenizer is None else KeptTokenizer.of(config.data.tokenizer_type, tokenizer)
     batches = build_data(config, tokenizer)
-    model = build_model(config)
+    model, teacher = build_model(config), None
     if config.distillation.distill_from is not None and not config.training.skip_train:
         from mor_megatron.huggingface.teacher import load_teacher  # imports transformers, which other runs do without
 
         model.distillation = load_teacher(model, config, tokenizer)
+        teacher = teacher_settings(config)
     engine = build_engine(model, config)
     print_rank_0(capability_line(config))
     progress = load_checkpoint(engine, config, kept)
     print_rank_0(_description(config))
-    print_rank_0(describe_layout(config, dist.get_world_size(), torch.cuda.is_available()))
+    print_rank_0(describe_layout(config, dist.get_world_size(), torch.cuda.is_available(), teacher))
     if config.training.skip_train:
         _evaluate_splits(engine.module, config, progress.iteration, batches)
         return True
-    return train(engine, config, progress, batches, stopper, kept, writers)
+    return train(engine, config, progress, batches, stopper, kept, writers, teacher)
 
 
 def _evaluate_splits(model: MoRModel, config: Config, iteration: int, batches: Batches) -> None:

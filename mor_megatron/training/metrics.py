@@ -39,6 +39,7 @@ def training_record(
     seconds: float,
     ranks: int,
     peak_tflops: float,
+    teacher: Config | None = None,
     observed: dict[str, float] | None = None,
 ) -> Record:
     """The record of one iteration.
@@ -50,14 +51,16 @@ def training_record(
         seconds: its wall-clock time.
         ranks: processes that shared the work.
         peak_tflops: of one of them.
+        teacher: its settings beside the run, from `planning.teacher.beside`.
         observed: what an `Observer` adds.
     Returns:
         Name -> value; None where it is not finite, which JSON cannot express. `tflops_per_gpu` and `utilisation`
-        count model FLOPs (MFU), `hardware_utilisation` those that recomputation repeats, too (HFU).
+        count model FLOPs (MFU), `hardware_utilisation` those that recomputation repeats, too (HFU). Both count what a
+        teacher computes.
     """
     tokens = config.training.global_batch_size * config.data.seq_length
     fractions = measured_fractions(report.routing, config.recursion.num_recursions)
-    flops = training_flops_per_token(config, fractions)
+    flops = training_flops_per_token(config, fractions, teacher)
     tera_a_second = tokens / seconds / ranks / 1e12
     record = {
         "iteration": progress.iteration,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
+import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -30,6 +31,10 @@ FP32_LAYOUT_TOL = 1e-5
 1e-7 for a sum, tens of sums deep, and updates that feed on each other."""
 FP32_ROUNDING = STEPS * 2.0**-24
 """What rounding a weight after each update may move it, relative to its size: no agreement can be expected below."""
+BF16_LOSS_TOL = 2e-3
+"""bf16 keeps 8 bits: a product summed in another order differs by 2^-9 of itself, and a loss averages over many."""
+BF16_NORM_TOL = 5e-3
+"""The gradient's norm in the first step. Later ones are those of other weights: rounding moves some by a bf16 step."""
 DECISION_MARGIN = 5e-6
 """Router logits of two layouts differ by some 1e-7 at the last step; see `Margins`."""
 
@@ -83,7 +88,7 @@ class Result:
     norm: float
     """`weights_norm` at the end."""
     storages: dict[str, int] = field(default_factory=dict)
-    """This rank's parameter elements, each storage once: built, wrapped."""
+    """This rank's parameter elements, each storage once: built, wrapped. Bytes of a teacher."""
     margin: float = math.inf
     """The closest routing decision; only looked at where one process has the whole model."""
     ties: int = 0
@@ -111,6 +116,8 @@ def train(config: Config, fault: Callable[[nn.Module], None] | None = None) -> R
     margins = Margins(model) if dist.get_world_size() == 1 else None
     engine = build_engine(model, config)
     storages["wrapped"] = unique_elements(engine.module)
+    if model.distillation is not None:
+        storages["teacher"] = sum(weight.nbytes for weight in model.distillation.teacher.parameters())
     reports = run_steps(engine, config)
     final, buffers = gather_parameters(engine.module), gather_buffers(engine.module)
     seed = config.training.seed
@@ -235,6 +242,17 @@ def differences(
     for name, value in expected.buffers.items():
         note(name, _largest(got.buffers[name].double() - value.double()) / max(_largest(value), 1e-30))
     return found
+
+
+def assert_close_in_bf16(got: Result, expected: Result) -> None:
+    """Weights as they begin, losses, and the gradient's norm in the first step, as close as bf16 can have them."""
+    for name, value in expected.initial.items():
+        assert torch.equal(got.initial[name], value), name
+    for step, (a, b) in enumerate(zip(got.reports, expected.reports, strict=True), 1):
+        assert a.lm_loss == pytest.approx(b.lm_loss, rel=BF16_LOSS_TOL), f"step {step}"
+        if b.divergence is not None:  # log-probabilities, as the loss
+            assert a.divergence == pytest.approx(b.divergence, abs=BF16_LOSS_TOL * b.lm_loss), f"step {step}"
+    assert got.reports[0].grad_norm == pytest.approx(expected.reports[0].grad_norm, rel=BF16_NORM_TOL)
 
 
 def describe(found: list[tuple[str, float]]) -> str:

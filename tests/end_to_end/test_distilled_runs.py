@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from small_runs import assert_same_checkpoint, read_metrics, save_teacher, save_tokenizer, small_config
 
+from mor_megatron.config.schema import DataConfig
+from mor_megatron.huggingface.teacher_settings import teacher_settings
+from mor_megatron.planning.accounting import executed_flops_per_token
 from mor_megatron.pretraining.pretrain import pretrain
 
 PLAIN = {"train_iters": 6, "eval_interval": 6, "seq_length": 16}
@@ -28,6 +33,15 @@ def test_a_distilled_run_resumes(process_group, corpus, tmp_path, capsys):
     assert f"distill-from was {teacher['distill_from']}, is now None" in capsys.readouterr().out
     (last,) = (line for line in read_metrics(plain) if "lm_loss" in line)
     assert "distillation_kl" not in last
+    settings = teacher_settings(small_config(corpus, **PLAIN, **teacher))
+    more = flops_a_token(whole) - flops_a_token(plain)
+    assert more == pytest.approx(executed_flops_per_token(replace(settings, data=DataConfig(seq_length=16))))
+
+
+def flops_a_token(directory: str) -> float:
+    """Those that a run's first iteration reports."""
+    line = json.loads((Path(directory) / "metrics.jsonl").read_text().splitlines()[0])
+    return line["tflops_per_gpu"] * 1e12 / line["tokens_per_second"]
 
 
 def test_teachers_that_are_refused(process_group, corpus, tmp_path):

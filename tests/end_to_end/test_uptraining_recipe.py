@@ -25,7 +25,7 @@ def words_of(step: str, dense: str, directory: Path, *flags: str) -> list[str]:
     return printed.split()[1:]
 
 
-def test_dense_to_recursive_to_routed(process_group, corpus, tmp_path, monkeypatch):
+def test_dense_to_recursive_to_routed(process_group, corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     dense = save_teacher(tmp_path / "dense", num_hidden_layers=8)
     save_tokenizer(Path(dense), "the of and")
@@ -57,6 +57,12 @@ def test_dense_to_recursive_to_routed(process_group, corpus, tmp_path, monkeypat
     for step in ("recursive", "routed"):
         config = validate(read_config(words_of(step, dense, tmp_path, "--seq-length", "16")), world_size=8)
         assert config.optimizer.lr_decay_iters == config.training.train_iters > 1000
+    files = [str(tmp_path / "start/iter_0000000/config.yaml"), "examples/uptraining/common.yaml"]
+    words = ["--gpus", "8", "--distill-from", dense, "--seq-length", "16", "--config", *files]
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["plan.py", *words])
+    assert load_tool("plan").main() == 0
+    assert "teacher" in capsys.readouterr().out
 
 
 def test_the_script_says_how_it_is_used():

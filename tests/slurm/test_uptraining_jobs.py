@@ -35,6 +35,7 @@ def submit(cluster: Cluster, corpus: str, dense: str):
         words = ["examples/uptraining/uptrain.sh", step, dense, str(directory), "--data-path", corpus, *FLAGS.split()]
         printed = cluster.run("env", launch, *words, *more)
         assert "layout: 2 ranks = TP 1 x PP 1 x DP 2" in printed
+        assert ("teacher: " in printed) == (step == "recursive")
         return Job(re.search(r"^job (\d+):", printed, re.MULTILINE)[1], save, cluster.run)
 
     return call

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mor_megatron.config.schema import Config
 from mor_megatron.model import build_model
+from mor_megatron.model.distillation import Distillation, Mixture
 from mor_megatron.planning.accounting import (
     adapted_maps,
     measured_fractions,
@@ -17,6 +18,7 @@ from mor_megatron.planning.accounting import (
     router_flops_per_token,
     training_flops_per_token,
 )
+from mor_megatron.planning.teacher import beside
 from mor_megatron.recursion.context import RoutingContext
 
 MODEL = {"group_query_attention": True, "num_query_groups": 2, "make_vocab_size_divisible_by": VOCAB}
@@ -45,6 +47,10 @@ def not_repeated(config: Config, fractions: tuple[float, ...] | None) -> float:
     return 2 * config.recursion.lora_rank * config.model.hidden_size * sum(fractions[use.recursion] for use in last)
 
 
+def products_of(counter: FlopCounterMode) -> int:
+    return sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+
+
 QUICK = ("vanilla", "recursive_sharing", "expert", "expert_sharing_update", "expert_aux_router", "token")
 QUICK += ("sequence_relaxed", "token_relaxed")
 NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in (*RECURSIONS, *RELAXED)]
@@ -57,7 +63,7 @@ def test_matrix_products_of_a_training_step(name: str, granularity: str | None, 
     model = build_model(config)
     with FlopCounterMode(display=False) as counter:
         model(training_batch(ids), context).mean().backward()
-    measured = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    measured = products_of(counter)
 
     fractions = measured_fractions({k: float(v) for k, v in context.metrics.items()}, config.recursion.num_recursions)
     products = replace(config, data=replace(config.data, seq_length=0))  # kernels of attention are no plain products
@@ -66,3 +72,19 @@ def test_matrix_products_of_a_training_step(name: str, granularity: str | None, 
     if config.recursion.router_objective == "aux_router":  # half of the routers send no gradient to their input
         expected -= router_flops_per_token(config, fractions) / 2
     assert measured == pytest.approx(ids.numel() * expected, rel=1e-6)
+
+
+def test_a_teacher_multiplies_once(process_group):
+    """Nothing of it is recomputed."""
+    config, ids = config_of("vanilla", "full"), random_ids()
+    config = replace(config, training=replace(config.training, loss_chunk_rows=ids.numel() // 2))  # with and without
+    model, teacher = build_model(config), small_config("recursive", hidden_size=24, make_vocab_size_divisible_by=VOCAB)
+    counts = []
+    for model.distillation in (None, Distillation(build_model(teacher).eval(), Mixture(1.0, 0.5))):
+        with FlopCounterMode(display=False) as counter:
+            model(training_batch(ids)).mean().backward()
+        counts.append(products_of(counter))
+    products = replace(config, data=replace(config.data, seq_length=0))
+    alone, taught = (training_flops_per_token(products, teacher=x) for x in (None, beside(products, teacher)))
+    assert counts[1] - counts[0] == ids.numel() * (taught.model - alone.model)
+    assert taught.hardware - alone.hardware == taught.model - alone.model > 0

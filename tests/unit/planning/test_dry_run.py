@@ -57,6 +57,24 @@ def test_what_recursions_differ_by():
     assert "recursions differ" not in describe(MOR, 1)
 
 
+def test_a_teacher_stands_beside_the_head():
+    flags = f"{MOR} --pipeline-model-parallel-size 2 --tensor-model-parallel-size 2 --global-batch-size 32 --bf16"
+    config = validate(read_config(f"{flags} --vocab-size 1000".split()), 8)
+    shape = "--num-layers 4 --hidden-size 96 --ffn-hidden-size 256 --vocab-size 1000"
+    dense = validate(read_config(shape.split()))
+    alone, taught = (describe_layout(config, 8, cuda=False, teacher=x).splitlines() for x in (None, dense))
+    layer = 4 * 96 * 96 + 3 * 96 * 256
+    first, last = (re.split("  +", line) for line in taught[2:4])
+    assert re.split("  +", taught[1])[7] == "teacher"
+    assert first[7] == "0.00 MiB"
+    assert last[7] == f"{2 * ((1024 * 96 + 4 * layer) / 2 + 4 * 2 * 96 + 96) / 2**20:.2f} MiB"
+    assert float(last[-1][:-1]) > float(re.split("  +", alone[3])[-1][:-1]), "its share of the work"
+    assert taught[-3] == (
+        f"teacher: {1000 * 96 + 4 * (layer + 2 * 96) + 96:,} parameters on ranks 4-7, divided by TP 2 alone; "
+        f"{2 * (1000 * 96 + 4 * (layer + 128 * 96)) / 1e6:.1f} MFLOP a token forward"
+    )
+
+
 def test_an_ordinary_pipeline():
     lines = describe("--pipeline-model-parallel-size 2 --global-batch-size 16", 2).splitlines()
     assert (

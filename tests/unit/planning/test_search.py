@@ -10,14 +10,15 @@ import pytest
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Config
 from mor_megatron.config.validate import validate, validate_model
-from mor_megatron.planning.accounting import layer_work
+from mor_megatron.planning.accounting import executed_flops_per_token, layer_work
 from mor_megatron.planning.listing import listing
 from mor_megatron.planning.machines import MACHINES, load_machine
 from mor_megatron.planning.memory import rank_memory
 from mor_megatron.planning.report import describe_layout
-from mor_megatron.planning.search import Candidate, search, usable_bytes, worthwhile
+from mor_megatron.planning.search import FREE, Candidate, search, usable_bytes, worthwhile
 from mor_megatron.planning.stages import pipeline_plan
 from mor_megatron.planning.step_time import stage_time
+from mor_megatron.planning.teacher import beside
 
 SHAPE = (
     "--num-layers 14 --num-recursions 3 --routing expert_choice --hidden-size 512 --ffn-hidden-size 1408 --seq-length "
@@ -94,6 +95,24 @@ def test_the_dry_run_reads_the_same_memory(found):
     one = next(one for one in found if one.config.parallel.pipeline_model_parallel_size == 1)
     shown = describe_layout(validate(read_config(f"{SHAPE} {one.flags()}".split()), 8), 8, cuda=True)
     assert f"{one.memory.total / 2**30:.2f} GiB" in shown.splitlines()[2]
+
+
+def test_a_teacher_takes_memory_and_time(found):
+    dense = model("--num-layers 12 --hidden-size 768 --ffn-hidden-size 2048 --vocab-size 8192 --bf16")
+    fixed = frozenset(FREE)
+    for words in ("", "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"):
+        config = model(f"{SHAPE} {words}")
+        (alone,), (taught,) = (search(config, 8, H100, fixed, teacher) for teacher in (None, dense))
+        if taught.config.parallel.pipeline_model_parallel_size == 1:  # else the first stage is the fullest
+            assert taught.memory.total > alone.memory.total + taught.memory.teacher > alone.memory.total
+        flops = executed_flops_per_token(beside(config, dense)) * 64 * 1024
+        assert taught.flops - alone.flops == pytest.approx(flops)
+        tp, dp = config.parallel.tensor_model_parallel_size, taught.data_parallel_size
+        longer = taught.time.total - alone.time.total
+        assert longer > flops / (tp * dp) / (H100.bf16_tflops * 1e12)
+        assert longer < alone.time.total
+    assert "teacher" in listing([taught], 8, H100, 1).splitlines()[3]
+    assert "teacher" not in listing([alone], 8, H100, 1)
 
 
 def test_the_fullest_stage_counts(found):

@@ -25,10 +25,11 @@ CONFIG = validate(
 )
 
 
-def record(iteration=10, loss=7.125, norm=1.25, seconds=0.5, routing=ROUTING):
+def record(iteration=10, loss=7.125, norm=1.25, seconds=0.5, routing=ROUTING, teacher=None):
     progress = Progress(iteration, 8 * iteration, skipped_iterations=3, nan_iterations=1)
     report = StepReport(loss, norm, True, (), routing)
-    return training_record(CONFIG, progress, report, lr=3e-3, seconds=seconds, ranks=2, peak_tflops=2e-3)
+    shared = {"lr": 3e-3, "seconds": seconds, "ranks": 2, "peak_tflops": 2e-3}
+    return training_record(CONFIG, progress, report, **shared, teacher=teacher)
 
 
 def test_log_line_has_megatrons_fields_in_megatrons_order():
@@ -71,6 +72,8 @@ def test_record_counts_flops_of_the_tokens_that_were_routed():
     assert got["consumed_tokens"] == 80 * 64
     fewer = record(routing={**ROUTING, "tokens_per_recursion_1": 0.25})
     assert fewer["tflops_per_gpu"] < got["tflops_per_gpu"]
+    taught = record(teacher=CONFIG)["tflops_per_gpu"]
+    assert taught - got["tflops_per_gpu"] == pytest.approx(executed_flops_per_token(CONFIG) * 512 / 0.5 / 2 / 1e12)
 
 
 def test_record_is_strict_json():

@@ -6,10 +6,14 @@ import plan
 import pytest
 import torch
 from live_bytes import LiveBytes
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mor_megatron.config.cli import read_config
+from mor_megatron.config.schema import Config
 from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
+from mor_megatron.huggingface.teacher import load_teacher
+from mor_megatron.huggingface.teacher_settings import teacher_settings
 from mor_megatron.model import build_model
 from mor_megatron.planning.memory import rank_memory
 from mor_megatron.planning.stages import pipeline_plan
@@ -33,15 +37,35 @@ EXPERT = "--num-recursions 3 --routing expert_choice"
 )
 def test_the_peak_of_a_real_iteration(process_group, flags):
     config = validate(read_config(f"{SHAPE} {flags} {BATCH}".split()))
-    planned = rank_memory(config, pipeline_plan(config), 0, 1, cuda=False)
+    assert rank_memory(config, pipeline_plan(config), 0, 1, cuda=False).total == pytest.approx(peak(config), rel=0.05)
+
+
+@pytest.mark.parametrize("flags", ["--loss-chunk-rows 16", "--bf16"])
+def test_the_peak_beside_a_teacher(process_group, tmp_path, flags):
+    """Of about the model's size, and another shape: either its forward pass or the comparison is the peak."""
+    shape = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    LlamaForCausalLM(shape).save_pretrained(tmp_path)
+    words = f"{SHAPE} {flags} {BATCH} {EXPERT} --zero-stage 0 --distill-from {tmp_path}".split()
+    config = validate(read_config(words))
+    planned = rank_memory(config, pipeline_plan(config, teacher_settings(config)), 0, 1, cuda=False)
+    assert planned.total == pytest.approx(peak(config), rel=0.05)
+
+
+def peak(config: Config) -> int:
+    """Bytes of all tensors."""
     tokens = torch.randint(128, (4, 64))
     with LiveBytes() as live:
-        engine = build_engine(build_model(config), config)
+        model = build_model(config)
+        model.distillation = load_teacher(model, config)
+        engine = build_engine(model, config)
         engine.module.train()
         for iteration in (1, 2):
             live.reset_peak()
             train_step(engine, iter([Batch(tokens, tokens)] * 2), config, iteration, 1e-3)
-    assert planned.total == pytest.approx(live.peak, rel=0.05)
+    return live.peak
 
 
 def test_every_line_of_the_benchmark_is_a_run(tmp_path):
