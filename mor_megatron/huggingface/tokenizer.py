@@ -150,6 +150,10 @@ class SentencePiece(SentencePieceBackend):
         """Text of pieces, also of bytes."""
         return self.sp_model.decode(tokens)
 
+    def _convert_id_to_token(self, index: int) -> str:
+        """Nothing for an id beyond the vocabulary, which the model may have, and which the library would not take."""
+        return super()._convert_id_to_token(index) if index < self.vocab_size else ""
+
 
 def _sentencepiece(path: Path, convert: bool) -> PreTrainedTokenizerBase:
     proto = import_protobuf().ModelProto.FromString(path.read_bytes())

@@ -1,4 +1,4 @@
-"""What is compiled for a CPU: built on first use, where there is a C++ compiler.
+"""Which kernels an engine runs, and those for a CPU: built on first use, where there is a C++ compiler.
 
 Attention of single rows: PyTorch alone would call its attention once a sequence, on a copy of the sequence's keys.
 Products with packed weights: see `packed.py`.

@@ -34,7 +34,7 @@ from mor_megatron.serving.transfer import Numbers
 
 logger = logging.getLogger(__name__)
 
-Options = tuple[int | None, float]
+RoutingOptions = tuple[int | None, float]
 """Fixed depth, and router threshold."""
 
 
@@ -56,7 +56,7 @@ class Lanes:
         store: Store,
         rotation: Pair,
         count: int,
-        options: Options,
+        options: RoutingOptions,
         kernels: DeviceKernels,
     ):
         self.model, self.store, self.rotation, self.options, self.kernels = model, store, rotation, options, kernels

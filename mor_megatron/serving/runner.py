@@ -22,7 +22,7 @@ from mor_megatron.huggingface.modeling_mor import NEVER, MoRForCausalLM
 from mor_megatron.serving.attention import AnyReads, DeviceReads, Reads, View, run_layer
 from mor_megatron.serving.cohort import GONE, Cohort, Entry, Rows
 from mor_megatron.serving.kernel import DeviceKernels, Kernel, store_rows
-from mor_megatron.serving.lanes import Lanes, Options
+from mor_megatron.serving.lanes import Lanes, RoutingOptions
 from mor_megatron.serving.pages import Pages, Store
 from mor_megatron.serving.transfer import fetch, send
 
@@ -34,7 +34,7 @@ class Entering:
     slot: list[int] = field(default_factory=list)
     position: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
-    options: list[Options] = field(default_factory=list)
+    options: list[RoutingOptions] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,11 @@ class Runner:
         if len(rest):
             self._enter_cohorts(slot[rest], position[rest], ids[rest], [rows.options[i] for i in rest.tolist()])
 
-    def _enter_cohorts(self, slot: np.ndarray, position: np.ndarray, ids: np.ndarray, options: list[Options]) -> None:
+    def _enter_cohorts(
+        self, slot: np.ndarray, position: np.ndarray, ids: np.ndarray, options: list[RoutingOptions]
+    ) -> None:
         """A cohort for the rows of each kind of options."""
-        places: dict[Options, list[int]] = {}
+        places: dict[RoutingOptions, list[int]] = {}
         for i, own in enumerate(options):
             places.setdefault(own, []).append(i)
         kinds = [np.array(mine) for mine in places.values()] if len(places) > 1 else [np.arange(len(ids))]

@@ -18,12 +18,14 @@ TYPES = {"hf-bpe": "HuggingFaceTokenizer", "bpe": "SentencePieceTokenizer", "uni
 TEXTS = ["The import statement.\n", "naïve 漢字 🙂, twice: 🙂", "  two  spaces\n\ttab"]
 
 
-@pytest.fixture(scope="module", params=TYPES)
+@pytest.fixture(scope="module", params=[*TYPES, "bpe-itself"])
 def tokenizer(request, tmp_path_factory):
+    """Of an export; and a SentencePiece model itself, as of a checkpoint."""
+    kind, itself = request.param.removesuffix("-itself"), request.param.endswith("-itself")
     directory = tmp_path_factory.mktemp("tokenizer")
     (directory / "text.txt").write_text("\n".join(SAMPLE[:10]))
-    model = train_tokenizer([str(directory / "text.txt")], 400, request.param, str(directory / "tok"))
-    return export_tokenizer(DataConfig(tokenizer_type=TYPES[request.param], tokenizer_model=model), 4096)
+    model = train_tokenizer([str(directory / "text.txt")], 400, kind, str(directory / "tok"))
+    return export_tokenizer(DataConfig(tokenizer_type=TYPES[kind], tokenizer_model=model), 4096, convert=not itself)
 
 
 def test_bytes_of_tokens_add_up_to_those_of_the_text(tokenizer):
