@@ -76,6 +76,10 @@ class Service:
         """POST /v1/chat/completions."""
         self._check(body)
         self._check_logprobs("top_logprobs", body.top_logprobs)
+        if body.top_logprobs and not body.logprobs:
+            raise ApiError(
+                f"top_logprobs={body.top_logprobs} does nothing without logprobs: set it to true", param="top_logprobs"
+            )
         prompt = await self._encode(self._conversation(body), "messages")
         most = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
         params = self._params(

@@ -74,7 +74,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _(request: Request, error: HTTPException) -> JSONResponse:
-        return answer(str(error.detail), error.status_code)
+        return answer(str(error.detail), error.status_code, "body" if error.status_code == 400 else None)
 
     for kind in (Overload, Unavailable, Exception):
         app.add_exception_handler(kind, _answer_in_words)

@@ -176,6 +176,7 @@ def test_chat(client):
         ("completions", {"prompt": "a", "stop_token_ids": [40]}, "stop_token_ids", "40, which is not an id"),
         ("completions", {"prompt": [1.5] * 9}, "prompt", "valid string"),
         ("chat/completions", {"messages": [{"role": "user"}]}, "messages", "required"),
+        ("chat/completions", {"messages": [], "top_logprobs": 2}, "top_logprobs", "without logprobs"),
         ("chat/completions", {"messages": [{"role": "user", "content": "a" * 2048}]}, "messages", "no room"),
     ],
 )
@@ -187,7 +188,9 @@ def test_bad_input_is_named(http: httpx.Client, path: str, body: dict, param: st
 
 
 def test_other_refusals(http: httpx.Client, server: Running, client):
-    assert http.post("/v1/completions", content=b"{", headers=JSON).status_code == 400
+    for body in (b"{", b'{"prompt":"\xff"}'):
+        answer = http.post("/v1/completions", content=body, headers=JSON)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "body")
     assert http.post("/v1/completions", content=b'{"prompt":"a"}').status_code == 400  # a form of another site
     assert http.get("/v2").json()["error"]["code"] == 404
     with pytest.raises(openai.NotFoundError, match="use 'tiny'"):
