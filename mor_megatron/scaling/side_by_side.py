@@ -10,6 +10,9 @@ from pathlib import Path
 
 from mor_megatron.pretraining.stopping import EXIT_STOPPED
 
+STOPS = (signal.SIGTERM, signal.SIGINT)
+"""Ctrl-C sends the latter to all processes of a terminal, which makes no difference."""
+
 
 def worst(statuses: Sequence[int]) -> int:
     """The exit status of all: that of the first that failed; otherwise EXIT_STOPPED if one was stopped, or 0."""
@@ -33,14 +36,15 @@ class SideBySide:
     def train(self, names: Sequence[str], jobs: int) -> list[int]:
         """Train the models, at most `jobs` at a time; their exit statuses. To be called in the main thread.
 
-        SIGTERM is passed on to those that train, and no other is started.
+        After SIGTERM or SIGINT, those that train are told to stop, and no other is started.
         """
-        before = signal.signal(signal.SIGTERM, lambda *_: self._stop())
+        before = {number: signal.signal(number, lambda *_: self._stop()) for number in STOPS}
         try:
             with ThreadPoolExecutor(jobs) as pool:
                 return list(pool.map(self._one, names))
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _one(self, name: str) -> int:
         if self.stopped:
@@ -54,7 +58,7 @@ class SideBySide:
                 process.terminate()
             status = process.wait()
             self._running.discard(process)
-        if self.stopped and status == -signal.SIGTERM:  # it had not got as far as to save something
+        if self.stopped and -status in STOPS:  # it had not got as far as to save something
             status = EXIT_STOPPED
         said = {0: "finished", EXIT_STOPPED: "stopped; the same command continues"}
         print(f"{name}: {said.get(status, f'exit status {status}, see its train.log')}", flush=True)

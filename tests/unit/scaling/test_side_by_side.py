@@ -1,4 +1,4 @@
-"""Processes side by side: how many at a time, what becomes of their output and status, and of SIGTERM."""
+"""Processes side by side: how many at a time, what becomes of their output and status, and of signals."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+
+import pytest
 
 from mor_megatron.pretraining.stopping import EXIT_STOPPED
 from mor_megatron.scaling.side_by_side import SideBySide, worst
@@ -47,7 +49,8 @@ def test_a_failure_is_worse_than_a_stop():
     ]
 
 
-def test_sigterm_reaches_those_that_run_and_starts_no_other(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_stops_those_that_run_and_starts_no_other(tmp_path, number):
     code = f"""
 import signal
 if name == "a":  # b is not ready for a signal yet
@@ -59,10 +62,10 @@ time.sleep(60)
     def terminate() -> None:
         while not all((tmp_path / name / "begun").exists() for name in "ab"):
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
-    handler = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(number)
     threading.Thread(target=terminate).start()
     assert group(code, tmp_path).train(NAMES, jobs=2) == [EXIT_STOPPED] * 3
     assert not (tmp_path / "c" / "begun").exists()
-    assert signal.getsignal(signal.SIGTERM) == handler
+    assert signal.getsignal(number) == handler
