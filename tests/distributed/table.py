@@ -29,8 +29,8 @@ BLOCK = 4
 MICRO_BATCH = 2
 GLOBAL_BATCH = 8
 """Four micro-batches for one replica, which fill a ring of four; layouts that need more have more."""
-STEPS = 3
-"""Momentum and moments act from the second on, and the masks of odd and even steps differ."""
+STEPS = 2
+"""Momentum and moments act in the second, and the masks of odd and even steps differ."""
 
 
 @dataclass(frozen=True)

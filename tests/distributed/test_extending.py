@@ -79,7 +79,7 @@ def losses_in(layout: Layout, model: str) -> dict[str, float | None]:
     return evaluate(build_model(config), my_batches(config, step=1), config, iteration=0)
 
 
-@pytest.mark.parametrize("name", ["tp2-sp", "pp2", "dp2-zero3"])
+@pytest.mark.parametrize("name", ["tp2-sp", "pp2", pytest.param("dp2-zero3", marks=pytest.mark.slow)])
 def test_it_trains_alike_in_every_layout(workers, lone_worker, name: str):
     (layout,) = [layout for layout in LAYOUTS if layout.name == name]
     (expected,) = lone_worker.run(1, ONE.groups, train_in, ONE)
@@ -93,7 +93,7 @@ def test_it_trains_alike_in_every_layout(workers, lone_worker, name: str):
     assert moved.abs().max() > 0, "the gate is trained"
 
 
-@pytest.mark.parametrize("name", ["tp2-sp", "pp2", "dp2-zero3"])
+@pytest.mark.parametrize("name", [pytest.param("tp2-sp", marks=pytest.mark.slow), "pp2", "dp2-zero3"])
 def test_a_module_of_its_own_and_looking_ahead_train_alike_in_every_layout(workers, lone_worker, name: str):
     (layout,) = [layout for layout in LAYOUTS if layout.name == name]
     (expected,) = lone_worker.run(1, ONE.groups, train_in, ONE, SALIENCE)

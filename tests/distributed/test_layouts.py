@@ -16,7 +16,7 @@ QUICK = {
     "dp2-zero2": ["expert-nr3"],
     "dp2-zero3": ["expert-nr3"],
     "tp2": ["expert-gqa"],
-    "tp2-sp": ["expert-nr3", "expert-relaxed"],
+    "tp2-sp": ["expert-relaxed"],
     "pp2": ["expert-sharing", "expert-relaxed", "middle-sequence"],
     "pp2-uneven": ["expert-aux-router"],
     "pp2-odd": ["expert-sharing-update"],

@@ -6,7 +6,7 @@ import pytest
 from layout_runs import step_with_a_fault
 from table import LAYOUTS, Layout, build_config
 
-QUICK = ("tp2-sp", "pp2", "tp2-pp2")
+QUICK = ("tp2-sp", "pp2")
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ SELECTIVE = {"recompute_granularity": "selective"}
 
 QUICK = [
     ("pp2", "expert-sharing", False, RECURSION),
-    ("pp2", "expert-sharing", True, LAYER),
     ("tp2-sp", "expert-nr3", False, SELECTIVE),
     ("dp2-zero3", "expert-nr3", False, RECURSION),
 ]
 SLOW = [
+    ("pp2", "expert-sharing", True, LAYER),
     ("pp2", "token-sharing", False, RECURSION),
     ("dp2-zero3", "expert-sharing", True, LAYER),
 ]

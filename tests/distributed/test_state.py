@@ -66,7 +66,7 @@ def test_loading_makes_no_copies(workers, tmp_path, layout):
     assert counts == [expected_elements(layout, rank // (layout.tp * layout.dp)) for rank in range(layout.world_size)]
 
 
-@pytest.mark.parametrize("model", ["recursive", "expert-nr3"])
+@pytest.mark.parametrize("model", [pytest.param("recursive", marks=pytest.mark.slow), "expert-nr3"])
 @pytest.mark.parametrize("layout", slow_but({"pp2"}, ["tp2", "tp2-sp", "pp2", "tp2-pp2", "tp2-sp-pp2"]))
 def test_bf16(workers, single, layout, model):
     expected = single(model, bf16=True)
