@@ -19,6 +19,7 @@ from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Config
 from mor_megatron.config.validate import validate
 from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocabulary
+from mor_megatron.huggingface.teacher_settings import teacher_settings
 from mor_megatron.planning.accounting import (
     count_parameters,
     dense_equivalent,
@@ -29,6 +30,7 @@ from mor_megatron.planning.accounting import (
     planned_fractions,
     training_flops_per_token,
 )
+from mor_megatron.planning.teacher import beside
 
 PRESETS = Path(__file__).resolve().parents[1] / "examples" / "configs"
 PAPER = ("vanilla", "recursive_nr4", "mor_expert_nr2", "mor_expert_nr3", "mor_expert_nr4", "mor_expert_nr3_kv_sharing")
@@ -46,14 +48,18 @@ def load(files: list[Path], settings: list[str]) -> Config:
     return resolve_vocabulary(config, configured_tokenizer(config.data))
 
 
-def rows(config: Config, fractions: tuple[float, ...] | None, budget: float | None) -> Rows:
+def rows(
+    config: Config, fractions: tuple[float, ...] | None, budget: float | None, teacher: Config | None = None
+) -> Rows:
     """All counts of a model.
 
     Args:
         fractions: fraction of tokens at each recursion, [Nr]; default: as planned.
         budget: forward FLOPs by the paper's accounting.
+        teacher: settings of the model of `distill_from`, which teaches either.
     """
     result: Rows = []
+    teacher = None if teacher is None else beside(config, teacher)
 
     def add(name: str, count) -> None:
         result.append((name, count(config, fractions), count(dense_equivalent(config), None)))
@@ -62,8 +68,8 @@ def rows(config: Config, fractions: tuple[float, ...] | None, budget: float | No
     add("  without embedding and head", lambda c, _: count_parameters(c).non_embedding)
     add("paper: forward FLOPs a token, as planned", lambda c, _: paper_flops_per_token(c))
     add("executed: forward FLOPs a token", lambda c, f: executed_flops_per_token(c, f))
-    add("  training, model FLOPs a token (MFU)", lambda c, f: training_flops_per_token(c, f).model)
-    add("  training, hardware FLOPs a token (HFU)", lambda c, f: training_flops_per_token(c, f).hardware)
+    add("  training, model FLOPs a token (MFU)", lambda c, f: training_flops_per_token(c, f, teacher).model)
+    add("  training, hardware FLOPs a token (HFU)", lambda c, f: training_flops_per_token(c, f, teacher).hardware)
     add("bytes of keys and values a token, 16 bits", kv_bytes_per_token)
     if budget is not None:
         add(f"iterations for {budget:g} of the paper's FLOPs", lambda c, _: iterations_for_budget(c, budget))
@@ -95,7 +101,8 @@ def show_model(files: list[Path], settings: list[str], fractions: list[float] | 
         f"routing {config.recursion.routing}, tokens at each recursion {shown}, sequences of {config.data.seq_length}, "
         f"vocabulary {config.model.vocab_size}, recomputed: {recompute}"
     )
-    print(table(rows(config, None if fractions is None else tuple(fractions), budget)))
+    teacher = teacher_settings(config)
+    print(table(rows(config, None if fractions is None else tuple(fractions), budget, teacher)))
 
 
 def show_paper(budget: float) -> None:

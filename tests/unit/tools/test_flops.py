@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -56,6 +57,25 @@ def test_one_model_beside_the_unrolled_one(flops):
         for kind in ("model FLOPs a token (MFU)", "hardware FLOPs a token (HFU)")
     )
     assert all(1.2 < h / m < 4 / 3 for h, m in zip(hardware[:2], model[:2], strict=True)), "the layers, not the head"
+
+
+def test_a_teacher_is_counted_in_training(flops, tmp_path):
+    llama = {
+        "model_type": "llama", "hidden_size": 960, "intermediate_size": 2560, "num_attention_heads": 15,
+        "num_key_value_heads": 5, "num_hidden_layers": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+        "vocab_size": 49152, "tie_word_embeddings": True,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(llama))
+    config = ("--config", CONFIGS / "vanilla.yaml", CONFIGS / "360m.yaml")
+    forward, alone, taught = (
+        float(next(line for line in out.splitlines() if name in line)[46:].split()[0].replace(",", ""))
+        for name, (_, out, _) in (
+            ("executed: forward", flops(*config)),
+            ("(MFU)", flops(*config)),
+            ("(MFU)", flops(*config, "--distill-from", tmp_path)),
+        )
+    )
+    assert taught - alone == forward == alone / 3, "the model itself"
 
 
 @pytest.mark.parametrize(
