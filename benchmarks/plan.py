@@ -27,12 +27,15 @@ from live_bytes import LiveBytes
 from megatron.core import parallel_state
 from parallel_jobs import run_ranks
 from processor import processor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Config
 from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
 from mor_megatron.distributed.initialize import initialize_distributed
+from mor_megatron.huggingface.teacher import load_teacher
+from mor_megatron.huggingface.teacher_settings import teacher_settings
 from mor_megatron.model import build_model
 from mor_megatron.planning.machines import load_machine
 from mor_megatron.planning.memory import rank_memory
@@ -47,6 +50,8 @@ SHAPE = (
     "--num-query-groups 2 --vocab-size 4096 --seq-length 256 --micro-batch-size 2 --global-batch-size 8"
 )
 EXPERT = "--num-recursions 3 --routing expert_choice"
+TAUGHT = f"{EXPERT} --distill-from TEACHER"
+"""By a dense model of the same depth and width, in a directory beside the bucket file."""
 LAYOUTS = {
     "1 process, fp32": (1, "--zero-stage 0"),
     "dp2, ZeRO 1, expert-choice": (2, f"--bf16 --zero-stage 1 {EXPERT}"),
@@ -66,6 +71,9 @@ LAYOUTS = {
         "--bf16 --tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 --num-recursions 3 "
         "--routing token_choice",
     ),
+    "1 process, fp32, expert-choice, teacher": (1, f"--zero-stage 0 {TAUGHT}"),
+    "tp2, SP, expert-choice, teacher": (2, f"--bf16 --tensor-model-parallel-size 2 --sequence-parallel {TAUGHT}"),
+    "pp2 ring, expert-choice, teacher": (2, f"--bf16 --pipeline-model-parallel-size 2 {TAUGHT}"),
 }
 PRESETS = {
     f"{size}, {name}": (1, f"--config {CONFIGS / file} {CONFIGS / size.lower()}.yaml --micro-batch-size 1 {batch}")
@@ -78,6 +86,8 @@ TIMED = {
     "1 process, expert-choice": (1, f"--zero-stage 0 {EXPERT}"),
     "1 process, layers recomputed": (1, "--zero-stage 0 --recompute-granularity full"),
     "pp2 ring, expert-choice": (2, f"--zero-stage 0 --pipeline-model-parallel-size 2 {EXPERT}"),
+    "1 process, expert-choice, teacher": (1, f"--zero-stage 0 {TAUGHT}"),
+    "pp2 ring, expert-choice, teacher": (2, f"--zero-stage 0 --pipeline-model-parallel-size 2 {TAUGHT}"),
 }
 BUCKET = 2_000_000
 MIB = 2**20
@@ -88,7 +98,9 @@ def measure(config: Config, iterations: int = 2, weigh: bool = True) -> dict:
     torch.set_num_threads(1)
     initialize_distributed(config)
     with LiveBytes() if weigh else torch.enable_grad() as live:
-        engine = build_engine(build_model(config), config)
+        model = build_model(config)
+        model.distillation = load_teacher(model, config)
+        engine = build_engine(model, config)
         engine.module.train()
         seconds = []
         for iteration in range(1, 1 + iterations):
@@ -111,13 +123,23 @@ def _batches(config: Config) -> Iterator[Batch]:
 
 def build_config(ranks: int, flags: str, bucket_file: Path) -> Config:
     """The validated run of a line."""
+    flags = flags.replace("TEACHER", str(bucket_file.with_name("teacher")))
     words = flags.split() if "--config" in flags else f"{SHAPE} {flags}".split()
     return validate(read_config([*words, "--deepspeed-config", str(bucket_file)]), ranks)
 
 
+def save_teacher(path: Path) -> None:
+    """The model of `TAUGHT`: that of `SHAPE`, of random weights."""
+    shape = LlamaConfig(
+        vocab_size=4096, hidden_size=384, intermediate_size=1024, num_hidden_layers=14, num_attention_heads=6,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(shape).save_pretrained(path)
+
+
 def memory_row(name: str, config: Config, ranks: int) -> dict:
     """Predicted and measured peak of the rank on which they differ most."""
-    pipeline, rows = pipeline_plan(config), []
+    pipeline, rows = pipeline_plan(config, teacher_settings(config)), []
     for report in run_ranks(ranks, measure, config):
         planned = rank_memory(config, pipeline, report["stage"], ranks, cuda=False)
         rows.append(
@@ -135,7 +157,7 @@ def memory_row(name: str, config: Config, ranks: int) -> dict:
 
 def time_row(name: str, config: Config, ranks: int, machine_file: Path) -> dict:
     """Predicted seconds of computation and update, and the CPU seconds of the slowest rank."""
-    predicted = Evaluation(ranks, load_machine(str(machine_file)))(config).time
+    predicted = Evaluation(ranks, load_machine(str(machine_file)), teacher_settings(config))(config).time
     seconds = max(report["seconds"] for report in run_ranks(ranks, measure, config, 4, False))
     expected = predicted.compute + predicted.update
     return {"layout": name, "predicted": expected, "measured": seconds, "ratio": expected / seconds}
@@ -153,6 +175,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         bucket_file, machine_file = Path(directory) / "bucket.json", Path(directory) / "machine.yaml"
         bucket_file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": BUCKET}}))
+        save_teacher(bucket_file.with_name("teacher"))
         for table, lines in (("layouts", LAYOUTS), ("presets", PRESETS)):
             if table not in wanted:
                 continue

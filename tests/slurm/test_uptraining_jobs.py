@@ -10,7 +10,7 @@ from cluster import STARTED, Cluster, Job
 from curves import assert_same_curve
 from small_runs import read_metrics, save_teacher, save_tokenizer
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 ITERATIONS = 30
 FLAGS = f"""--seq-length 64 --micro-batch-size 8 --split 1,0,0 --eval-iters 0 --train-iters {ITERATIONS}
