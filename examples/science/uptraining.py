@@ -36,7 +36,7 @@ RANKS = (8, 32, 128)
 SCRATCH_LR, WARM_LR = 4e-3, 2e-3
 """Peak learning rates of models that start at random, and of those that start as the dense one."""
 
-RESIDUAL = ("--router-gating", "residual", "--router-alpha", "2", "--router-temperature", "10")
+RESIDUAL = ("--router-gating", "residual", "--router-alpha", "2", "--router-temperature", "2")
 """Gates near 1 at first, with which a MoR model begins as the recursive one."""
 
 
