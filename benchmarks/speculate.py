@@ -53,7 +53,7 @@ class Drafter(Runner):
         passing = Rows([(cohort, cohort.active)])
         view, order = self._block_view(passing)
         x = self._layers(self.block, passing.gather([cohort.stream.rows], order), view)
-        hidden = replace(cohort.stream, rows=x).merged(self.method.layout).hidden
+        hidden = self.method.merged(replace(cohort.stream, rows=x)).hidden
         if (live := cohort.close(x)) is not None:
             cohort.settle(live.numpy())
         every = np.arange(len(rows.ids))
