@@ -38,6 +38,8 @@ SCRATCH_LR, WARM_LR = 4e-3, 2e-3
 
 RESIDUAL = ("--router-gating", "residual", "--router-alpha", "2", "--router-temperature", "2")
 """Gates near 1 at first, with which a MoR model begins as the recursive one."""
+AUXILIARY = ("--router-objective", "aux_router")
+"""Routers of their own learn the causal threshold."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def kinds(dense: Path) -> dict[str, Kind]:
     found["mor-svd-32"] = Kind(mor, found["relaxed-svd-32"].start, found["relaxed-svd-32"].flags)
     for name in ("mor-average", "mor-svd-32"):
         found[f"{name}-residual"] = replace(found[name], flags=(*found[name].flags, *RESIDUAL))
+        found[f"{name}-residual-aux"] = replace(found[name], flags=(*found[name].flags, *RESIDUAL, *AUXILIARY))
     taught = ("--distill-from", str(dense), "--no-enable-cuda-graph")
     for name in ("recursive-average", "relaxed-svd-32", "mor-average"):
         found[f"{name}-distilled"] = replace(found[name], flags=(*found[name].flags, *taught))
