@@ -11,11 +11,20 @@ TORCH_BACKEND ?= cpu
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-# Most modules are never imported; the others are compiled when they are, also where an image forbids it: otherwise every
-# process would compile them again, which takes six seconds.
-INSTALL := $(PIP) install -q --no-compile
+UV := $(VENV)/bin/uv pip install -q --python $(PY)
+# uv takes a third of pip's time. It does not read pip's settings: of the environment it is told, and where only pip's
+# files name an index, pip goes on instead.
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+endif
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+# Modules are compiled when they are imported, also where an image forbids it: otherwise every process would compile them
+# again, which takes six seconds. Most are never imported.
 export PYTHONDONTWRITEBYTECODE :=
 STAMP := $(VENV)/.installed
+REQUIREMENTS := requirements.txt requirements-dev.txt requirements-eval.txt requirements-serve.txt
 TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 
 .PHONY: quickstart test lint format setup clean
@@ -50,16 +59,16 @@ $(PY):
 			"install python3-venv (or python3-pip 22.3 or newer)"; exit 1; }
 
 # torch goes first and alone: as a dependency of another package it would be the CUDA build, several GB.
-# pip may already have the CPU build; otherwise uv knows where PyTorch keeps each build.
-$(STAMP): requirements.txt requirements-dev.txt requirements-eval.txt requirements-serve.txt | $(PY)
+# The CPU build may lie among the wheels named above; otherwise uv knows where PyTorch keeps each build.
+$(STAMP): $(REQUIREMENTS) | $(PY)
 	@echo "Setting up $(VENV) (once, a few minutes)"
-	@{ test $(TORCH_BACKEND) = cpu && $(INSTALL) torch==$(TORCH)+cpu 2> /dev/null; } \
-		|| { $(INSTALL) uv && $(VENV)/bin/uv pip install --python $(PY) \
-			--torch-backend=$(TORCH_BACKEND) torch==$(TORCH); } \
+	$(PIP) install -q uv
+	@{ test $(TORCH_BACKEND) = cpu && $(UV) torch==$(TORCH)+cpu 2> /dev/null; } \
+		|| { test $(TORCH_BACKEND) = cpu && $(PIP) install -q --no-compile torch==$(TORCH)+cpu 2> /dev/null; } \
+		|| $(UV) --torch-backend=$(TORCH_BACKEND) torch==$(TORCH) \
 		|| { echo "No $(TORCH_BACKEND) build of torch was found: installing pip's own"; \
 			$(PIP) install --no-compile torch==$(TORCH); }
-	$(INSTALL) -r requirements.txt -r requirements-dev.txt -r requirements-eval.txt \
-		-r requirements-serve.txt
-	$(INSTALL) --no-deps -e .
+	$(UV) $(REQUIREMENTS:%=-r %) || $(PIP) install -q --no-compile $(REQUIREMENTS:%=-r %)
+	$(UV) --no-deps -e . || $(PIP) install -q --no-deps -e .
 	$(PY) -c 'import mor_megatron.pretraining.pretrain' > /dev/null
 	@touch $@
