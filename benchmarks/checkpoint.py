@@ -49,7 +49,7 @@ from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
 from mor_megatron.distributed.initialize import initialize_distributed
 from mor_megatron.files import flush
-from mor_megatron.model import build_model
+from mor_megatron.model.mor_model import build_model
 from mor_megatron.pretraining.batches import build_data
 from mor_megatron.training.engine import Engine, build_engine
 from mor_megatron.training.progress import Progress

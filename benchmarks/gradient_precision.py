@@ -33,7 +33,7 @@ from mor_megatron.config.schema import Config, DataConfig, ModelConfig, Optimize
 from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
 from mor_megatron.distributed.initialize import initialize_distributed
-from mor_megatron.model import build_model
+from mor_megatron.model.mor_model import build_model
 from mor_megatron.pipeline.schedule import run_schedule
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.training.engine import Engine, build_engine, choose_driver

@@ -36,7 +36,7 @@ from mor_megatron.config.schema import (
 from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
 from mor_megatron.distributed.initialize import initialize_distributed
-from mor_megatron.model import build_model
+from mor_megatron.model.mor_model import build_model
 from mor_megatron.training.engine import build_engine
 from mor_megatron.training.train_step import num_microbatches, train_step
 

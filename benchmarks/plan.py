@@ -36,7 +36,7 @@ from mor_megatron.data.batch import Batch
 from mor_megatron.distributed.initialize import initialize_distributed
 from mor_megatron.huggingface.teacher import load_teacher
 from mor_megatron.huggingface.teacher_settings import teacher_settings
-from mor_megatron.model import build_model
+from mor_megatron.model.mor_model import build_model
 from mor_megatron.planning.machines import load_machine
 from mor_megatron.planning.memory import rank_memory
 from mor_megatron.planning.search import Evaluation

@@ -30,7 +30,7 @@ from mor_megatron.config.schema import Config, DataConfig, ModelConfig, Recursio
 from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
 from mor_megatron.distributed.initialize import initialize_distributed
-from mor_megatron.model import build_model
+from mor_megatron.model.mor_model import build_model
 from mor_megatron.planning.accounting import executed_flops_per_token
 from mor_megatron.pretraining.peak import measure_gemm
 from mor_megatron.recursion import context as names

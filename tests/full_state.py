@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mor_megatron.distributed.cpu import device
 from mor_megatron.distributed.sharding import join
-from mor_megatron.model.mor_model import EMBEDDING, HEAD, MoRModel
+from mor_megatron.model.mor_model import MoRModel
+from mor_megatron.model.stored_names import EMBEDDING, HEAD
 
 
 def gather_parameters(model: MoRModel) -> dict[str, Tensor]:

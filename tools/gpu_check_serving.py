@@ -187,7 +187,7 @@ def speed(run: Run) -> Iterator[Row]:
     first += [(r, n, turn_at, False) for r in models if r > 1 for n in (lanes, more[r]) for turn_at in (n, None)]
     rest = [(3, n, turn_at, False) for n in (lanes, more[3]) for turn_at in (1, n // 4, n // 2)]
     rest += [(1, lanes, lanes, True), (3, lanes, lanes, True), (3, lanes, None, True), (3, more[3], None, True)]
-    for recursions, count, turn_at, eager in first + rest:
+    for recursions, count, turn_at, eager in first + (rest[:1] if run.small else rest):
         name: Row = {
             "what": "decoding",
             "model": f"{shape} Nr={recursions}",

@@ -7,8 +7,6 @@ from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megatron.core import parallel_state
-
 from mor_megatron.checkpointing.shards import Sharding
 from mor_megatron.config.schema import CHANGE, Config
 from mor_megatron.config.settings import flag_name
@@ -92,7 +90,7 @@ def _words(value: Any) -> str:
     return (" ".join(map(str, value)) or "None") if isinstance(value, tuple) else str(value)
 
 
-def layout(config: Config) -> dict[str, Any]:
+def layout(config: Config, data_parallel_size: int) -> dict[str, Any]:
     """How state is divided among ranks and in which form."""
     parallel = config.parallel
     return {
@@ -100,7 +98,7 @@ def layout(config: Config) -> dict[str, Any]:
         "sequence-parallel": parallel.sequence_parallel,
         "pipeline-model-parallel-size": parallel.pipeline_model_parallel_size,
         "pipeline-layers": list(pipeline_plan(config).block_layers),
-        "data-parallel ranks": parallel_state.get_data_parallel_world_size(),
+        "data-parallel ranks": data_parallel_size,
         "zero-stage": config.training.zero_stage,
         "precision": config.training.precision,
     }

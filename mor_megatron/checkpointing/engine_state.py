@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from mor_megatron.checkpointing.shards import BUFFER, STEP, WEIGHT, ShardEntry, Sharding
 from mor_megatron.distributed.collectives import from_all_ranks
 from mor_megatron.distributed.replicated import is_tied_copy
-from mor_megatron.model.mor_model import EMBEDDING, HEAD
-from mor_megatron.model.stored_names import stored_parameters
+from mor_megatron.model.stored_names import EMBEDDING, HEAD, stored_parameters
 from mor_megatron.training.engine import Engine
 from mor_megatron.training.modes.slices import ParameterSlice
 

@@ -33,7 +33,7 @@ from mor_megatron.data.corpora import corpus_sizes
 from mor_megatron.distributed.collectives import first_problem, from_rank_0
 from mor_megatron.distributed.initialize import print_rank_0
 from mor_megatron.distributed.replicated import is_tied_copy
-from mor_megatron.model.mor_model import EMBEDDING
+from mor_megatron.model.stored_names import EMBEDDING
 from mor_megatron.training.engine import Engine
 from mor_megatron.training.progress import Progress
 

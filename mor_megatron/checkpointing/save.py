@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from mor_megatron.checkpointing.compatibility import layout, model_shape
@@ -217,7 +218,7 @@ class Saver:
         return Manifest(
             progress=asdict(progress),
             model=model_shape(self.config),
-            layout=layout(self.config),
+            layout=layout(self.config, parallel_state.get_data_parallel_world_size()),
             optimizer=self.config.optimizer.optimizer,
             versions={package: version(package) for package in ("torch", "megatron-core", "deepspeed")},
             loss_scaler=self.engine.loss_scaler_state(),

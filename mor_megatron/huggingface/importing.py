@@ -33,7 +33,7 @@ from mor_megatron.huggingface.low_rank import Residual, relaxed_weights
 from mor_megatron.huggingface.published import FAMILY, model_config, read_settings, read_tensors
 from mor_megatron.huggingface.uptraining import initial_weights, layers_of_positions, source_layers
 from mor_megatron.huggingface.weights import export_names, layer_names, outer_names, to_ours
-from mor_megatron.model.mor_model import EMBEDDING, HEAD
+from mor_megatron.model.stored_names import EMBEDDING, HEAD
 from mor_megatron.planning.accounting import routers
 from mor_megatron.training.progress import Progress
 

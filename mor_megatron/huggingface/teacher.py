@@ -21,8 +21,8 @@ from mor_megatron.huggingface.importing import kind_of, read_export, read_llama
 from mor_megatron.huggingface.teacher_settings import refusing, teacher_settings
 from mor_megatron.huggingface.verify import EXTRACT
 from mor_megatron.model.distillation import Distillation, Mixture
-from mor_megatron.model.mor_model import EMBEDDING, HEAD, MoRModel
-from mor_megatron.model.stored_names import stored_name, stored_parameters
+from mor_megatron.model.mor_model import MoRModel
+from mor_megatron.model.stored_names import EMBEDDING, HEAD, stored_name, stored_parameters
 from mor_megatron.planning.teacher import beside
 
 

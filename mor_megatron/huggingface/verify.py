@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from mor_megatron.config.schema import Config, ParallelConfig, TrainingConfig
 from mor_megatron.data.batch import Batch
 from mor_megatron.distributed.initialize import initialize_distributed
-from mor_megatron.model import MoRModel, build_model
-from mor_megatron.model.mor_model import HEAD
-from mor_megatron.model.stored_names import stored_name
+from mor_megatron.model.mor_model import MoRModel, build_model
+from mor_megatron.model.stored_names import HEAD, stored_name
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.routing import ACTIVE
 

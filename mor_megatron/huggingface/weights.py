@@ -13,8 +13,7 @@ from torch import Tensor
 
 from mor_megatron.config.schema import Config, ModelConfig
 from mor_megatron.huggingface.relaxed_mor import ADAPTERS
-from mor_megatron.model.mor_model import EMBEDDING, HEAD
-from mor_megatron.model.stored_names import stored_name
+from mor_megatron.model.stored_names import EMBEDDING, HEAD, stored_name
 from mor_megatron.planning.accounting import routers
 from mor_megatron.recursion.relaxation import adapted
 

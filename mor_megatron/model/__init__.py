@@ -1,5 +1,1 @@
-"""The language model on Megatron-core layers."""
-
-from mor_megatron.model.mor_model import MoRModel, build_model
-
-__all__ = ["MoRModel", "build_model"]
+"""The language model on Megatron-core layers (`mor_model`), and kernels that need PyTorch alone (`elementwise`)."""

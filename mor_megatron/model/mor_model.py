@@ -33,6 +33,7 @@ from mor_megatron.model.initialization import initialize_weights
 from mor_megatron.model.layer_spec import MoRTransformerLayer, RMSNorm, layer_spec, transformer_config
 from mor_megatron.model.loss import chunked_losses, whole_losses
 from mor_megatron.model.recompute import recompute
+from mor_megatron.model.stored_names import EMBEDDING, HEAD
 from mor_megatron.planning.accounting import padded_vocab_size
 from mor_megatron.planning.activations import loss_chunk_rows
 from mor_megatron.planning.stages import PipelinePlan, pipeline_plan
@@ -42,9 +43,6 @@ from mor_megatron.recursion.methods import method_of
 from mor_megatron.recursion.plan import RecursionPlan, VirtualLayer
 from mor_megatron.recursion.relaxation import RecursionEmbedding
 from mor_megatron.recursion.routing import RoutingMethod, Stream, run_recursions
-
-EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
-"""Parameter names; a tied head has a copy of the embedding under its own name where a pipeline parts them."""
 
 
 class PhysicalLayers(nn.ModuleDict):

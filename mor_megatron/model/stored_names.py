@@ -1,6 +1,6 @@
-"""Names of weights in checkpoints and in seeds, where they differ from those in the model.
+"""Names of weights: those that others ask for, and those in checkpoints and seeds that differ from the model's.
 
-A router's matrices are `weights.0` and `weights.1` there, whatever its layers are called.
+There, a router's matrices are `weights.0` and `weights.1`, whatever its layers are called.
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from torch import nn
+
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+"""A tied head has a copy of the embedding under its own name where a pipeline parts them."""
 
 
 def stored_name(name: str, names: Collection[str]) -> str:

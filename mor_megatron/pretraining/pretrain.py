@@ -13,8 +13,7 @@ from mor_megatron.data.tokenizers import configured_tokenizer, resolve_vocabular
 from mor_megatron.distributed.initialize import initialize_distributed, print_rank_0
 from mor_megatron.distributed.launch import launched_world_size
 from mor_megatron.huggingface.teacher_settings import teacher_settings
-from mor_megatron.model import build_model
-from mor_megatron.model.mor_model import MoRModel
+from mor_megatron.model.mor_model import MoRModel, build_model
 from mor_megatron.planning.accounting import count_parameters, executed_flops_per_token
 from mor_megatron.planning.report import describe_layout
 from mor_megatron.pretraining.batches import Batches, build_data

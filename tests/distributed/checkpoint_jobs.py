@@ -15,7 +15,7 @@ from mor_megatron.checkpointing.load import load_checkpoint
 from mor_megatron.checkpointing.save import Saver
 from mor_megatron.config.schema import CheckpointConfig, Config
 from mor_megatron.distributed.initialize import initialize_distributed
-from mor_megatron.model import build_model
+from mor_megatron.model.mor_model import build_model
 from mor_megatron.training.engine import Engine, build_engine
 from mor_megatron.training.progress import Progress
 from mor_megatron.training.train_step import StepReport

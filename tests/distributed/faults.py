@@ -6,7 +6,7 @@ from itertools import groupby
 
 from torch import Tensor
 
-from mor_megatron.model import MoRModel
+from mor_megatron.model.mor_model import MoRModel
 from mor_megatron.recursion.plan import VirtualLayer
 
 

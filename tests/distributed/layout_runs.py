@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mor_megatron.config.schema import Config
 from mor_megatron.data.batch import Batch
 from mor_megatron.distributed.initialize import initialize_distributed
-from mor_megatron.model import MoRModel, build_model
+from mor_megatron.model.mor_model import MoRModel, build_model
 from mor_megatron.recursion.routers import score
 from mor_megatron.recursion.routing import TIE
 from mor_megatron.training.engine import Engine, build_engine

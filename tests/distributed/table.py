@@ -28,7 +28,9 @@ BLOCK = 4
 """Layers of the shared block, so that four pipeline ranks have one each."""
 MICRO_BATCH = 2
 GLOBAL_BATCH = 8
-"""Four micro-batches for one replica, which fill a ring of four; layouts that need more have more."""
+"""Four micro-batches for one replica, which fill a ring of four; layouts that need more or fewer have those."""
+TWO = 2 * MICRO_BATCH
+"""For tensor parallelism alone: gradients are accumulated once, and most of the time goes to small messages."""
 STEPS = 2
 """Momentum and moments act in the second, and the masks of odd and even steps differ."""
 
@@ -69,8 +71,8 @@ LAYOUTS = [
     Layout("dp2-zero0", dp=2, zero=0),
     Layout("dp2-zero2", dp=2, zero=2, loss_chunk_rows=20),
     Layout("dp2-zero3", dp=2, zero=3, loss_chunk_rows=20),
-    Layout("tp2", tp=2, loss_chunk_rows=20),
-    Layout("tp2-sp", tp=2, sequence_parallel=True, loss_chunk_rows=20),
+    Layout("tp2", tp=2, global_batch=TWO, loss_chunk_rows=20),
+    Layout("tp2-sp", tp=2, global_batch=TWO, sequence_parallel=True, loss_chunk_rows=20),
     Layout("pp2", pp=2, loss_chunk_rows=20),
     Layout("pp2-uneven", pp=2, pipeline_layers=(3, 1)),
     Layout("pp2-odd", pp=2, global_batch=10),  # five micro-batches: turns of unequal lengths

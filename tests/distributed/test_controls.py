@@ -43,7 +43,7 @@ def _cases():
 @pytest.mark.parametrize(("layout", "fault"), _cases())
 def test_the_comparison_sees(workers, single, layout, fault):
     model = "expert-relaxed" if fault in RELAXED else "expert-nr3"
-    expected = single(model)
+    expected = single(model, global_batch=layout.global_batch)
     config = build_config(model, layout, seed=expected.seed)
     found = differences(workers.run(layout.world_size, layout.groups, train, config, fault)[0], expected)
     assert found, f"{fault.__name__} went unnoticed"

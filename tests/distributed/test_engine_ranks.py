@@ -11,7 +11,7 @@ from table import Layout, build_config
 
 from mor_megatron.config.schema import Config
 from mor_megatron.distributed.initialize import initialize_distributed
-from mor_megatron.model import build_model
+from mor_megatron.model.mor_model import build_model
 from mor_megatron.training.engine import build_engine
 from mor_megatron.training.evaluate import evaluate
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from layout_runs import my_batches
 from megatron.core import parallel_state
-from table import LAYOUTS, ONE, Layout, build_config
+from table import LAYOUTS, ONE, TWO, Layout, build_config
 
 from mor_megatron.config.schema import Config
 from mor_megatron.distributed.consistency import RoutingMismatchError
 from mor_megatron.distributed.initialize import initialize_distributed
-from mor_megatron.model import build_model
+from mor_megatron.model.mor_model import build_model
 from mor_megatron.training.engine import build_engine
 from mor_megatron.training.evaluate import evaluate
 from mor_megatron.training.train_step import train_step
@@ -95,7 +95,7 @@ def train_with_a_drifted_router(config: Config, drifts: bool) -> str:
 
 @pytest.mark.parametrize("model", ["expert-nr3", "token-balance"])
 def test_routers_that_drifted_apart_are_noticed(workers, model):
-    layout = Layout("tp2", tp=2)
+    layout = Layout("tp2", tp=2, global_batch=TWO)
     config = build_config(model, layout)
     config = replace(config, parallel=replace(config.parallel, check_routing_consistency=2))
     healthy = workers.run(2, layout.groups, train_with_a_drifted_router, config, False)

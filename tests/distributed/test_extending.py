@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from layout_runs import describe, differences, my_batches, train
-from table import BLOCK, GLOBAL_BATCH, LAYOUTS, MICRO_BATCH, ONE, SEQ_LENGTH, STEPS, VOCABULARY, Layout
+from table import BLOCK, LAYOUTS, MICRO_BATCH, ONE, SEQ_LENGTH, STEPS, VOCABULARY, Layout
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +22,7 @@ from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
 from mor_megatron.distributed.initialize import initialize_distributed
 from mor_megatron.huggingface.export import read_checkpoint, to_model, write
-from mor_megatron.model import build_model
+from mor_megatron.model.mor_model import build_model
 from mor_megatron.planning.accounting import (
     count_parameters,
     measured_fractions,
@@ -60,11 +60,17 @@ def registered():
 
 def config_of(layout: Layout = ONE, *flags: str, model: str = PARITY) -> Config:
     divided = [
-        *("--global-batch-size", str(GLOBAL_BATCH), "--zero-stage", str(layout.zero)),
+        *("--global-batch-size", str(layout.global_batch), "--zero-stage", str(layout.zero)),
         *("--tensor-model-parallel-size", str(layout.tp), "--pipeline-model-parallel-size", str(layout.pp)),
         *(["--sequence-parallel"] if layout.sequence_parallel else []),
     ]
     return validate(read_config([*model.split(), *SIZE.split(), *divided, *flags]), layout.world_size)
+
+
+def pair_of(name: str) -> tuple[Layout, Layout]:
+    """A layout, and one process that has its batch."""
+    (layout,) = [layout for layout in LAYOUTS if layout.name == name]
+    return layout, replace(ONE, global_batch=layout.global_batch)
 
 
 def train_in(layout: Layout, model: str = PARITY):
@@ -81,22 +87,22 @@ def losses_in(layout: Layout, model: str) -> dict[str, float | None]:
 
 @pytest.mark.parametrize("name", ["tp2-sp", "pp2", pytest.param("dp2-zero3", marks=pytest.mark.slow)])
 def test_it_trains_alike_in_every_layout(workers, lone_worker, name: str):
-    (layout,) = [layout for layout in LAYOUTS if layout.name == name]
-    (expected,) = lone_worker.run(1, ONE.groups, train_in, ONE)
+    layout, one = pair_of(name)
+    (expected,) = lone_worker.run(1, ONE.groups, train_in, one)
     got = workers.run(layout.world_size, layout.groups, train_in, layout)[0]
     found = differences(got, expected)
     assert not found, describe(found)
     fractions = expected.reports[-1].routing
     assert fractions["tokens_per_recursion_0"] == 1.0
-    assert 0.3 < fractions["tokens_per_recursion_1"] < 0.7, "some tokens go deep"
+    assert 0.2 < fractions["tokens_per_recursion_1"] < 0.8, "some tokens go deep"
     moved = expected.final["router.gate.out.weight"] - expected.initial["router.gate.out.weight"]
     assert moved.abs().max() > 0, "the gate is trained"
 
 
 @pytest.mark.parametrize("name", [pytest.param("tp2-sp", marks=pytest.mark.slow), "pp2", "dp2-zero3"])
 def test_a_module_of_its_own_and_looking_ahead_train_alike_in_every_layout(workers, lone_worker, name: str):
-    (layout,) = [layout for layout in LAYOUTS if layout.name == name]
-    (expected,) = lone_worker.run(1, ONE.groups, train_in, ONE, SALIENCE)
+    layout, one = pair_of(name)
+    (expected,) = lone_worker.run(1, ONE.groups, train_in, one, SALIENCE)
     found = differences(workers.run(layout.world_size, layout.groups, train_in, layout, SALIENCE)[0], expected)
     assert not found, describe(found)
     assert expected.reports[-1].routing["tokens_per_recursion_2"] == 0.5

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from checkpoint_jobs import differing, resume, save_halfway
 from layout_runs import describe, differences
 from table import LAYOUTS, Layout, build_config
 
-BY_NAME = {layout.name: replace(layout, global_batch=8) for layout in LAYOUTS}
+BY_NAME = {layout.name: layout for layout in LAYOUTS}
 ROUTERS = ("expert-aux-router", "all-but-routers")
 BASE = ("expert-relaxed", "base")  # with adapters, norms and vectors of each recursion
 CASES = [
@@ -36,7 +34,7 @@ def cases(quick: list, slow: list) -> list:
 @pytest.mark.parametrize(("name", "model", "freeze"), cases(CASES, SLOW))
 def test_layouts(single, trained, name: str, model: str, freeze: str):
     layout = BY_NAME[name]
-    expected = single(model, "adam", freeze=freeze)
+    expected = single(model, "adam", layout.global_batch, freeze=freeze)
     got = trained(layout, build_config(model, layout, "adam", seed=expected.seed, freeze=freeze))
     found = differences(got, expected, trained=lambda name: is_trained(name, freeze))
     assert not found, f"{layout}: {describe(found)}"

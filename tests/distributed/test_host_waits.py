@@ -23,8 +23,9 @@ from worker_pool import WorkerPool
 from mor_megatron.config.schema import Config
 from mor_megatron.distributed import cpu
 from mor_megatron.distributed.initialize import initialize_distributed
-from mor_megatron.model import build_model, layer_spec
+from mor_megatron.model import layer_spec
 from mor_megatron.model.attention_by_shape import AttentionKernels
+from mor_megatron.model.mor_model import build_model
 from mor_megatron.pipeline.schedule import run_schedule
 from mor_megatron.recursion.context import RoutingContext, Selection
 from mor_megatron.training.train_step import masked_sum

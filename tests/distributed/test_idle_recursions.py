@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from table import LAYOUTS, build_config
 from torch import nn
 
-from mor_megatron.model import MoRModel
+from mor_megatron.model.mor_model import MoRModel
 
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 

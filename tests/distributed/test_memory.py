@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mor_megatron.config.schema import Config
 from mor_megatron.distributed.initialize import initialize_distributed
-from mor_megatron.model import build_model
+from mor_megatron.model.mor_model import build_model
 from mor_megatron.planning.memory import rank_parameters, rank_state
 from mor_megatron.planning.stages import pipeline_plan
 from mor_megatron.training.engine import build_engine

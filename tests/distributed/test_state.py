@@ -14,7 +14,7 @@ from table import LAYOUTS, VOCABULARY, Layout, build_config
 from mor_megatron.checkpointing.load import load_checkpoint
 from mor_megatron.config.schema import Config
 from mor_megatron.distributed.initialize import initialize_distributed
-from mor_megatron.model import build_model
+from mor_megatron.model.mor_model import build_model
 
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 

@@ -17,7 +17,7 @@ from small_runs import MODES, RESUMED, mode_name, small_config
 
 from mor_megatron.config.validate import validate
 from mor_megatron.distributed.initialize import initialize_distributed
-from mor_megatron.model import build_model
+from mor_megatron.model.mor_model import build_model
 from mor_megatron.pretraining.batches import build_data
 from mor_megatron.pretraining.loop import NonFiniteError, train
 from mor_megatron.pretraining.pretrain import pretrain

@@ -19,9 +19,8 @@ from mor_megatron.config.schema import Config, ModelConfig
 from mor_megatron.distributed.sharding import cut
 from mor_megatron.huggingface.authors import check_keys, parameter_names, recursion_config
 from mor_megatron.huggingface.weights import Names, fuse, split
-from mor_megatron.model import MoRModel, build_model
-from mor_megatron.model.mor_model import EMBEDDING, HEAD
-from mor_megatron.model.stored_names import stored_name, stored_parameters
+from mor_megatron.model.mor_model import MoRModel, build_model
+from mor_megatron.model.stored_names import EMBEDDING, HEAD, stored_name, stored_parameters
 
 
 @dataclass(frozen=True)

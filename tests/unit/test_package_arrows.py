@@ -72,3 +72,38 @@ def later():
 """
     found = list(imported(ast.parse(source), "mor_megatron.recursion"))
     assert sorted(found) == ["config", "data", "files", "model", "recursion", "training"]
+
+
+def at_start(path: Path) -> Iterator[str]:
+    """Modules, whole names, that a file imports when it is imported itself."""
+    package = ".".join(path.relative_to(PACKAGE.parent).parts[:-1])
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def everything_at_start(first: Path) -> set[str]:
+    """All modules that it brings, through the package's own."""
+    known, ahead = set(), [first]
+    while ahead:
+        for module in at_start(ahead.pop()):
+            names = module.split(".")
+            for prefix in (".".join(names[: i + 1]) for i in range(len(names))):  # packages are imported, too
+                if prefix not in known:
+                    known.add(prefix)
+                    path = PACKAGE.parent.joinpath(*prefix.split("."))
+                    ahead += [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()]
+    return known
+
+
+def test_serving_and_generation_need_no_megatron_and_no_deepspeed():
+    for start in ("serving/__init__.py", "serving/http/app.py", "inference/loading.py"):
+        found = everything_at_start(PACKAGE / start)
+        assert "mor_megatron.huggingface.modeling_mor" in found, "the search finds nothing"
+        assert not {"megatron", "deepspeed"} & {module.split(".")[0] for module in found}, start
+    assert {"megatron", "deepspeed"} <= everything_at_start(PACKAGE / "pretraining" / "pretrain.py")

@@ -14,7 +14,7 @@ from mor_megatron.data.batch import Batch
 from mor_megatron.huggingface.convert_config import export_config
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 from mor_megatron.huggingface.weights import export_names, to_theirs
-from mor_megatron.model import MoRModel, build_model
+from mor_megatron.model.mor_model import MoRModel, build_model
 from mor_megatron.model.stored_names import stored_name
 from mor_megatron.recursion.context import RoutingContext
 

@@ -65,7 +65,7 @@ print(model.generate(torch.arange({VOCAB // 2})[None], max_new_tokens=4, do_samp
 
 
 def test_an_extension_that_needs_more_is_refused(tmp_path: Path, monkeypatch):
-    (tmp_path / "greedy.py").write_text("from mor_megatron.model import build_model\nclass Method: ...\n")
+    (tmp_path / "greedy.py").write_text("from mor_megatron.model.mor_model import build_model\nclass Method: ...\n")
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "plan.py").write_text("class Method: ...\n")
     monkeypatch.delitem(sys.modules, "plan", raising=False)  # a benchmark has that name, too
@@ -74,5 +74,5 @@ def test_an_extension_that_needs_more_is_refused(tmp_path: Path, monkeypatch):
 
     with pytest.raises(ValueError, match=r"plan\.py has the name of a file of every export: rename it"):
         write_code(tmp_path, plan.Method)
-    with pytest.raises(ValueError, match=r"greedy\.py imports mor_megatron\.model: .*recursion\.\* only"):
+    with pytest.raises(ValueError, match=r"greedy\.py imports mor_megatron\.model\.mor_model: .*recursion\.\* only"):
         write_code(tmp_path, greedy.Method)

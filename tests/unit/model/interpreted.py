@@ -1,4 +1,4 @@
-"""Runs functions of the files of Triton kernels in Triton's interpreter: `interpreted.py DIRECTORY CASES RESULTS`.
+"""Runs functions of the files of Triton kernels in Triton's interpreter: `interpreted.py CASES RESULTS FILE...`.
 
 A process of its own, because Triton decides when it is imported whether it interprets; and without the package, which
 would take longer to import than all cases take.
@@ -62,14 +62,11 @@ def statistics_and_gradients(function, inputs: tuple) -> list[Tensor]:
     return [function(logits, teacher.detach(), labels, weights, real, *mixture, lambda own: own), logits]
 
 
-def main(directory: str, cases: str, results: str) -> None:
+def main(cases: str, results: str, *files: str) -> None:
     """One result for each case: tensors, or the text of what was raised."""
     functions, found = {}, {}
-    for name in ("fused", "fused_loss", "range_attention", "paged_attention"):
-        path = os.path.join(directory, f"{name}.py")
-        if not os.path.exists(path):
-            continue
-        spec = importlib.util.spec_from_file_location(name, path)
+    for path in files:
+        spec = importlib.util.spec_from_file_location(os.path.basename(path).removesuffix(".py"), path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         functions |= vars(module)

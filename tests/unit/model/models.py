@@ -12,7 +12,7 @@ from torch import nn
 from mor_megatron.config.schema import Config, DataConfig, ModelConfig, RecursionConfig
 from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
-from mor_megatron.model import MoRModel, build_model
+from mor_megatron.model.mor_model import MoRModel, build_model
 
 VOCAB = 64
 SEQ = 32

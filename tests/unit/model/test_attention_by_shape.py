@@ -15,9 +15,10 @@ from models import RECURSIONS, SEQ, random_ids, small_config, training_batch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from mor_megatron.model import attention_by_shape, attention_check, build_model, frame, layer_spec, ranges
+from mor_megatron.model import attention_by_shape, attention_check, frame, layer_spec, ranges
 from mor_megatron.model.attention_by_shape import AttentionKernels
 from mor_megatron.model.frame import Frame
+from mor_megatron.model.mor_model import build_model
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.dispatch import ActiveTokens, LocalRows
 from mor_megatron.recursion.routing import kept

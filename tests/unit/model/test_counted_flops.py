@@ -9,8 +9,8 @@ from models import RECURSIONS, RELAXED, VOCAB, random_ids, small_config, trainin
 from torch.utils.flop_counter import FlopCounterMode
 
 from mor_megatron.config.schema import Config
-from mor_megatron.model import build_model
 from mor_megatron.model.distillation import Distillation, Mixture
+from mor_megatron.model.mor_model import build_model
 from mor_megatron.planning.accounting import (
     adapted_maps,
     measured_fractions,

@@ -11,9 +11,9 @@ from models import random_ids, small_config
 from torch import Tensor
 
 from mor_megatron.data.batch import Batch
-from mor_megatron.model import MoRModel, build_model
 from mor_megatron.model.distillation import Distillation, Mixture, Predictions
 from mor_megatron.model.loss import chunked_losses
+from mor_megatron.model.mor_model import MoRModel, build_model
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

@@ -103,7 +103,8 @@ def found(tmp_path_factory) -> dict[tuple[str, torch.dtype], list[Tensor] | str]
         for dtype in TOLERANCE
     }
     torch.save(each, cases)
-    subprocess.run([sys.executable, INTERPRETER, MODEL, cases, results], check=True, timeout=300)
+    files = [MODEL / "fused.py", MODEL / "fused_loss.py"]
+    subprocess.run([sys.executable, INTERPRETER, cases, results, *files], check=True, timeout=300)
     return torch.load(results)
 
 

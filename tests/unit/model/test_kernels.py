@@ -13,10 +13,11 @@ from models import SEQ, small_config
 from torch.nn.attention import SDPBackend
 
 from mor_megatron.config.schema import Config
-from mor_megatron.model import attention_by_shape, build_model, elementwise, kernels, layer_spec, ranges
+from mor_megatron.model import attention_by_shape, elementwise, kernels, layer_spec, ranges
 from mor_megatron.model.attention_by_shape import AttentionByShape
 from mor_megatron.model.attention_check import Heads
 from mor_megatron.model.kernels import attention_kernels, uses_transformer_engine
+from mor_megatron.model.mor_model import build_model
 from mor_megatron.pretraining import capabilities
 
 CUDNN, FLASH, *OTHERS = (

@@ -21,7 +21,8 @@ from models import (
 )
 
 from mor_megatron.data.batch import Batch
-from mor_megatron.model import attention, build_model
+from mor_megatron.model import attention
+from mor_megatron.model.mor_model import build_model
 from mor_megatron.planning.accounting import count_parameters
 from mor_megatron.recursion.context import MEAN_DEPTH, TOKENS_PER_RECURSION, RoutingContext
 from mor_megatron.recursion.token_choice import DEPTH_FRACTION

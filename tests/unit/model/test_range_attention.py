@@ -76,7 +76,9 @@ def found(tmp_path_factory) -> dict[tuple[str, torch.dtype], list[Tensor] | str]
     chosen = [(name, torch.float32) for name in CASES] + [(name, torch.float16) for name in HALF]
     each = {(name, dtype): ("range_attention", cast(CASES[name][0], dtype), CASES[name][1]) for name, dtype in chosen}
     torch.save(each, cases)
-    subprocess.run([sys.executable, INTERPRETER, KERNELS, cases, results], check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, INTERPRETER, cases, results, KERNELS / "range_attention.py"], check=True, timeout=300
+    )
     return torch.load(results)
 
 

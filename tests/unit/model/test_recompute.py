@@ -10,7 +10,7 @@ from models import RECURSIONS, RELAXED, random_ids, small_config, training_batch
 from torch import Tensor
 
 from mor_megatron.config.schema import Config
-from mor_megatron.model import MoRModel, build_model
+from mor_megatron.model.mor_model import MoRModel, build_model
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.routers import Router
 

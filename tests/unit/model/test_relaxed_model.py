@@ -12,7 +12,7 @@ from torch import Tensor
 from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
 from mor_megatron.huggingface.weights import fuse
-from mor_megatron.model import MoRModel, build_model
+from mor_megatron.model.mor_model import MoRModel, build_model
 from mor_megatron.planning.accounting import dense_equivalent
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.training.engine import build_engine

@@ -9,7 +9,7 @@ import torch
 from models import small_config
 
 from mor_megatron.config.validate import validate
-from mor_megatron.model import build_model
+from mor_megatron.model.mor_model import build_model
 from mor_megatron.planning.accounting import count_parameters
 from mor_megatron.training.engine import build_engine
 

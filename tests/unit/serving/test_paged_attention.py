@@ -79,7 +79,9 @@ def interpreted(tmp_path_factory) -> dict[tuple, list[torch.Tensor] | str]:
     saved = {key: ("paged_attention", inputs, False) for key, inputs in each.items()}
     saved |= {shape: ("stored", rows_of(shape), False) for shape in SHAPES}
     torch.save(saved, cases)
-    subprocess.run([sys.executable, INTERPRETER, KERNELS, cases, results], check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, INTERPRETER, cases, results, KERNELS / "paged_attention.py"], check=True, timeout=300
+    )
     return torch.load(results, weights_only=False)
 
 

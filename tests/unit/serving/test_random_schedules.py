@@ -127,7 +127,7 @@ patient = settings(
 )
 
 
-@settings(patient, max_examples=200)
+@settings(patient, max_examples=120)
 @crowds
 def test_every_schedule_gives_what_each_gets_alone(kind, crowd, way, spare):
     check(kind, crowd, way, spare)

@@ -64,7 +64,7 @@ def step(engine, config, iteration, lr=0.1):
     return train_step(engine, cut(global_batch(iteration), config.training.micro_batch_size), config, iteration, lr)
 
 
-def run(config, steps=3, lr=0.1):
+def run(config, steps=2, lr=0.1):
     engine = make_engine(config)
     reports = [step(engine, config, iteration, lr) for iteration in range(1, steps + 1)]
     return reports, whole_weights(engine)

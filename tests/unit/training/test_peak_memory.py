@@ -14,7 +14,7 @@ from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
 from mor_megatron.huggingface.teacher import load_teacher
 from mor_megatron.huggingface.teacher_settings import teacher_settings
-from mor_megatron.model import build_model
+from mor_megatron.model.mor_model import build_model
 from mor_megatron.planning.memory import rank_memory
 from mor_megatron.planning.stages import pipeline_plan
 from mor_megatron.training.engine import build_engine

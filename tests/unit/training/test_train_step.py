@@ -11,7 +11,7 @@ from torch import nn
 from mor_megatron.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, RecursionConfig, TrainingConfig
 from mor_megatron.config.validate import validate
 from mor_megatron.data.batch import Batch
-from mor_megatron.model import build_model
+from mor_megatron.model.mor_model import build_model
 from mor_megatron.pretraining.loop import NonFiniteError, advance
 from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.training.engine import build_engine

@@ -8,7 +8,7 @@ import pytest
 from models import small_config
 
 from mor_megatron.checkpointing.compatibility import differences
-from mor_megatron.model import MoRModel
+from mor_megatron.model.mor_model import MoRModel
 from mor_megatron.planning.memory import trained_parameters
 from mor_megatron.recursion.setting import Change
 from mor_megatron.training.optimizer import parameter_groups
