@@ -28,7 +28,7 @@ from .code_mor import write_code
 from .columns_mor import Columns, predictable
 from .configuration_mor import MoRConfig
 from .layers_mor import MoRDecoderLayer
-from .options_mor import check_options, refuse_unknown
+from .options_mor import refuse_unknown, routing_options
 from .outputs_mor import MoRHeadOutput, MoRModelOutput
 from .relaxed_mor import MoRRMSNorm, Recursions
 from .rows_mor import PackedRows, Rows
@@ -141,9 +141,7 @@ class MoRModel(MoRPreTrainedModel):
         refuse_unknown({"output_attentions": config.output_attentions, **kwargs})
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        depth = config.depth if depth is None else depth
-        router_threshold = config.router_threshold if router_threshold is None else router_threshold
-        check_options(config, depth, router_threshold, selection)
+        depth, router_threshold = routing_options(config, depth, router_threshold, selection)
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
         if not isinstance(cache, MoRCache | None):

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
-from mor_megatron.huggingface.options_mor import check_options
+from mor_megatron.huggingface.options_mor import routing_options
 from mor_megatron.inference.loading import StreamDecoder
 from mor_megatron.serving.graphs import build_lanes
 from mor_megatron.serving.kernel import choose
@@ -145,14 +145,14 @@ class Engine:
         params = params or SamplingParams()
         if self._closed:
             raise ValueError("the engine is closed: it takes no more requests")
+        depth, threshold = routing_options(self.model.config, params.depth, params.router_threshold)
         self._check(prompt, params)
-        config = self.model.config
         request = Request(
             id=str(next(self._ids)) if request_id is None else request_id,
             prompt=list(prompt),
             params=params,
-            depth=config.depth if params.depth is None else params.depth,
-            threshold=config.router_threshold if params.router_threshold is None else params.router_threshold,
+            depth=depth,
+            threshold=threshold,
             on_event=on_event,
             text=Text(StreamDecoder(self.tokenizer, prompt), params.stop),
         )
@@ -331,10 +331,7 @@ class Engine:
             request.on_event(Event(request, token, text, logprob, depth, reason))
 
     def _check(self, prompt: list[int], params: SamplingParams) -> None:
-        config, size = self.model.config, len(prompt)
-        depth = config.depth if params.depth is None else params.depth
-        threshold = config.router_threshold if params.router_threshold is None else params.router_threshold
-        check_options(config, depth, threshold, "threshold")
+        size, vocab_size = len(prompt), self.model.config.vocab_size
         if not prompt:
             raise ValueError("prompt is empty: give at least one token")
         if size + min(1, params.max_tokens) > self.max_length:
@@ -347,9 +344,9 @@ class Engine:
                 f"{self.longest} tokens that take all recursions: use fewer tokens, or more kv_bytes"
             )
         for name, tokens in (("prompt", prompt), ("stop_token_ids", params.stop_token_ids)):
-            wrong = next((token for token in tokens if not 0 <= token < config.vocab_size), None)
+            wrong = next((token for token in tokens if not 0 <= token < vocab_size), None)
             if wrong is not None:
-                raise ValueError(f"{name} has {wrong}, which is not an id: use 0 to {config.vocab_size - 1}")
+                raise ValueError(f"{name} has {wrong}, which is not an id: use 0 to {vocab_size - 1}")
 
 
 def _needs_prompt_logprobs(request: Request) -> bool:

@@ -69,14 +69,14 @@ class LLM:
 
     def generate(
         self,
-        prompts: Sequence[str | list[int]],
+        prompts: str | Sequence[str | list[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool = False,
     ) -> list[Completion]:
         """Continue all prompts; the results are in their order.
 
         Args:
-            prompts: texts or ids.
+            prompts: texts or ids of each, or one text by itself.
             params: of all prompts, or one for each.
             progress: show a bar on stderr.
         Raises:
@@ -86,11 +86,12 @@ class LLM:
 
     def stream(
         self,
-        prompts: Sequence[str | list[int]],
+        prompts: str | Sequence[str | list[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool = False,
     ) -> Iterator[Completion]:
         """The results of `generate`, each as soon as it and those before it are there."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"params has {len(each)} values for {len(prompts)} prompts: give one, or one for each")

@@ -146,8 +146,20 @@ def test_calls_leave_the_configuration_alone():
     _, export = pair("expert")
     ids, before = random_ids(), copy.deepcopy(export.config.to_dict())
     export.train()(ids, labels=ids)
-    export.eval().generate(ids, max_new_tokens=2, depth=1, router_threshold=0.3, do_sample=False, num_beams=2)
+    export.eval().generate(ids, max_new_tokens=2, router_threshold=0.3, do_sample=False, num_beams=2)
     assert export.config.to_dict() == before
+
+
+def test_a_threshold_beside_a_depth_is_refused():
+    """It would decide nothing, wherever the depth comes from."""
+    export = copy.deepcopy(pair("expert")[1]).eval()
+    with pytest.raises(ValueError, match=r"router_threshold=0\.3 decides nothing where depth=1 does: leave one out"):
+        export(random_ids(), depth=1, router_threshold=0.3)
+    export.config.depth = 2
+    with pytest.raises(ValueError, match="where depth=2 does"):
+        export(random_ids(), router_threshold=0.5)
+    export.config.router_threshold = 0.3  # the model's own threshold stays in its configuration, unused
+    export(random_ids())
 
 
 @pytest.mark.parametrize("name", ["expert", "token"])

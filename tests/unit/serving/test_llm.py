@@ -26,8 +26,10 @@ def test_text_goes_on_where_the_prompt_ends():
     """With a tokenizer that strips a space at the beginning of a text."""
     words = Tokenizer(models.WordLevel({f"▁{i}": i for i in range(VOCAB)}, unk_token="▁0"))
     words.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    (done,) = LLM(model_of("expert"), PreTrainedTokenizerFast(tokenizer_object=words)).generate(PROMPTS[:1])
+    llm = LLM(model_of("expert"), PreTrainedTokenizerFast(tokenizer_object=words))
+    (done,) = llm.generate(PROMPTS[:1])
     assert done.text == "".join(f" {token}" for token in done.tokens)
+    assert llm.generate("▁1 ▁2") == llm.generate(["▁1 ▁2"]), "a text by itself is one prompt"
 
 
 def test_who_stops_reading_leaves_no_work():
