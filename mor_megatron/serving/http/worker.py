@@ -142,6 +142,8 @@ class Worker:
                 call.add(prompt, own)
         except ValueError:
             call.close()
+            if self._is_stopping:  # and so the engine is closed
+                raise ShuttingDown from None
             raise
         if not self.is_alive:  # it died in between, and may have missed this call
             call.fail(EngineDied())
@@ -154,6 +156,7 @@ class Worker:
                     self.engine.step()
                 else:
                     self.engine.wait()
+            self._fail(ShuttingDown())  # who came too late for the last look at the inbox
         except Exception:
             logger.exception("the engine died")
             self.is_alive = False
