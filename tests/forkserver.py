@@ -17,7 +17,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "DS_ACCELER
 def fork_context() -> multiprocessing.context.ForkServerContext:
     """The context of `multiprocessing` whose processes have imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["preloaded"])
+    context.set_forkserver_preload(["paused_gc", "preloaded"])
     path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
     with patch.dict(os.environ, ENVIRONMENT, PYTHONPATH=path):  # the server looks for `preloaded` there
         forkserver.ensure_running()

@@ -29,5 +29,6 @@ for name in (
 for finalizer in list(weakref.finalize._registry):
     finalizer.atexit = False
 # DeepSpeed collects garbage dozens of times for an engine, and each time would look at every object of every module.
+gc.enable()
 gc.collect()
 gc.freeze()
