@@ -87,7 +87,7 @@ def expired(root: Path, keep_last: int, keep_every: int | None = None) -> list[P
     newest = next(iter(candidates(root)), None)
     if newest is None:
         return []
-    limit = _iteration(newest)
+    limit = iteration_of(newest)
     found, kept = [], 0
     for iteration, path in _found(root):
         if iteration > limit:  # written before the run went back to an older checkpoint
@@ -121,7 +121,8 @@ def _found(root: Path) -> list[tuple[int, Path]]:
     return [(int(match[1]), root / match[0]) for match in matches]
 
 
-def _iteration(path: Path) -> int:
+def iteration_of(path: Path) -> int:
+    """Of a checkpoint under its own name, or replaced."""
     return int(_NAME.fullmatch(path.name)[1])
 
 

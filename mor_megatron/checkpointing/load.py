@@ -15,7 +15,7 @@ from mor_megatron.checkpointing.compatibility import (
     refuse,
     require_same_parameters,
 )
-from mor_megatron.checkpointing.directory import REPLACED, candidates, checkpoint_name, checkpoints
+from mor_megatron.checkpointing.directory import REPLACED, candidates, checkpoint_name, checkpoints, iteration_of
 from mor_megatron.checkpointing.engine_state import (
     all_shardings,
     persistent_buffers,
@@ -132,7 +132,9 @@ def _differences(
     return found
 
 
-def find_checkpoint(root: Path, strict: bool = False, iteration: int | None = None) -> tuple[Path, Manifest] | None:
+def find_checkpoint(
+    root: Path, strict: bool = False, iteration: int | None = None, newest: int | None = None
+) -> tuple[Path, Manifest] | None:
     """The newest checkpoint whose manifest and files verify, on all ranks; None if there are no checkpoints.
 
     Every rank reads an equal part of the files, so that all of a checkpoint is read once.
@@ -141,6 +143,7 @@ def find_checkpoint(root: Path, strict: bool = False, iteration: int | None = No
         root: a run's directory, or one checkpoint in it.
         strict: take the newest one or none.
         iteration: take the one of this iteration or none.
+        newest: pass over those of later iterations.
     Raises:
         ValueError: there are checkpoints, and none is intact; with `strict`, the newest one is not; there is none of
             `iteration`.
@@ -155,6 +158,8 @@ def find_checkpoint(root: Path, strict: bool = False, iteration: int | None = No
         ]
         if not directories:
             raise ValueError(f"ckpt-step={iteration} is not in {root}, which has {there}: name one that is")
+    if newest is not None:
+        directories = [directory for directory in directories if iteration_of(directory) <= newest]
     if not directories:
         return None
     for directory in directories:

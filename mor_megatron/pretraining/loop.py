@@ -188,20 +188,24 @@ class _Loop:
         return spiked
 
     def _roll_back(self) -> bool:
-        """Go back to the last checkpoint, the samples since left out; False if that cannot be done."""
+        """Go back to the last checkpoint, the samples since left out; False if that cannot be done.
+
+        A run that began at an older checkpoint may find later ones of an earlier attempt beside it.
+        """
         progress, limit = self.progress, self.config.faults.max_rollbacks
         if progress.rollbacks >= limit:
             return False
         self.saver.finish()
         save = self.config.checkpoint.save
         try:
-            if find_checkpoint(Path(save)) is None:
-                return False
+            found = find_checkpoint(Path(save), newest=progress.iteration)
         except ValueError as error:
             print_rank_0(f" no way back: {error}")
             return False
+        if found is None:
+            return False
         spiked = copy(progress)
-        saved_here = CheckpointConfig(save=save, load=save)
+        saved_here = CheckpointConfig(save=save, load=str(found[0]))
         restored = load_checkpoint(self.engine, replace(self.config, checkpoint=saved_here))
         left_out = spiked.consumed_samples - restored.consumed_samples
         vars(progress).update(vars(restored))

@@ -105,6 +105,20 @@ def test_a_rollback_leaves_the_samples_out(process_group, spoilt, tmp_path, caps
     assert_same_checkpoint(save, part, ITERATIONS)
 
 
+def test_a_run_that_began_at_an_older_checkpoint_does_not_roll_back_to_a_later_one(
+    process_group, spoilt, tmp_path, capsys
+):
+    """The checkpoints that an earlier attempt wrote beyond it are still there, and `latest` names one of them."""
+    settings = {**SETTINGS, "train_iters": 74, "save": str(tmp_path), "keep_last": None}
+    pretrain(small_config(spoilt, **settings))
+    spike = spikes(capsys.readouterr().out)[0]
+    older = str(tmp_path / f"iter_{(spike - 1) // 10 * 10:07d}")
+    pretrain(small_config(spoilt, **{**settings, "load": older, "max_rollbacks": 1}))
+    assert f"rollback 1 of 1: from iteration {spike} to {int(older[-7:])}; samples" in capsys.readouterr().out
+    _, manifest = find_checkpoint(tmp_path)
+    assert (manifest.iteration, manifest.progress["left_out_samples"]) == (74, 2 * (spike - int(older[-7:])))
+
+
 def test_without_a_checkpoint_there_is_no_way_back(process_group, spoilt, tmp_path, capsys):
     pretrain(small_config(spoilt, save=str(tmp_path), **{**SETTINGS, "max_rollbacks": 1, "save_interval": 1000}))
     output = capsys.readouterr().out
