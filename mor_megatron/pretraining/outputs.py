@@ -16,6 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from mor_megatron.checkpointing.directory import candidates
+from mor_megatron.checkpointing.manifest import MANIFEST
 from mor_megatron.config.schema import CheckpointConfig, Config
 from mor_megatron.distributed.collectives import first_problem
 from mor_megatron.pretraining.lock import Lock
@@ -77,7 +78,9 @@ def require_own_checkpoints(checkpoint: CheckpointConfig) -> None:
     if not found:
         return
     load = Path(checkpoint.load).resolve() if checkpoint.load is not None else None
-    if load is not None and save in (load, load.parent):
+    if load is not None and load.parent == save and not (load / MANIFEST).exists():
+        remedy = f"load={checkpoint.load} is no checkpoint, so give --load {checkpoint.save} to go on with it"
+    elif load is not None and save in (load, load.parent):
         # With --branch-from, only what is loaded from there is fine-tuned.
         if not checkpoint.finetune or checkpoint.branch_from is not None:
             return

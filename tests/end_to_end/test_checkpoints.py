@@ -200,6 +200,10 @@ OUTPUTS = {
         lambda p: {"save": used(p / "run"), "load": used(p / "other")},
         r"save=\S+/run has iter_0000002 of a run that this one would replace: add --load \S+/run to go on with it, or",
     ),
+    "used, loading what is not there": (
+        lambda p: {"save": used(p / "run"), "load": str(p / "run" / "iter_0000009")},
+        r"save=\S+/run has iter_0000002 .*: load=\S+/iter_0000009 is no checkpoint, so give --load \S+/run to",
+    ),
     "used by what is fine-tuned": (
         lambda p: {"save": used(p / "run"), "load": str(p / "run"), "finetune": True},
         r"save=\S+/run has iter_0000002 .*: leave out --finetune to go on with it, or name another directory",
