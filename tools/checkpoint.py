@@ -60,6 +60,7 @@ def run_prune(args: argparse.Namespace) -> int:
 
     if args.keep_last < 1 or (args.keep_every is not None and args.keep_every < 1):
         raise ValueError("keep-last and keep-every must be 1 or more: nothing would be left to resume from")
+    named_checkpoints(args.path)  # refuses a place that has none
     unwanted = expired(args.path, args.keep_last, args.keep_every)
     for path in unwanted:
         print(f"{'would delete' if args.dry_run else 'deleting'} {path}", flush=True)

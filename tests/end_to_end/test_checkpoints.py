@@ -329,5 +329,6 @@ def test_the_tool(copy, tmp_path, monkeypatch, capsys):
     flip_last_bit(copy / "iter_0000009" / "state_00000.safetensors")
     assert tool(monkeypatch, "verify", copy) == 1
     assert "DAMAGED" in capsys.readouterr().out
-    assert tool(monkeypatch, "verify", tmp_path) == 2
-    assert "has no checkpoint" in capsys.readouterr().err
+    for command in (["verify"], ["prune", "--keep-last", 1]):
+        assert tool(monkeypatch, *command, tmp_path) == 2
+        assert "has no checkpoint" in capsys.readouterr().err
