@@ -100,7 +100,7 @@ class _Loop:
         self.writers = [*self.files, *writers]
         reports = dist.get_rank() == 0 and config.checkpoint.save is not None
         self.heartbeat = Heartbeat(Path(config.checkpoint.save)) if reports else None
-        self.last_iteration = last_iteration(config, progress)
+        self.first_iteration, self.last_iteration = progress.iteration, last_iteration(config, progress)
         self.observer = Observer(engine, config, progress.iteration)
         self.window: list[Record] = []
         """Records since the last log line."""
@@ -196,7 +196,7 @@ class _Loop:
         if progress.rollbacks >= limit:
             return False
         self.saver.finish()
-        save = self.config.checkpoint.save
+        save, without_state = self.config.checkpoint.save, self.config.checkpoint.no_load_optim
         try:
             found = find_checkpoint(Path(save), newest=progress.iteration)
         except ValueError as error:
@@ -204,9 +204,11 @@ class _Loop:
             return False
         if found is None:
             return False
-        spiked = copy(progress)
-        saved_here = CheckpointConfig(save=save, load=str(found[0]))
-        restored = load_checkpoint(self.engine, replace(self.config, checkpoint=saved_here))
+        spiked, (directory, manifest) = copy(progress), found
+        # What this run began with, it loads as it did then.
+        without_state &= manifest.iteration <= self.first_iteration
+        saved = CheckpointConfig(save=save, load=str(directory), no_load_optim=without_state)
+        restored = load_checkpoint(self.engine, replace(self.config, checkpoint=saved))
         left_out = spiked.consumed_samples - restored.consumed_samples
         vars(progress).update(vars(restored))
         progress.consumed_samples = spiked.consumed_samples

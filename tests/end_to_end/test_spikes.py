@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -105,18 +106,27 @@ def test_a_rollback_leaves_the_samples_out(process_group, spoilt, tmp_path, caps
     assert_same_checkpoint(save, part, ITERATIONS)
 
 
-def test_a_run_that_began_at_an_older_checkpoint_does_not_roll_back_to_a_later_one(
-    process_group, spoilt, tmp_path, capsys
-):
-    """The checkpoints that an earlier attempt wrote beyond it are still there, and `latest` names one of them."""
-    settings = {**SETTINGS, "train_iters": 74, "save": str(tmp_path), "keep_last": None}
+@pytest.fixture(scope="module")
+def earlier(process_group, spoilt, tmp_path_factory):
+    """A first attempt, which `latest` says is at iteration 74."""
+    save = tmp_path_factory.mktemp("earlier")
+    pretrain(small_config(spoilt, save=str(save), **{**SETTINGS, "train_iters": 74, "keep_last": None}))
+    return save
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_run_that_began_at_an_older_checkpoint_goes_back_to_it(earlier, spoilt, tmp_path, capsys, optimizer):
+    """Not to a later one of the first attempt; and as it began, perhaps with a new optimizer."""
+    save = tmp_path / "run"
+    shutil.copytree(earlier, save)
+    new = {"load": str(save / "iter_0000060"), "optimizer": optimizer, "no_load_optim": optimizer != "adam"}
+    settings = {**SETTINGS, "train_iters": 74, "save": str(save), "max_rollbacks": 1, **new}
     pretrain(small_config(spoilt, **settings))
-    spike = spikes(capsys.readouterr().out)[0]
-    older = str(tmp_path / f"iter_{(spike - 1) // 10 * 10:07d}")
-    pretrain(small_config(spoilt, **{**settings, "load": older, "max_rollbacks": 1}))
-    assert f"rollback 1 of 1: from iteration {spike} to {int(older[-7:])}; samples" in capsys.readouterr().out
-    _, manifest = find_checkpoint(tmp_path)
-    assert (manifest.iteration, manifest.progress["left_out_samples"]) == (74, 2 * (spike - int(older[-7:])))
+    output = capsys.readouterr().out
+    spike = spikes(output)[0]
+    assert f"rollback 1 of 1: from iteration {spike} to 60; samples 120 to {2 * spike - 1} are left out" in output
+    _, manifest = find_checkpoint(save)
+    assert (manifest.iteration, manifest.progress["left_out_samples"]) == (74, 2 * (spike - 60))
 
 
 def test_without_a_checkpoint_there_is_no_way_back(process_group, spoilt, tmp_path, capsys):
