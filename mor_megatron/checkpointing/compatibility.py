@@ -62,6 +62,13 @@ def corpus_differences(before: dict[str, int], now: dict[str, int]) -> list[Diff
     ]
 
 
+def argument_differences(before: str | None, now: str | None) -> list[Difference]:
+    """Other corpora or weights in the file that names them, from `data_arguments`; a new file is another setting."""
+    if None in (before, now) or before == now:
+        return []
+    return [Difference("the file of data arguments", Change.REPORTED, before, now)]
+
+
 def _settings(config: Config) -> Iterator[tuple[Field, Change, Any]]:
     """Every setting that the configuration reads: its field, what its change means, its value."""
     for section in fields(config):

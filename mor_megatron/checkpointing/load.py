@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 
 from mor_megatron.checkpointing.compatibility import (
     Difference,
+    argument_differences,
     corpus_differences,
     differences,
     refuse,
@@ -29,7 +30,7 @@ from mor_megatron.checkpointing.randomness import set_random_state
 from mor_megatron.checkpointing.reader import CheckpointReader
 from mor_megatron.checkpointing.shards import BUFFER, STEP, WEIGHT, Sharding
 from mor_megatron.config.schema import Change, Config
-from mor_megatron.data.corpora import corpus_sizes
+from mor_megatron.data.corpora import corpus_sizes, data_arguments
 from mor_megatron.distributed.collectives import first_problem, from_rank_0
 from mor_megatron.distributed.initialize import print_rank_0
 from mor_megatron.distributed.replicated import is_tied_copy
@@ -123,6 +124,7 @@ def _differences(
         try:
             found = differences(read_settings(directory, manifest), config)
             found += corpus_differences(manifest.corpora or {}, corpus_sizes(config.data))
+            found += argument_differences(manifest.data_arguments, data_arguments(config.data))
             found += [] if tokenizer is None else tokenizer_differences(directory, manifest, tokenizer)
         except ValueError as error:
             problem = f"{directory} cannot be compared with this run, it is of another version: {error}"

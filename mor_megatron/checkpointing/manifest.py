@@ -48,6 +48,8 @@ class Manifest:
     """`KeptTokenizer.entry`; None: the run had none, or was of an older version."""
     corpora: dict[str, int] | None = None
     """`corpus_sizes`; None: not known."""
+    data_arguments: str | None = None
+    """Of the function of this name; None: no file, or not known."""
 
     @property
     def iteration(self) -> int:
@@ -124,6 +126,7 @@ def parse(text: str) -> Manifest:
     _expect(content["tokenizer"] is None or _is_tokenizer(content["tokenizer"]), "tokenizer")
     corpora = content["corpora"]
     _expect(corpora is None or (isinstance(corpora, dict) and all(map(_whole, corpora.values()))), "corpora")
+    _expect(content["data_arguments"] is None or isinstance(content["data_arguments"], str), "data_arguments")
     content["parameters"] = {name: _sharding(name, entry) for name, entry in content["parameters"].items()}
     content["files"] = {name: _file(name, entry) for name, entry in content["files"].items()}
     return Manifest(**content)

@@ -35,7 +35,7 @@ from mor_megatron.checkpointing.randomness import random_state
 from mor_megatron.checkpointing.stored_file import StoredFile, write_tensors, write_text
 from mor_megatron.config.cli import to_yaml
 from mor_megatron.config.schema import Config
-from mor_megatron.data.corpora import corpus_sizes
+from mor_megatron.data.corpora import corpus_sizes, data_arguments
 from mor_megatron.distributed.collectives import from_all_ranks, from_rank_0
 from mor_megatron.distributed.cpu import device
 from mor_megatron.training.engine import Engine
@@ -76,7 +76,7 @@ class Saver:
         self.engine = engine
         self.config = config
         self.tokenizer = tokenizer
-        self.corpora = corpus_sizes(config.data)
+        self.corpora, self.data_arguments = corpus_sizes(config.data), data_arguments(config.data)
         self.root = Path(config.checkpoint.save)
         self.shardings = all_shardings(engine)
         self.last_failed: str | None = None
@@ -227,6 +227,7 @@ class Saver:
             files={},
             tokenizer=None if self.tokenizer is None else self.tokenizer.entry(),
             corpora=self.corpora,
+            data_arguments=self.data_arguments,
         )
 
 

@@ -69,6 +69,19 @@ def corpus_sizes(data: DataConfig) -> dict[str, int]:
     return {path: file.stat().st_size for path in sorted(paths) if (file := Path(f"{path}.bin")).is_file()}
 
 
+def data_arguments(data: DataConfig) -> str | None:
+    """What stands in the file that names the corpora, on one line; None without such a file.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    for field in ("data_args_path", "per_split_data_args_path"):
+        path = getattr(data, field)
+        if path is not None:
+            return " ".join(_read(path, field.replace("_", "-")).split())
+    return None
+
+
 def parse_blend(words: Sequence[str], flag: str = "data-path") -> tuple[tuple[str, ...], tuple[float, ...] | None]:
     """`p`, `p1 p2 ...` or `w1 p1 w2 p2 ...` as paths and weights (None: in proportion to tokens).
 

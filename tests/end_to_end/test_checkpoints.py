@@ -239,6 +239,16 @@ def test_one_checkpoint_of_a_run_is_of_that_run(copy, corpus, capsys):
     assert not (copy / lock.LOCK).exists()
 
 
+def test_another_blend_in_the_same_file_is_told(corpus, tmp_path, capsys):
+    words, save = tmp_path / "words", str(tmp_path / "run")
+    settings = {"data_path": (), "data_args_path": str(words), "save": save, "load": save, "eval_iters": 0}
+    for iteration, blend in enumerate(("0.9 {0} 0.1 {0}", "0.9 {0}\n0.1 {0}\n", "0.2 {0} 0.8 {0}"), 1):
+        words.write_text(blend.format(corpus))
+        pretrain(small_config(corpus, **settings, train_iters=iteration))
+        told = f"the file of data arguments was 0.9 {corpus} 0.1 {corpus}, is now 0.2 {corpus} 0.8 {corpus}"
+        assert (told in capsys.readouterr().out) == (iteration == 3)
+
+
 def test_saving_in_the_background_saves_the_same(whole, corpus, tmp_path, monkeypatch):
     """Training goes on while the state is copied and written; what is written is that of the iteration.
 
