@@ -26,11 +26,12 @@ def convert(directory: str | Path, output: str | Path, with_optimizer: bool = Fa
         output: a new directory; it appears when it is complete.
         with_optimizer: also `optimizer.safetensors`, `kind/parameter` -> whole state.
     Raises:
-        ValueError: the checkpoint is damaged, or the output exists or cannot be written.
+        ValueError: the checkpoint is damaged or converted already, or the output exists or cannot be written.
     """
     output = Path(output)
     partial = output.with_name(output.name + ".partial")
     reader = open_checkpoint(directory)
+    reader.require_entries()
     if output.exists():
         raise ValueError(f"{output} exists: name a new directory, or move it away")
     try:

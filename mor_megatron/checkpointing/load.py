@@ -52,20 +52,22 @@ def load_checkpoint(engine: Engine, config: Config, tokenizer: KeptTokenizer | N
     Returns:
         How far the loaded run is.
     Raises:
-        ValueError: the checkpoint is of another model or tokenizer (names setting and both values), none is intact, or
-            there is none where one is required.
+        ValueError: the checkpoint is converted, or of another model or tokenizer (names setting and both values), none
+            is intact, or there is none where one is required.
     """
     found = _find(config)
     if found is None:
         return Progress()
     directory, manifest, finetune = found
+    reader = CheckpointReader(directory, manifest)
+    reader.require_entries()
     checkpoint = config.checkpoint
     weights_only = finetune or checkpoint.no_load_optim
     may_differ = ({Change.FUNCTION} if finetune else set()) | ({Change.STATE} if weights_only else set())
     changed = _differences(directory, manifest, config, tokenizer)
     refuse(directory, changed, may_differ)
     require_same_parameters(directory, manifest.parameters, all_shardings(engine), finetune)
-    restore(engine, CheckpointReader(directory, manifest), weights_only)
+    restore(engine, reader, weights_only)
     print_rank_0(f"fine-tuning from the weights of {directory}" if finetune else f"resuming from {directory}")
     for each in changed:
         if not finetune or each.change is Change.FUNCTION:  # the rest is of a run that this one does not go on from

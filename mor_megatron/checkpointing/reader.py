@@ -62,6 +62,18 @@ class CheckpointReader:
             raise ValueError(f"{self.directory} lacks element {at} of {kind}/{name}, shard {shard}")
         return spans[0] if len(spans) == 1 else torch.cat(spans)
 
+    def require_entries(self) -> None:
+        """Refuse a converted checkpoint, which has none.
+
+        Raises:
+            ValueError: it is one.
+        """
+        if WHOLE[WEIGHT] in self.manifest.files:
+            raise ValueError(
+                f"{self.directory} is a converted checkpoint, for other programs to read: give the one that it was "
+                "made from"
+            )
+
     def scalar(self, name: str) -> float:
         """The number of updates of a parameter."""
         return self.read(STEP, name, 0, 0, 1).item()

@@ -323,7 +323,7 @@ def tool(monkeypatch, *arguments: object) -> int:
     return exit_info.value.code
 
 
-def test_the_tool(copy, tmp_path, monkeypatch, capsys):
+def test_the_tool(copy, corpus, tmp_path, monkeypatch, capsys):
     assert tool(monkeypatch, "verify", copy) == 0
     assert capsys.readouterr().out.count(": intact") == 3
     assert tool(monkeypatch, "info", copy / "iter_0000006") == 0
@@ -332,6 +332,10 @@ def test_the_tool(copy, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "one" / "optimizer.safetensors").exists()
     assert tool(monkeypatch, "convert", copy, tmp_path / "one") == 2
     assert "exists: name a new directory" in capsys.readouterr().err
+    assert tool(monkeypatch, "convert", tmp_path / "one", tmp_path / "two") == 2
+    assert "one is a converted checkpoint" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"one is a converted checkpoint, .*: give the one that it was made from"):
+        pretrain(small_config(corpus, load=str(tmp_path / "one")))
     assert tool(monkeypatch, "prune", copy, "--keep-last", 1, "--dry-run") == 0
     assert len(candidates(copy)) == 3
     assert tool(monkeypatch, "prune", copy, "--keep-last", 1) == 0
