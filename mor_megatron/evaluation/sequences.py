@@ -30,6 +30,7 @@ from mor_megatron.inference.loading import encode, is_export
 
 IGNORED = -100
 """Label of a position at which nothing is predicted."""
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
@@ -173,9 +174,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
     ids = [i for i in range(min(vocab_size, len(tokenizer))) if i not in special]
     texts = tokenizer.batch_decode([[anchor, i] for i in ids], clean_up_tokenization_spaces=False)
     for i, text in zip(ids, texts, strict=True):
-        counts[i] = len(text.encode()) - before
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # part of a character, which cannot be decoded alone
-            name = tokenizer.convert_ids_to_tokens(i)
+        counts[i], name = len(text.encode()) - before, tokenizer.convert_ids_to_tokens(i)
+        if _UNKNOWN in text and _UNKNOWN not in name:  # part of a character, which cannot be decoded alone
             # Byte fallback writes <0xE2>; byte-level vocabularies have one character for each byte.
             counts[i] = 1 if name.startswith("<0x") else len(name)
     return counts

@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 from mor_megatron.config.schema import DataConfig
 from mor_megatron.data.tokenizer_training import train_tokenizer
@@ -40,6 +45,21 @@ def test_bytes_of_tokens_add_up_to_those_of_the_text(tokenizer):
     emoji = tokenizer("🙂", add_special_tokens=False)["input_ids"]
     assert len(emoji) > 1, "no character is split"
     assert counts[emoji[1:]].sum() == 4 - counts[emoji[0]]
+
+
+def test_bytes_of_a_token_that_begins_within_a_character():
+    """As byte-level vocabularies have them for scripts whose characters often follow each other; and U+FFFD itself."""
+    first, (a, b, c) = "æ¼", ("¢å", "Ń", "Ĺ")  # the bytes of 漢字, as GPT-2 spells them
+    merges = [("¢", "å"), (a, b), (a + b, c)]
+    pieces = [*ByteLevel.alphabet(), *(x + y for x, y in merges)]
+    backend = Tokenizer(BPE({piece: i for i, piece in enumerate(sorted(pieces))}, merges))
+    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    counts = token_bytes(tokenizer, len(tokenizer))
+    ids = tokenizer("漢字")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == [*first, a + b + c]
+    assert counts[ids].tolist() == [1, 1, 4]
+    assert counts[tokenizer("\N{REPLACEMENT CHARACTER}")["input_ids"]].sum() == 3
 
 
 @pytest.mark.parametrize("form", ["txt", "jsonl", "jsonl.gz"])
