@@ -110,9 +110,13 @@ def likelihood(
         calibration = Calibration(config.plan.capacities, config.router_threshold, device)
     sums = _Sums(modes, len(pieces), config.num_recursions, calibration, device)
     mine = range(rank, len(pieces), world)
-    for start in range(0, len(mine), batch_size):
-        taken = mine[start : start + batch_size]
-        _add(model, pad([pieces[i] for i in taken]), taken, modes, sums, nbytes)
+    default, config.depth = config.depth, None  # a mode says how deep tokens go
+    try:
+        for start in range(0, len(mine), batch_size):
+            taken = mine[start : start + batch_size]
+            _add(model, pad([pieces[i] for i in taken]), taken, modes, sums, nbytes)
+    finally:
+        config.depth = default
     if world > 1:
         sums.over_ranks()
     return _results(modes, sums, nbytes is not None)

@@ -78,6 +78,18 @@ def test_ways_and_what_is_causal(name: str):
         assert torch.allclose(before, after, atol=2e-6) == mode.causal, mode
 
 
+def test_ways_do_not_depend_on_the_depth_of_the_configuration():
+    model = pair("expert")[1]
+    modes = modes_of(model.config, fixed_depths=False)
+    expected = likelihood(model, pieces(), modes, batch_size=5)
+    model.config.depth = 1
+    try:
+        assert likelihood(model, pieces(), modes, batch_size=5) == expected
+        assert model.config.depth == 1
+    finally:
+        model.config.depth = None
+
+
 def test_agreement_of_threshold_with_topk():
     """The sums over candidates, against the depths of both selections counted by hand."""
     model = pair("expert")[1]
