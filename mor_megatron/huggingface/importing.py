@@ -66,15 +66,17 @@ _DIVISION |= dict.fromkeys(("q_b", "k_b", "v_b", "gate_b", "up_b", "o_a", "down_
 """Along which dimension, and in how many parts by themselves, tensor parallelism divides a weight of this name."""
 
 
-def read_config(path: Path) -> Config:
+def read_config(path: Path, seq_length: int | None = None) -> Config:
     """Settings of a run with the model of a directory, ours or of the LLaMA family, as it is; no weights are read.
 
+    Args:
+        seq_length: of the run; None: it may be any up to the model's longest.
     Raises:
         ValueError: config.json is missing, or of another kind of model, or of one that has something ours has not.
     """
     if kind_of(path) == "mor":
         return training_config(MoRConfig.from_pretrained(path))
-    model, layers = model_config(path)
+    model, layers = model_config(path, seq_length=seq_length)
     return run_config(replace(model, num_layers=layers), RecursionConfig())
 
 

@@ -45,11 +45,14 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}/config.json cannot be read ({error}): give a directory of transformers") from error
 
 
-def model_config(path: Path, max_positions: int | None = None) -> tuple[ModelConfig, int]:
+def model_config(
+    path: Path, max_positions: int | None = None, seq_length: int | None = None
+) -> tuple[ModelConfig, int]:
     """Shape of a model of the LLaMA family, and its number of layers.
 
     Args:
         max_positions: longest sequence of the new model; None: the old one's.
+        seq_length: of the run that it is read for; None: it may be any up to the longest.
     Raises:
         ValueError: a setting is missing, or the model has something that ours has not.
     """
@@ -61,7 +64,7 @@ def model_config(path: Path, max_positions: int | None = None) -> tuple[ModelCon
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     _refuse(path, settings)
     longest = max_positions or settings["max_position_embeddings"]
-    _check_window(path, settings, longest)
+    _check_window(path, settings, longest, seq_length)
     heads = settings["num_attention_heads"]
     groups = settings.get("num_key_value_heads") or heads
     model = ModelConfig(
@@ -143,14 +146,15 @@ def _refuse(path: Path, settings: dict[str, Any]) -> None:
             raise ValueError(f"{path}: {name}={value} is more than these layers can do: it cannot be imported")
 
 
-def _check_window(path: Path, settings: dict[str, Any], longest: int) -> None:
+def _check_window(path: Path, settings: dict[str, Any], longest: int, seq_length: int | None) -> None:
     """A window over which no sequence reaches out is no window."""
     window = settings.get("sliding_window")
     is_used = settings.get("use_sliding_window", settings.get("model_type") != "qwen2")
-    if window and is_used and longest > window:
+    name, length = ("max-position-embeddings", longest) if seq_length is None else ("seq-length", seq_length)
+    if window and is_used and length > window:
         raise ValueError(
-            f"{path}: sliding_window={window} hides tokens in sequences of up to max_position_embeddings={longest}, "
-            f"and these layers see all: give --max-position-embeddings {window}"
+            f"{path}: sliding_window={window} hides tokens in sequences of up to {name}={length}, and these layers see "
+            f"all: give --{name} {window}"
         )
 
 

@@ -62,7 +62,7 @@ def _teacher(path: Path, settings: Config, tokenizer: Tokenizer | None) -> MoRMo
     if kind_of(path) == "mor":
         weights, _ = read_export(path)
     else:
-        weights, *_ = read_llama(path, RecursionConfig(), None, "stepwise", 0)
+        weights, *_ = read_llama(path, RecursionConfig(), None, "stepwise", 0, settings.data.seq_length)
     teacher = MoRModel(settings)
     _fill(teacher, weights)
     return teacher.to(device()).eval().requires_grad_(False)

@@ -25,7 +25,7 @@ def teacher_settings(config: Config) -> Config | None:
 
     path = config.distillation.distill_from
     with refusing(path):
-        teacher = read_config(Path(path))
+        teacher = read_config(Path(path), config.data.seq_length)
         _check(teacher, config)
     return teacher
 

@@ -62,3 +62,14 @@ def test_teachers_that_are_refused(process_group, corpus, tmp_path):
     for changes, message in refusals:
         with pytest.raises(ValueError, match=f"^distill-from=.* cannot teach this run: .*{message}"):
             pretrain(small_config(corpus, **PLAIN | changes))
+
+
+def test_a_teacher_whose_window_hides_nothing(process_group, corpus, tmp_path):
+    """A Mistral reads longer sequences than its window, and here no sequence is longer."""
+    path = tmp_path / "teacher"
+    teacher = save_teacher(path, max_position_embeddings=64)
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(settings | {"model_type": "mistral", "sliding_window": 16}))
+    pretrain(small_config(corpus, distill_from=teacher, **PLAIN | {"train_iters": 1, "eval_iters": 0}))
+    with pytest.raises(ValueError, match=r"sliding_window=16 .*up to seq-length=24, .*--seq-length 16$"):
+        pretrain(small_config(corpus, distill_from=teacher, **PLAIN | {"seq_length": 24}))
