@@ -79,6 +79,8 @@ class Saver:
         self.corpora, self.data_arguments = corpus_sizes(config.data), data_arguments(config.data)
         self.root = Path(config.checkpoint.save)
         self.shardings = all_shardings(engine)
+        self.last_saved = 0
+        """Iteration of the newest checkpoint that this run has completed; 0: none yet. Equal on all ranks."""
         self.last_failed: str | None = None
         """Why the most recent save failed; None if it did not. Equal on all ranks."""
         self.stalled = 0.0
@@ -181,6 +183,8 @@ class Saver:
             error = _failure(lambda: self._publish(save, files))
             errors = [] if error is None else [f"rank 0: {error}"]
         errors = from_rank_0(errors)
+        if not errors:
+            self.last_saved = save.manifest.iteration
         self._report(save.partial, errors)
         if not errors and dist.get_rank() == 0:
             self._retain()

@@ -190,7 +190,7 @@ class _Loop:
     def _roll_back(self) -> bool:
         """Go back to the last checkpoint, the samples since left out; False if that cannot be done.
 
-        A run that began at an older checkpoint may find later ones of an earlier attempt beside it.
+        That is the last one this run has saved, or the one it began at: an earlier attempt may have left later ones.
         """
         progress, limit = self.progress, self.config.faults.max_rollbacks
         if progress.rollbacks >= limit:
@@ -198,7 +198,7 @@ class _Loop:
         self.saver.finish()
         save, without_state = self.config.checkpoint.save, self.config.checkpoint.no_load_optim
         try:
-            found = find_checkpoint(Path(save), newest=progress.iteration)
+            found = find_checkpoint(Path(save), newest=max(self.first_iteration, self.saver.last_saved))
         except ValueError as error:
             print_rank_0(f" no way back: {error}")
             return False

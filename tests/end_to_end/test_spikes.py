@@ -108,15 +108,16 @@ def test_a_rollback_leaves_the_samples_out(process_group, spoilt, tmp_path, caps
 
 @pytest.fixture(scope="module")
 def earlier(process_group, spoilt, tmp_path_factory):
-    """A first attempt, which `latest` says is at iteration 74."""
+    """A first attempt, which saved more often, last at iteration 74."""
     save = tmp_path_factory.mktemp("earlier")
-    pretrain(small_config(spoilt, save=str(save), **{**SETTINGS, "train_iters": 74, "keep_last": None}))
+    settings = {**SETTINGS, "train_iters": 74, "save_interval": 4, "keep_last": None}
+    pretrain(small_config(spoilt, save=str(save), **settings))
     return save
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_a_run_that_began_at_an_older_checkpoint_goes_back_to_it(earlier, spoilt, tmp_path, capsys, optimizer):
-    """Not to a later one of the first attempt; and as it began, perhaps with a new optimizer."""
+    """Not to one that the first attempt wrote before or after the spike; and as it began, with a new optimizer."""
     save = tmp_path / "run"
     shutil.copytree(earlier, save)
     new = {"load": str(save / "iter_0000060"), "optimizer": optimizer, "no_load_optim": optimizer != "adam"}
