@@ -64,6 +64,8 @@ def activations(config: Config, pipeline: PipelinePlan, stage: int, cuda: bool) 
     is_one_pass = not (config.routing_method.routes or pipeline.is_ring) and _recomputes(config) == "recursion"
     for chunk in range(pipeline.num_chunks):
         for layer in pipeline.layers(stage, chunk):
+            if config.optimizer.freeze != "none" and layer in pipeline.plan.first:
+                continue  # no gradient goes back so far
             unique = 0 if layer in pipeline.plan.first else count - 1
             recursion = unique if layer.recursion is None else layer.recursion
             if is_one_pass and layer.recursion is not None:
@@ -207,7 +209,8 @@ class _Rows:
         cast = 4 if self.number < 4 else 0
         gathered = self.whole_stream if self.stream < self.whole_stream else 0
         weight = rows * (self.stream + self.whole_stream + gathered + self.ffn)
-        if not (self.is_cuda and adds_each_use(self.config)):  # there, the product itself adds to the sum
+        adds = self.is_cuda and adds_each_use(self.config)  # the product itself adds to the sum
+        if not adds and self.config.optimizer.freeze == "none":
             weight += self.largest_weight * (self.number + cast)
         return again + max(activation, weight)
 

@@ -53,19 +53,27 @@ class Traffic:
 
 
 def traffic(
-    config: Config, pipeline: PipelinePlan, stage: int, parameters: int, num_microbatches: int, world_size: int
+    config: Config,
+    pipeline: PipelinePlan,
+    stage: int,
+    parameters: int,
+    num_microbatches: int,
+    world_size: int,
+    trained: int | None = None,
 ) -> Traffic:
     """What each rank of a stage sends.
 
     Args:
         parameters: weights on the rank, in number (`memory.rank_parameters`).
         num_microbatches: of the rank in the iteration.
+        trained: how many of the weights have gradients; None: all.
     """
+    trained = parameters if trained is None else trained
     return Traffic(
         tensor=num_microbatches * _tensor(config, pipeline, stage) + _whole_factors(config, pipeline, stage),
         pipeline=num_microbatches * sum(_sent(config, pipeline, stage)),
         embedding=_embedding(config, pipeline, stage),
-        data=_data(config, pipeline, parameters, num_microbatches, data_parallel_size(config, world_size)),
+        data=_data(config, pipeline, parameters, trained, num_microbatches, data_parallel_size(config, world_size)),
     )
 
 
@@ -155,18 +163,20 @@ def _whole_factors(config: Config, pipeline: PipelinePlan, stage: int) -> float:
 
 def _embedding(config: Config, pipeline: PipelinePlan, stage: int) -> float:
     is_end = stage in (0, pipeline.num_stages - 1)
-    if pipeline.num_stages == 1 or not is_end or config.model.untie_embeddings_and_output_weights:
+    is_untied = config.model.untie_embeddings_and_output_weights
+    if pipeline.num_stages == 1 or not is_end or is_untied or config.optimizer.freeze != "none":
         return 0.0
     tp = config.parallel.tensor_model_parallel_size
     padded = padded_vocab_size(config.model.vocab_size, config.model.make_vocab_size_divisible_by, tp)
     return 4.0 * padded // tp * config.model.hidden_size
 
 
-def _data(config: Config, pipeline: PipelinePlan, parameters: int, num_microbatches: int, ranks: int) -> float:
+def _data(
+    config: Config, pipeline: PipelinePlan, parameters: int, trained: int, num_microbatches: int, ranks: int
+) -> float:
     training = config.training
-    share = (ranks - 1) / ranks
-    weights = parameters * (2 if training.precision != "fp32" else 4)
-    gradients = 4 * parameters
+    share, number = (ranks - 1) / ranks, 2 if training.precision != "fp32" else 4
+    weights, gradients = number * trained, 4 * trained
     if training.zero_stage == 0:
         return 2 * gradients * share
     if training.zero_stage == 1:
@@ -179,4 +189,4 @@ def _data(config: Config, pipeline: PipelinePlan, parameters: int, num_microbatc
         block = pipeline.plan.block_size * (layer_parameters(config, tp) + relaxation_parameters(config, tp))
         again = 1 if training.recompute_granularity != "full" else 2
         gathered = (1 + again) * (parameters + (pipeline.plan.num_recursions - 1) * block)
-    return num_microbatches * share * (gradients + gathered * weights / parameters)
+    return num_microbatches * share * (gradients + gathered * number)

@@ -82,15 +82,25 @@ def rank_parameters(config: Config, pipeline: PipelinePlan, stage: int) -> int:
 
 def trained_parameters(config: Config, pipeline: PipelinePlan, stage: int) -> int:
     """Those of `rank_parameters` that `--freeze` leaves to be trained."""
-    recursion, freeze = config.recursion, config.optimizer.freeze
+    freeze = config.optimizer.freeze
     if freeze == "none":
         return rank_parameters(config, pipeline, stage)
-    count = router_parameters(config) if stage == 0 else 0
-    if freeze == "base":
-        layer = relaxation_parameters(config, config.parallel.tensor_model_parallel_size)
-        layer += Widths.of(config).layer_norms if recursion.recursion_norms else 0  # those of the first recursion
-        count += pipeline.block_layers[stage] * layer + (recursion_embedding_parameters(config) if stage == 0 else 0)
+    count = pipeline.block_layers[stage] * _trained_of_a_layer(config)
+    if stage == 0:
+        count += router_parameters(config) + (recursion_embedding_parameters(config) if freeze == "base" else 0)
     return count
+
+
+def _trained_of_a_layer(config: Config) -> int:
+    """The same of a layer of the shared block."""
+    freeze, tp = config.optimizer.freeze, config.parallel.tensor_model_parallel_size
+    if freeze == "all-but-routers":
+        return 0
+    relaxation = relaxation_parameters(config, tp)
+    if freeze == "none":
+        return layer_parameters(config, tp) + relaxation
+    first = Widths.of(config).layer_norms if config.recursion.recursion_norms else 0  # norms of the first recursion
+    return relaxation + first
 
 
 def rank_state(config: Config, parameters: int, world_size: int, trained: int | None = None) -> RankState:
@@ -189,7 +199,7 @@ def num_microbatches(config: Config, world_size: int) -> int:
 def _moments(config: Config, pipeline: PipelinePlan, stage: int, world_size: int, cuda: bool) -> Iterator[Moment]:
     """The passes of a rank, as the schedule has them."""
     own, waiting = activations(config, pipeline, stage, cuda), _waiting_gradients(config, pipeline, stage)
-    has_head, vocabulary = stage == pipeline.num_stages - 1, _vocabulary_weights(config)
+    has_head, vocabulary = stage == pipeline.num_stages - 1, _trained_vocabulary(config)
     teacher = pipeline.teacher
     head = head_bytes(config, cuda, teacher) if has_head else 0.0
     sent = message_bytes(config, pipeline, stage) if pipeline.num_stages > 1 else (0.0,)
@@ -211,14 +221,16 @@ def _moments(config: Config, pipeline: PipelinePlan, stage: int, world_size: int
             yield Moment(f"backward pass of recursion {r}", messages, live, 0.0, own.working[r] + waiting[r])
             live -= own.kept[r]
         messages -= sent[chunk]
-    if stage == 0:
+    if stage == 0 and vocabulary > 0:
         own = vocabulary * (4 if config.training.precision == "fp32" else 6)  # in 16 bits, then in fp32
         waits = 8 * vocabulary if waiting[-1] else 0  # the head's gradient, and its sum with the embedding's
         yield Moment("gradient of the embedding", 0.0, 0.0, 0.0, waits + own)
 
 
-def _vocabulary_weights(config: Config) -> int:
-    """Weights of embedding or head on one tensor-parallel rank."""
+def _trained_vocabulary(config: Config) -> int:
+    """Weights of embedding or head on one tensor-parallel rank; none if they are frozen."""
+    if config.optimizer.freeze != "none":
+        return 0
     tp = config.parallel.tensor_model_parallel_size
     padded = padded_vocab_size(config.model.vocab_size, config.model.make_vocab_size_divisible_by, tp)
     return padded // tp * config.model.hidden_size
@@ -230,10 +242,9 @@ def _waiting_gradients(config: Config, pipeline: PipelinePlan, stage: int) -> li
     if adds_each_use(config):
         return [0.0] * count
     is_tied = pipeline.num_stages == 1 and not config.model.untie_embeddings_and_output_weights
-    head = 4.0 * _vocabulary_weights(config) if is_tied else 0.0
+    head = 4.0 * _trained_vocabulary(config) if is_tied else 0.0
     layers = pipeline.block_layers[stage] if not pipeline.is_ring else 0  # a ring's passes are whole backward passes
-    tp = config.parallel.tensor_model_parallel_size
-    block = 4.0 * layers * (layer_parameters(config, tp) + relaxation_parameters(config, tp))
+    block = 4.0 * layers * _trained_of_a_layer(config)
     return [head + (block if r < count - 1 else 0.0) for r in range(count)]
 
 

@@ -17,7 +17,7 @@ from mor_megatron.config.schema import Config
 from mor_megatron.planning.accounting import layer_work, training_flops_per_token
 from mor_megatron.planning.communication import Traffic, traffic
 from mor_megatron.planning.machines import GB, Machine
-from mor_megatron.planning.memory import RankMemory, num_microbatches, rank_memory
+from mor_megatron.planning.memory import RankMemory, num_microbatches, rank_memory, trained_parameters
 from mor_megatron.planning.stages import PipelinePlan, pipeline_plan
 from mor_megatron.planning.step_time import StepTime, stage_time, step_time
 from mor_megatron.planning.teacher import beside
@@ -197,15 +197,16 @@ class Evaluation:
         machine, world_size = self.machine, self.world_size
         pipeline, count = self._pipeline(config), num_microbatches(config, world_size)
         self._work = self._work or layer_work(config)
-        memories, sent, times = [], [], []
+        memories, sent, times, updated = [], [], [], []
         for stage in sorted({0, min(1, pipeline.num_stages - 1), pipeline.num_stages - 1}):  # one of each kind
             memories.append(rank_memory(config, pipeline, stage, world_size, machine.is_cuda))
-            sent.append(traffic(config, pipeline, stage, memories[-1].state.parameters, count, world_size))
+            updated.append(trained_parameters(config, pipeline, stage))
+            parameters = memories[-1].state.parameters
+            sent.append(traffic(config, pipeline, stage, parameters, count, world_size, updated[-1]))
             times.append(stage_time(config, pipeline, stage, machine, sent[-1].tensor / count, self._work))
         memory = max(memories, key=lambda one: one.total)
         most = max(sent, key=lambda one: one.total)
-        parameters = max(one.state.parameters for one in memories)
-        time = step_time(config, pipeline, times, most, parameters, world_size, machine)
+        time = step_time(config, pipeline, times, most, max(updated), world_size, machine)
         return Candidate(config, world_size, memory, most, time, pipeline.teacher)
 
     def _pipeline(self, config: Config) -> PipelinePlan:

@@ -143,7 +143,7 @@ def step_time(
     Args:
         stages: times of all kinds of stages.
         traffic: of the rank that sends most.
-        parameters: of the rank that has most, in number.
+        parameters: of the rank that trains most, in number.
     """
     slowest, count = max(stages, key=lambda stage: sum(stage.chunks)), num_microbatches(config, world_size)
     working, tensor = count * sum(slowest.chunks), count * slowest.tensor

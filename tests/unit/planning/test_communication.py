@@ -7,7 +7,7 @@ import pytest
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.validate import validate
 from mor_megatron.planning.communication import Traffic, message_bytes, traffic
-from mor_megatron.planning.memory import num_microbatches, rank_parameters
+from mor_megatron.planning.memory import num_microbatches, rank_parameters, trained_parameters
 from mor_megatron.planning.stages import pipeline_plan
 
 # The model of benchmarks/parallel.py.
@@ -22,8 +22,8 @@ MIB = 2**20
 def sent(flags: str, ranks: int, stage: int = 0) -> Traffic:
     config = validate(read_config(f"{SHAPE} {flags}".split()), ranks)
     pipeline = pipeline_plan(config)
-    parameters = rank_parameters(config, pipeline, stage)
-    return traffic(config, pipeline, stage, parameters, num_microbatches(config, ranks), ranks)
+    parameters, trained = (count(config, pipeline, stage) for count in (rank_parameters, trained_parameters))
+    return traffic(config, pipeline, stage, parameters, num_microbatches(config, ranks), ranks, trained)
 
 
 MEASURED = {
@@ -61,6 +61,16 @@ def test_recomputation_repeats_the_exchanges_of_the_forward_pass():
     row = 8 * 128 * 384 * 4  # of all micro-batches
     once, again = sent(flags, 2).tensor, sent(f"{flags} --recompute-granularity full", 2).tensor
     assert again - once == 14 * 2 * row
+
+
+def test_frozen_weights_are_gathered_and_not_reduced():
+    """Adapters of rank 1 on q, k, v and o: as many numbers a recursion as the four maps have inputs and outputs."""
+    flags = "--relaxation lora --lora-rank 1 --lora-targets attention --freeze base --zero-stage"
+    trained, everything = 4 * 3 * 4 * 2 * 384, sent(flags.replace("--freeze base", "") + " 0", 2).data / 4
+    assert sent(f"{flags} 0", 2).data == 4 * trained
+    assert sent(f"{flags} 1", 2).data == 6 * trained
+    assert sent(f"{flags} 3", 2).data == 4 * 2 * (trained + everything)  # four micro-batches, half of fp32 each
+    assert sent(f"{flags} 1 --pipeline-model-parallel-size 2", 2).embedding == 0.0
 
 
 def test_messages_shrink_with_the_tokens_that_stay():

@@ -23,6 +23,7 @@ from mor_megatron.training.train_step import train_step
 SHAPE = "--num-layers 5 --hidden-size 32 --ffn-hidden-size 96 --num-attention-heads 4 --seq-length 64 --vocab-size 128"
 BATCH = "--micro-batch-size 4 --global-batch-size 8 --max-position-embeddings 64"
 EXPERT = "--num-recursions 3 --routing expert_choice"
+FROZEN = f"{EXPERT} --relaxation lora --lora-rank 12 --freeze base --vocab-size 4096"
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,9 @@ EXPERT = "--num-recursions 3 --routing expert_choice"
         f"--zero-stage 0 --bf16 {EXPERT}",
         f"--zero-stage 0 {EXPERT} --recompute-granularity full --recompute-unit recursion",
         f"--zero-stage 0 {EXPERT} --relaxation lora --lora-rank 12 --lora-alpha 6 --recursion-norms",
+        f"--zero-stage 0 {FROZEN}",
+        f"--zero-stage 0 --bf16 {FROZEN}",
+        f"--zero-stage 1 --bf16 {FROZEN} --untie-embeddings-and-output-weights",
     ],
 )
 def test_the_peak_of_a_real_iteration(process_group, flags):
