@@ -18,6 +18,7 @@ from pathlib import Path
 from mor_megatron.command import exit_status
 from mor_megatron.config.cli import read_config
 from mor_megatron.config.schema import Config
+from mor_megatron.config.validate import validate
 from mor_megatron.data.corpora import read_blends
 from mor_megatron.files import write_whole
 from mor_megatron.huggingface.teacher_settings import teacher_settings
@@ -130,7 +131,7 @@ def launch(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     if config.checkpoint.save is None:
         raise ValueError("save=None leaves nothing to continue from after the time limit: give --save DIR")
     _require_one_at_a_time(args.sbatch, config.checkpoint.save)
-    print(dry_run(config, args.nodes * _tasks_per_node(args), teacher_settings), file=sys.stderr)
+    _show_layout(config, args.nodes * _tasks_per_node(args), bool(args.container_image))
     script = job_script(args, arguments, config)
     try:
         if not args.container_image:
@@ -144,6 +145,16 @@ def launch(args: argparse.Namespace, arguments: Sequence[str]) -> None:
         return
     job, copy = submit(script, Path(config.checkpoint.save))
     print(f"job {job}: output in {copy.parent}/slurm-{job}.out, script in {copy}")
+
+
+def _show_layout(config: Config, ranks: int, in_container: bool) -> None:
+    try:
+        print(dry_run(config, ranks, teacher_settings), file=sys.stderr)
+    except ValueError as error:
+        if not in_container:
+            raise
+        validate(config, ranks)  # raises again what is not about files
+        print(f"warning: the layout is not shown, because a file may be in the container: {error}", file=sys.stderr)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -105,6 +105,24 @@ def test_a_run_on_cpus_in_a_container_that_is_named_in_a_file(launch, tmp_path):
     assert f"export SRUN_OPTIONS='--container-image=img.sqsh {mounts}'\n" in ran.out
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--tokenizer-type SentencePieceTokenizer --tokenizer-model /only/inside/tok.model",
+        "--vocab-size 64 --distill-from /only/inside/teacher",
+    ],
+    ids=["tokenizer", "teacher"],
+)
+def test_files_in_a_container_are_not_checked(launch, tmp_path, flags):
+    words = f"--gpus-per-node 2 --container-image img.sqsh --dry-run -- {flags} --save {tmp_path}/run"
+    ran = launch(*words.split())
+    assert ran.status == 0, ran.err
+    assert re.search("^warning: the layout is not shown, .* in the container: .*/only/inside/", ran.err, re.MULTILINE)
+    ran = launch(*words.split(), "--micro-batch-size", "0")
+    assert ran.status == 2
+    assert "micro-batch-size=0 is out of range" in ran.err
+
+
 REFUSALS = {
     "layout": (f"--nodes 3 -- {MODEL} --save x", "global-batch-size=8 is not a multiple of micro-batch-size=4 x 24"),
     "tensor parallel": (f"-- {MODEL} --save x --tensor-model-parallel-size 8", "does not divide num-attention-heads=4"),
