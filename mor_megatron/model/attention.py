@@ -13,7 +13,10 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+from megatron.core.tensor_parallel.layers import (
+    linear_with_frozen_weight,
+    linear_with_grad_accumulation_and_async_allreduce,
+)
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
@@ -226,7 +229,8 @@ class MoRSelfAttention(SelfAttention):
         weight = weight.view(groups, -1, width, weight.shape[-1])[:, :-2].reshape(-1, weight.shape[-1])
         bias = bias.view(groups, -1, width)[:, :-2].reshape(-1) if self.config.add_qkv_bias else None
         sequence_parallel = self.config.sequence_parallel
-        query = linear_with_grad_accumulation_and_async_allreduce(
+        trained, frozen = linear_with_grad_accumulation_and_async_allreduce, linear_with_frozen_weight
+        query = (trained if weight.requires_grad else frozen)(
             hidden,
             weight,
             bias,

@@ -4,8 +4,8 @@ Two counts of FLOPs, never to be mixed:
 - the *paper's*: forward, linear layers and attention only, GQA ignored, capacities as planned. It reproduces the
   published step counts (docs/mor.md, sec. 7) and sets isoFLOP budgets. Adapters of recursions come on top.
 - *executed*: what a step multiplies: GQA, router and head included, causal pairs once, tokens as they were really
-  routed. A training step costs three forwards, the *model* FLOPs (PaLM, arXiv 2204.02311, app. B: MFU); the *hardware*
-  FLOPs (HFU) add what recomputation multiplies once more.
+  routed. A training step costs three forwards, less where weights are frozen, the *model* FLOPs (PaLM, arXiv
+  2204.02311, app. B: MFU); the *hardware* FLOPs (HFU) add what recomputation multiplies once more.
 A multiply-add is two operations. Either count of `dense_equivalent(config)` is that of the unrolled network.
 """
 
@@ -25,7 +25,7 @@ from mor_megatron.recursion.relaxation import adapted
 from mor_megatron.recursion.routing import RoutingMethod
 
 FORWARDS_PER_STEP = 3
-"""A backward pass multiplies twice what a forward pass does."""
+"""A backward pass multiplies twice what a forward pass does: for the gradients of inputs, and of weights."""
 ROW_PARALLEL = ("o", "down")
 """Linear maps whose input tensor-parallel ranks divide, not their output."""
 
@@ -192,9 +192,10 @@ def measured_fractions(metrics: Mapping[str, float | None], num_recursions: int)
 
 
 def dense_equivalent(config: Config) -> Config:
-    """The vanilla model of the same unrolled depth: every virtual layer has weights of its own, no token leaves."""
+    """The vanilla model of the same unrolled depth: every virtual layer has weights of its own, which are all trained,
+    and no token leaves."""
     model = replace(config.model, num_layers=config.plan.num_layers)
-    return replace(config, model=model, recursion=RecursionConfig())
+    return replace(config, model=model, recursion=RecursionConfig(), optimizer=replace(config.optimizer, freeze="none"))
 
 
 def paper_flops_per_token(config: Config) -> float:
@@ -253,20 +254,14 @@ def training_flops_per_token(
 ) -> TrainingFlops:
     """Executed FLOPs of a training token; arguments and errors as `executed_flops_per_token`.
 
-    Recomputing a layer or a whole pass repeats the forward of every layer, that of the core repeats its attention.
-
     Args:
         teacher: of `teacher.beside`; it runs forward once.
     """
-    model = FORWARDS_PER_STEP * executed_flops_per_token(config, fractions)
-    model += 0.0 if teacher is None else executed_flops_per_token(teacher)
-    layers = layer_work(config, fractions)
-    again = {
-        None: 0.0,
-        "full": sum(work.linear + work.attention for work in layers),
-        "selective": sum(work.attention for work in layers),
-    }
-    return TrainingFlops(model, model + again[config.training.recompute_granularity])
+    layers, granularity = layer_work(config, fractions), config.training.recompute_granularity
+    others = head_training_flops_per_token(config) + FORWARDS_PER_STEP * router_flops_per_token(config, fractions)
+    others += 0.0 if teacher is None else executed_flops_per_token(teacher)
+    model, hardware = (others + sum(sum(work.training(g)) for work in layers) for g in (None, granularity))
+    return TrainingFlops(model, hardware)
 
 
 def layer_flops_per_token(config: Config, fractions: Sequence[float] | None = None) -> tuple[float, ...]:
@@ -289,6 +284,12 @@ def head_flops_per_token(config: Config) -> float:
     return 2.0 * config.model.hidden_size * _vocabulary(config)
 
 
+def head_training_flops_per_token(config: Config) -> float:
+    """FLOPs a token of the LM head, forward and backward; see `head_flops_per_token`."""
+    gradients = is_reached(config, config.plan.layers[-1]) + (config.optimizer.freeze == "none")
+    return (1 + gradients) * head_flops_per_token(config)
+
+
 def kv_bytes_per_token(config: Config, fractions: Sequence[float] | None = None, bytes_per_number: int = 2) -> float:
     """Bytes of keys and values that generation keeps for a token, mean over tokens (docs/inference.md, the cache).
 
@@ -308,10 +309,25 @@ class LayerWork:
 
     linear: float
     attention: float
+    trained: float
+    """Part of `linear` whose weights are not frozen."""
+    is_reached: bool
+    """Whether the backward pass goes back to it."""
+
+    def training(self, recomputed: str | None) -> tuple[float, float]:
+        """FLOPs a token of linear maps and of attention, forward and backward.
+
+        Args:
+            recomputed: `recompute_granularity`. A layer or a whole pass repeats the forward, the core its attention.
+        """
+        if not self.is_reached:
+            return self.linear, self.attention
+        linear = (2 + (recomputed == "full")) * self.linear + self.trained
+        return linear, (FORWARDS_PER_STEP + (recomputed is not None)) * self.attention
 
 
 def layer_work(config: Config, fractions: Sequence[float] | None = None) -> list[LayerWork]:
-    """Executed forward FLOPs a token of each virtual layer, by kind; see `executed_flops_per_token`."""
+    """Work of each virtual layer; see `executed_flops_per_token`."""
     widths, plan = Widths.of(config), config.plan
     fractions = planned_fractions(config) if fractions is None else fractions
     work = []
@@ -321,9 +337,16 @@ def layer_work(config: Config, fractions: Sequence[float] | None = None) -> list
         outputs = 2 * widths.query + (0 if shares else 2 * widths.key_value) + 3 * widths.ffn
         keys = 1.0 if plan.kv_mode != "caching" and layer.kv_source != layer.index else c
         attention = c * keys * 2 * config.data.seq_length * widths.query
-        linear = 2 * widths.hidden * outputs + adapter_flops(config, layer)
-        work.append(LayerWork(c * linear, attention))
+        adapters = adapter_flops(config, layer)
+        linear = 2 * widths.hidden * outputs + adapters
+        trained = {"none": linear, "base": adapters, "all-but-routers": 0}[config.optimizer.freeze]
+        work.append(LayerWork(c * linear, attention, c * trained, is_reached(config, layer)))
     return work
+
+
+def is_reached(config: Config, layer: VirtualLayer) -> bool:
+    """Whether the backward pass goes back to a virtual layer: with `--freeze`, nothing before the block is trained."""
+    return config.optimizer.freeze == "none" or layer not in config.plan.first
 
 
 def active_fraction(layer: VirtualLayer, fractions: Sequence[float]) -> float:

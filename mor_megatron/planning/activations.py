@@ -26,6 +26,7 @@ from mor_megatron.planning.accounting import (
     Widths,
     active_fraction,
     adapted_maps,
+    is_reached,
     padded_vocab_size,
     planned_fractions,
     skips_keys,
@@ -64,8 +65,8 @@ def activations(config: Config, pipeline: PipelinePlan, stage: int, cuda: bool) 
     is_one_pass = not (config.routing_method.routes or pipeline.is_ring) and _recomputes(config) == "recursion"
     for chunk in range(pipeline.num_chunks):
         for layer in pipeline.layers(stage, chunk):
-            if config.optimizer.freeze != "none" and layer in pipeline.plan.first:
-                continue  # no gradient goes back so far
+            if not is_reached(config, layer):
+                continue
             unique = 0 if layer in pipeline.plan.first else count - 1
             recursion = unique if layer.recursion is None else layer.recursion
             if is_one_pass and layer.recursion is not None:

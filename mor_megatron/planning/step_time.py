@@ -20,7 +20,7 @@ from mor_megatron.planning.accounting import (
     Widths,
     active_fraction,
     adapted_maps,
-    head_flops_per_token,
+    head_training_flops_per_token,
     layer_work,
     planned_fractions,
 )
@@ -90,9 +90,6 @@ def stage_time(
     cut = tp if parallel.sequence_parallel else 1
     tokens = training.micro_batch_size * config.data.seq_length
     number = 2 if training.precision != "fp32" else 4
-    again = training.recompute_granularity
-    linear = FORWARDS_PER_STEP + (again == "full")
-    attention = FORWARDS_PER_STEP + (again is not None)
     peak = machine.tflops(training.precision) * 1e12
     products, attending = peak * machine.product_share, peak * machine.attention_share
     passes = number * (
@@ -104,17 +101,18 @@ def stage_time(
     chunks = []
     for chunk in range(pipeline.num_chunks):
         layers = pipeline.layers(stage, chunk)
-        seconds = sum(
-            tokens * linear * work[layer.index].linear / tp / products
-            + tokens * attention * work[layer.index].attention / tp / attending
-            + tokens * active_fraction(layer, fractions) * passes * per_byte * linear / FORWARDS_PER_STEP
-            for layer in layers
-        )
+        seconds = 0.0
+        for layer in layers:
+            own = work[layer.index]
+            linear, attention = own.training(training.recompute_granularity)
+            times = 1 if not own.is_reached else FORWARDS_PER_STEP + (training.recompute_granularity == "full")
+            seconds += tokens / tp * (linear / products + attention / attending)
+            seconds += tokens * active_fraction(layer, fractions) * passes * per_byte * times / FORWARDS_PER_STEP
         adapters = sum(len(adapted_maps(config, layer)) for layer in layers)
         operators = len(layers) * OPERATORS + adapters * ADAPTER_OPERATORS
         chunks.append(seconds + operators * machine.operator_us * 1e-6)
     if stage == pipeline.num_stages - 1:
-        head = FORWARDS_PER_STEP * head_flops_per_token(config) / products
+        head = head_training_flops_per_token(config) / products
         chunks[-1] += tokens / tp * (head + number * LOGIT_PASSES * config.model.vocab_size * per_byte)
         chunks[-1] += _forward_seconds(pipeline.teacher, machine)
     tensor = tensor_bytes / _bandwidth(machine, is_inside=tp <= machine.node_size)

@@ -31,7 +31,8 @@ class RunResult:
     """Number of parameters of the vanilla model of this depth, counted likewise."""
     tokens: int
     executed_flops: float
-    """Executed training FLOPs: forward and backward, head included, tokens as they were routed, no recomputation."""
+    """Executed training FLOPs: forward and backward, head included, tokens as they were routed; without recomputation
+    and without a teacher's."""
     topk: float
     """Validation loss with whole-sequence selection, nats per token."""
     threshold: float
