@@ -35,8 +35,10 @@ def run(args: argparse.Namespace) -> None:
     from mor_megatron.evaluation.modes import modes_of
     from mor_megatron.evaluation.report import summary, table
     from mor_megatron.evaluation.sequences import IndexedPieces, settings_of, text_pieces, token_bytes
-    from mor_megatron.inference.loading import load_model
+    from mor_megatron.inference.loading import is_export, load_model
 
+    if not (args.text or args.data_path or args.tasks) and is_export(args.model):
+        raise ValueError(f"model={args.model} is an export, which names no data: give --data-path, --text or --tasks")
     adopt_srun()
     if is_launched():
         initialize_distributed(Config())

@@ -177,7 +177,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--sbatch", action="append", default=[], metavar="NAME[=VALUE]", help="any other option of sbatch; repeatable"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the script and the layout (on stderr) instead")
-    args = parser.parse_args(argv[:place])
+    args, unknown = parser.parse_known_args(argv[:place])
+    if unknown:
+        parser.error(f"{' '.join(unknown)}: not options of this program; arguments of pretrain_mor.py follow --")
     if args.gpus_per_node < 0:
         parser.error("--gpus-per-node must be 0 or more")
     if not args.gpus_per_node and args.tasks_per_node is None:

@@ -7,6 +7,7 @@ bounds int64[d]; a multimodal corpus adds modes int8[n]. PREFIX.bin is the token
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import struct
@@ -125,7 +126,9 @@ def read_index(prefix: str, may_be_empty: bool = False) -> Index:
     idx, data = f"{prefix}.idx", f"{prefix}.bin"
     for path in (idx, data):
         if not os.path.isfile(path):
-            raise ValueError(f"{path} does not exist: give the corpus as a prefix, without .bin or .idx.")
+            made = sorted(found.removesuffix(".idx") for found in glob.glob(f"{glob.escape(prefix)}_*_document.idx"))
+            remedy = f"did you mean {' or '.join(made)}?" if made else "give a corpus's prefix, without .bin or .idx."
+            raise ValueError(f"{path} does not exist: {remedy}")
     size = os.path.getsize(idx)
     with open(idx, "rb") as stream:
         header = stream.read(_HEADER_BYTES)

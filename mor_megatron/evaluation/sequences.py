@@ -134,7 +134,7 @@ def text_pieces(
     stream = _stream(paths, tokenizer, vocab_size, eod)
     ids = torch.tensor(list(itertools.islice(stream, count * length + 1)))
     if len(ids) < 2:
-        raise ValueError(f"text={' '.join(paths)} has {len(ids)} token: give at least two")
+        raise ValueError(f"text={' '.join(paths)} has no token to predict: give more text")
     starts = range(0, len(ids) - 1, length)
     return [Piece(ids[i : i + length][: len(ids) - 1 - i], ids[i + 1 : i + 1 + length]) for i in starts]
 

@@ -76,7 +76,7 @@ def compare(
         ValueError: the text is too short for one piece of two tokens each.
     """
     if tokenizer is not None:
-        ids = tokenizer(text[: 20_000 * sequences], add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text[: 20_000 * sequences], add_special_tokens=False, verbose=False)["input_ids"]
     else:
         ids = [ord(character) % config.model.vocab_size for character in text]
     length = min(512, config.model.max_position_embeddings, len(ids) // sequences)

@@ -102,7 +102,7 @@ def load_machine(name: str, overrides: list[str] | None = None) -> Machine:
 def _typed(name: str, value: object) -> object:
     kinds = {field.name: field.type for field in fields(Machine)}
     if name not in kinds:
-        raise ValueError(f"{name.replace('_', '-')} is no property of a machine: use {', '.join(kinds)}")
+        raise ValueError(f"{name} is no property of a machine: use {', '.join(kinds)}".replace("_", "-"))
     if kinds[name] == "str":
         return str(value)
     if kinds[name] == "bool":

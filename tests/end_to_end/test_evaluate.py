@@ -80,9 +80,10 @@ def test_ranks_share_the_work_and_agree(workers, run: Path, corpus: str, tmp_pat
         assert three["calibration_error"] == pytest.approx(one["calibration_error"], rel=1e-4)
 
 
-def test_refusals(run: Path, tmp_path: Path, capsys):
+def test_refusals(run: Path, export: Path, tmp_path: Path, capsys):
     for words, message in [
         (["--model", tmp_path], "has no checkpoint"),
+        (["--model", export], "give --data-path, --text or --tasks"),
         (["--model", run, "--text", tmp_path / "nothing.txt"], "does not exist"),
         (["--model", run, "--router-threshold", 2], "must be between 0 and 1"),
         (["--model", run, "--tasks", "piqa"], "this model has no tokenizer"),

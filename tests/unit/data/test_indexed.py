@@ -168,6 +168,11 @@ def test_tools_fail_with_one_line(name, args, message: str, tmp_path: Path, monk
     assert message in err
 
 
+def test_a_prefix_without_its_key_is_completed(corpus: str) -> None:
+    with pytest.raises(ValueError, match=f"did you mean {corpus}\\?"):
+        read_index(corpus.removesuffix("_text_document"))
+
+
 def test_verify_tool_exits_1(copy: str, monkeypatch, capsys) -> None:
     assert tool(monkeypatch, capsys, "inspect_data.py", copy, "--verify", "--vocab-size", 600)[0] == 0
     patch(f"{copy}.bin", 0, struct.pack("<H", 601))

@@ -97,7 +97,7 @@ def test_ids_as_text_and_padding(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", "5", "has 1 token: give at least two"),
+        ("a.txt", "5", "has no token to predict"),
         ("a.txt", "5 11", "not an id below 10"),
         ("a.jsonl", '{"text": "5 6"}\n{"words": "7"}', "a.jsonl:2: no key 'text'"),
         ("a.pdf", "5 6", "unknown format .pdf"),

@@ -154,7 +154,7 @@ def test_a_machine_of_ones_own(tmp_path):
     ("name", "overrides", "message"),
     [
         ("H900", [], "machine=H900 is neither known nor a file: use A100"),
-        ("H100", ["links=3"], "links is no property of a machine: use name, memory_gb"),
+        ("H100", ["links=3"], "links is no property of a machine: use name, memory-gb"),
         ("H100", ["link-gbs=fast"], "link-gbs=fast is not a number above 0"),
         ("H100", ["link-gbs"], "override 'link-gbs' is no field=value"),
     ],

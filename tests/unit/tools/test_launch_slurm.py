@@ -131,6 +131,7 @@ REFUSALS = {
     "no ranks": (f"--gpus-per-node 0 -- {MODEL} --save x", "give --tasks-per-node"),
     "no nodes": (f"--nodes 0 -- {MODEL} --save x", "0 is not an integer of 1 or more"),
     "nothing to run": ("--nodes 1", "give them after --"),
+    "no --": (f"--nodes 1 {MODEL} --save x", "arguments of pretrain_mor.py follow --"),
     "quotes": (f'--gpus-per-node 2 --sbatch comment="a" -- {MODEL} --save x', "use a value without quotes"),
     "blank": (f"--gpus-per-node 2 --container-image my\\ image -- {MODEL} --save x", "use a path without one"),
     "no corpus": (f"--gpus-per-node 2 -- {MODEL} --save x", "data-path=data/docs: data/docs.idx does not exist"),
