@@ -178,7 +178,7 @@ def run_layer(
     It calls the parts of the exported layer, so adapters and quantised weights take effect.
 
     Args:
-        number: of the physical layer.
+        number: position of this use of the layer, in recursion 0 if it is of the block.
         wanted: rows whose output is needed; None: all. The others are stored only.
         reads: of the wanted rows.
     """

@@ -87,8 +87,8 @@ class Engine:
         self._clock = time.thread_time if model.device.type == "cpu" else time.perf_counter
         recursions = plan.num_recursions if config.kv_mode == "caching" else 1
         self.store = build_store(
-            {use.physical for use in (*plan.first, *plan.last)},
-            {use.physical for use in plan.pass_layers(0)},
+            {use.index for use in (*plan.first, *plan.last)},
+            {use.index for use in plan.pass_layers(0)},
             recursions,
             model.model.router.planned_fractions(),
             options.lanes,

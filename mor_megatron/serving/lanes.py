@@ -243,7 +243,7 @@ class Lanes:
     def _layers(self, uses: tuple, x: Tensor, view: View) -> Tensor:
         for use in uses:
             layer = self.model.model.layers[use.physical]
-            x = run_layer(layer, x, use.physical, view, None, view.reads)
+            x = run_layer(layer, x, use.index, view, None, view.reads)
         return x
 
     def _stream(self, here: Tensor, rows: Tensor | None, hidden: Tensor | None) -> Stream:

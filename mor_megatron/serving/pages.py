@@ -21,7 +21,7 @@ class Pages:
     engine write there.
 
     Args:
-        layers: physical layers of this kind; without any, no page is ever needed.
+        layers: positions of this kind, those of the block in recursion 0; without any, no page is ever needed.
         tables: number of tables that sequences can have.
         longest: most rows of a table.
         count: pages there are.
@@ -178,7 +178,7 @@ def build_store(
     """Keys and values for a number of sequences.
 
     Args:
-        ends, block: physical layers that run once, and in the block.
+        ends, block: positions of layers that run once, and of those of the block in recursion 0.
         recursions: tables of a sequence in the block.
         fractions: of tokens expected at each recursion; they divide the memory among the two kinds.
         lanes: sequences at a time.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mor_megatron.huggingface.attention_mor import rotation_of
 from mor_megatron.huggingface.modeling_mor import NEVER, MoRForCausalLM
+from mor_megatron.recursion.plan import VirtualLayer
 from mor_megatron.serving.attention import AnyReads, DeviceReads, Reads, View, run_layer
 from mor_megatron.serving.cohort import GONE, Cohort, Entry, Rows
 from mor_megatron.serving.kernel import DeviceKernels, Kernel, store_rows
@@ -63,9 +64,6 @@ class Runner:
         self.device, config = model.device, model.config
         self.store_rows = store_rows if self.device.type == "cpu" else kernel.store
         self.group = config.num_attention_heads // config.num_key_value_heads
-        self.first = [use.physical for use in self.plan.first]
-        self.last = [use.physical for use in self.plan.last]
-        self.block = [use.physical for use in self.plan.pass_layers(0)]
         self.rotation = rotation_of(torch.arange(longest, device=self.device), model.config, model.dtype)
         self.cohorts: list[Cohort] = []
         self.lanes: Lanes | None = None
@@ -134,13 +132,13 @@ class Runner:
         kinds = [np.array(mine) for mine in places.values()] if len(places) > 1 else [np.arange(len(ids))]
         entries = [Entry(slot[mine], position[mine], ids[mine]) for mine in kinds]
         more = [ids, *kinds, *(array for entry in entries for array in entry.arrays)]
-        if self.first:
+        if self.plan.first:
             view, more = self._view(self.store.ends, slot, position, slot, position, more=more)
         else:
             more = send(more, self.device)
         x = self.model.model.embed_tokens(more[0])
-        if self.first:
-            x = self._layers(self.first, x, view)
+        if self.plan.first:
+            x = self._layers(self.plan.first, x, view)
         np.add.at(self.store.ends.rows, slot, 1)
         kinds, sent = more[1 : 1 + len(kinds)], iter(more[1 + len(kinds) :])
         for (depth, threshold), mine, entry in zip(places, kinds, entries, strict=True):
@@ -162,7 +160,7 @@ class Runner:
         rows = Rows([(cohort, cohort.active) for cohort in cohorts])
         view, order = self._block_view(rows)
         x = rows.gather([cohort.stream.rows for cohort in cohorts], order)
-        x = self._layers(self.block, self.model.model.opened(x, view.recursion), view)
+        x = self._layers(self.plan.pass_layers(0), self.model.model.opened(x, view.recursion), view)
         live = [cohort.close(own) for cohort, own in zip(cohorts, rows.scatter(x, order), strict=True)]
         return [(cohort, own) for cohort, own in zip(cohorts, live, strict=True) if own is not None]
 
@@ -215,7 +213,7 @@ class Runner:
     def _logits(self, hidden: list[Tensor], places: list[np.ndarray], rows: Rows, needed: np.ndarray) -> Tensor:
         """Last layers of all rows, which stand at `places` of `hidden`, and the head of the needed ones."""
         more, reads = [*places, needed, *rows.arrays], None
-        if self.last:
+        if self.plan.last:
             reads = self._reads(self.store.ends, rows.slot[needed], rows.position[needed] + 1)
             more += reads.arrays
             view, more = self._view(self.store.ends, rows.slot, rows.position, rows.slot, rows.position, more=more)
@@ -226,10 +224,10 @@ class Runner:
         x = rows.gather([h[mine] for h, mine in zip(hidden, own, strict=True)], order)
         if len(needed) == len(x):
             wanted = None
-        if self.last:
+        if self.plan.last:
             reads.receive(more)
-            x = self._layers(self.last[:-1], x, view)
-            x = self._layers(self.last[-1:], x, view, wanted, reads)
+            x = self._layers(self.plan.last[:-1], x, view)
+            x = self._layers(self.plan.last[-1:], x, view, wanted, reads)
         elif wanted is not None:
             x = x[wanted]
         logits = self.model.lm_head(self.model.model.norm(x))
@@ -239,15 +237,15 @@ class Runner:
 
     def _layers(
         self,
-        layers: list[int],
+        uses: Sequence[VirtualLayer],
         x: Tensor,
         view: View,
         wanted: Tensor | None = None,
         reads: AnyReads | None = None,
     ) -> Tensor:
-        """Physical layers, one after the other."""
-        for number in layers:
-            x = run_layer(self.model.model.layers[number], x, number, view, wanted, reads or view.reads)
+        """Layers, one after the other."""
+        for use in uses:
+            x = run_layer(self.model.model.layers[use.physical], x, use.index, view, wanted, reads or view.reads)
         return x
 
     def _block_view(self, rows: Rows) -> tuple[View, list[Tensor]]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from serving_models import KINDS, LONGEST, TOLERANCE, VOCAB, expected, fewest_bytes, model_of
 
+from mor_megatron.huggingface.modeling_mor import MoRForCausalLM
 from mor_megatron.recursion.methods import METHODS
 from mor_megatron.recursion.plan import STRATEGIES
 from mor_megatron.serving import LLM, Completion, SamplingParams
@@ -94,14 +95,27 @@ def parity():
         table.update(old)
 
 
+def assert_greedy(done: Completion, model: MoRForCausalLM) -> None:
+    """Each token is the most likely one in a pass over the whole text."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*done.prompt, *done.tokens]])).logits
+    assert logits[0, len(done.prompt) - 1 : -1].argmax(1).tolist() == list(done.tokens)
+
+
 def test_an_extension_is_served(parity: dict):
     model = model_of("parity", **parity)
     for done in LLM(model, lanes=4, turn_at=1, chunk=8).generate(PROMPTS, GREEDY):
-        text = [*done.prompt, *done.tokens]
-        assert done.depths == tuple(3 if token % 2 == 0 else 1 for token in text)
-        with torch.no_grad():
-            logits = model(torch.tensor([text])).logits
-        assert logits[0, len(done.prompt) - 1 : -1].argmax(1).tolist() == list(done.tokens)
+        assert done.depths == tuple(3 if token % 2 == 0 else 1 for token in (*done.prompt, *done.tokens))
+        assert_greedy(done, model)
+
+
+def test_a_layer_that_a_recursion_runs_twice_has_keys_of_each_use(monkeypatch):
+    layers = [(0, 0), (1, 0), (0, 0), (0, 1), (1, 1), (0, 1)]
+    monkeypatch.setitem(STRATEGIES, "there_and_back", lambda depth, num_recursions: layers)
+    settings = {"num_recursions": 2, "sharing_strategy": "there_and_back", "num_hidden_layers": 6}
+    model = model_of("there_and_back", **settings, routing="token_choice")
+    for done in LLM(model, lanes=4, turn_at=1, chunk=8).generate(PROMPTS, GREEDY):
+        assert_greedy(done, model)
 
 
 def test_prompt_logprobs():
