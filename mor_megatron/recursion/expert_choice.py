@@ -89,13 +89,20 @@ class ExpertChoice(RoutingMethod):
 
     @classmethod
     def warnings(cls, settings: ExpertChoiceSettings) -> list[str]:
-        """The threshold may be left untrained."""
-        if settings.router_aux_loss_coeff > 0:
-            return []
-        return [
-            "router-aux-loss-coeff=0 leaves the causal threshold untrained, so that threshold evaluation and "
-            "generation select at random: use a value above 0"
-        ]
+        """The threshold may be left untrained, or the routers that select."""
+        found = []
+        if not settings.router_aux_loss_coeff:
+            found.append(
+                "router-aux-loss-coeff=0 leaves the causal threshold untrained, so that threshold evaluation and "
+                "generation select at random: use a value above 0"
+            )
+        detached = settings.router_objective == "aux_router" and not settings.router_z_loss_coeff
+        if detached and settings.router_gating == "additive":
+            found.append(
+                "router-gating=additive with router-objective=aux_router leaves the routers that select without a "
+                "gradient: use --router-gating weighted or --router-objective aux_loss"
+            )
+        return found
 
     @classmethod
     def untrained(cls, settings: ExpertChoiceSettings) -> str | None:

@@ -258,6 +258,10 @@ IGNORED = {
     ),
     "name without project": ("--wandb-exp-name a", "wandb-exp-name=a is ignored.*--wandb-project"),
     "untrained threshold": (f"{EXPERT} --router-aux-loss-coeff 0", "leaves the causal threshold untrained"),
+    "untrained selection": (
+        f"{EXPERT} --router-gating additive --router-objective aux_router",
+        "router-gating=additive with router-objective=aux_router leaves the routers that select without a gradient",
+    ),
     "untrained depths": (f"{TOKEN} --router-gating additive --router-balance none", "without a gradient"),
 }
 
