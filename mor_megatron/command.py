@@ -16,8 +16,8 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def add_extension(parser: ArgumentParser) -> None:
-    """The option --extension, for programs that read exports; checkpoints name their extension themselves."""
-    text = "Python file with the routing method or sharing strategy of an export (docs/extending.md)"
+    """The option --extension, for programs that read models of transformers; checkpoints name theirs themselves."""
+    text = "Python file with the routing method or sharing strategy of a model (docs/extending.md)"
     parser.add_argument("--extension", help=text)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from mor_megatron.command import add_extension, exit_status, load_extension
-from mor_megatron.config.schema import RecursionConfig
+from mor_megatron.config import schema
 from mor_megatron.huggingface.uptraining import ADAPTER_STARTS, INITIALIZATIONS
 from mor_megatron.recursion.plan import KV_MODES, STRATEGIES
 from mor_megatron.recursion.relaxation import RelaxationSettings
@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> Path:
         if "adapters" in given and given.get("relaxation") != "lora":
             raise ValueError("--adapters needs --relaxation lora")
         names = ("num_recursions", "sharing_strategy", "depth_rounding", "kv_mode", *_RELAXATION)
-        recursion = RecursionConfig(**{name: given[name] for name in names if name in given})
+        settings = {name: given[name] for name in names if name in given}
+        recursion = schema.RecursionConfig(**settings, extension=args.extension)  # the current one, as extended
         weights, config, sources, residuals = read_llama(
             args.model,
             recursion,
@@ -84,7 +85,7 @@ def main() -> int:
     group.add_argument("--max-position-embeddings", type=int, help="longest sequence; default: the model's")
     group.add_argument("--num-recursions", type=int, help="number of recursions; default 1: nothing is shared")
     group.add_argument("--num-layers", type=int, help="unrolled depth; default: the model's")
-    group.add_argument("--sharing-strategy", choices=tuple(STRATEGIES))
+    group.add_argument("--sharing-strategy", help=f"{', '.join(STRATEGIES)}, or one of the extension")
     group.add_argument("--depth-rounding", choices=("error", "down", "up"))
     group.add_argument(
         "--initialization", choices=INITIALIZATIONS, help="source of each shared layer; default: stepwise"

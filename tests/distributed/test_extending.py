@@ -13,7 +13,7 @@ import torch
 from layout_runs import describe, differences, my_batches, train
 from table import BLOCK, LAYOUTS, MICRO_BATCH, ONE, SEQ_LENGTH, STEPS, VOCABULARY, Layout
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mor_megatron.config import schema
 from mor_megatron.config.cli import parse_config, read_config
@@ -33,6 +33,9 @@ from mor_megatron.recursion.context import RoutingContext
 from mor_megatron.recursion.methods import METHODS
 from mor_megatron.recursion.plan import STRATEGIES
 from mor_megatron.training.evaluate import evaluate
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+import import_hf
 
 FILE = Path(__file__).parents[2] / "examples" / "extension" / "parity.py"
 PARITY = f"""--extension {FILE} --routing parity --sharing-strategy late_cycle --num-recursions 2
@@ -231,6 +234,17 @@ def test_a_module_of_its_own_is_exported_evaluated_and_imported(process_group, t
     fresh = MoRForCausalLM(export_config(config)).model.router.scorer
     assert 0.03 < fresh.inner.std() < 0.3, "drawn with initializer_range=0.1"
     assert torch.equal(fresh.out, torch.ones(32))
+
+
+def test_a_dense_model_begins_one_of_its_sharing_strategy(tmp_path: Path, monkeypatch):
+    """With a checkpoint that names the file."""
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=5)).save_pretrained(tmp_path / "llama")
+    words = f"--model {tmp_path / 'llama'} --output {tmp_path / 'run'} --num-recursions 2 --sharing-strategy late_cycle"
+    monkeypatch.setattr(sys, "argv", ["import_hf.py", *words.split(), "--extension", str(FILE)])
+    assert import_hf.main() == 0
+    recursion = read_checkpoint(tmp_path / "run").config.recursion
+    assert (recursion.sharing_strategy, recursion.extension) == ("late_cycle", str(FILE))
 
 
 def test_parameters_outside_a_submodule_are_refused(process_group, monkeypatch):
