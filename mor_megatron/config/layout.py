@@ -108,7 +108,7 @@ def _stages(config: Config) -> Problem | None:
     stages, layers, block = parallel.pipeline_model_parallel_size, parallel.pipeline_layers, plan.block_size
     if block < stages:
         count, strategy = plan.num_recursions, plan.strategy
-        depth = len(plan.first) + len(plan.last) + stages * count
+        depth = len(plan.first) + len(plan.last) + -(-stages * len(plan.shared) // block)  # as often as they run now
         return (
             f"pipeline-model-parallel-size={stages} does not fit a block of {block} "
             f"{'layer' if block == 1 else 'layers'} (num-layers={plan.num_layers}, num-recursions={count}, {strategy})",
@@ -195,8 +195,8 @@ def _dealt(config: Config, world_size: int) -> Problem | None:
     unit, batch = training.micro_batch_size * ranks, default_batch(config, world_size)
     cut = f"micro-batch-size={training.micro_batch_size} x {ranks} data-parallel ranks"
     if batch % unit:
-        below = batch - batch % unit
-        near = " or ".join(str(size) for size in (below, below + unit) if size)
+        below, least = batch - batch % unit, unit * (stages if config.is_ring else 1)
+        near = " or ".join(map(str, sorted({max(size, least) for size in (below, below + unit)})))
         return f"global-batch-size={batch} is not a multiple of {cut}", f"--global-batch-size {near}"
     ramp = training.rampup_batch_size
     shown = f"global-batch-size={batch}"

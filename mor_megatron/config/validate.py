@@ -88,7 +88,7 @@ def _model(config: Config) -> Config:
             )
     if model.kv_channels is None:
         if model.hidden_size % heads:
-            near = _nearest_multiples(model.hidden_size, heads)
+            near = _nearest_multiples(model.hidden_size, 2 * heads)  # of even width
             raise ValueError(
                 f"hidden-size={model.hidden_size} is not a multiple of num-attention-heads={heads}: "
                 f"use {near}, or give --kv-channels"

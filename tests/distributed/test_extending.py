@@ -264,3 +264,15 @@ def test_a_plan_that_comes_back_to_an_earlier_rank_is_refused(monkeypatch):
     assert config_of(model=model).plan.is_cyclic
     with pytest.raises(ValueError, match="there_and_back comes back to an earlier layer within a pass over the ranks"):
         config_of(replace(ONE, pp=2), model=model)
+
+
+def test_the_depth_that_a_pipeline_needs_counts_every_use(monkeypatch):
+    def doubled(depth, num_recursions):
+        block, rest = divmod(depth, 2 * num_recursions)
+        return [] if rest else [(slot, r) for r in range(num_recursions) for slot in range(block) for _ in range(2)]
+
+    monkeypatch.setitem(STRATEGIES, "doubled", doubled)
+    model = f"--extension {FILE} --routing parity --sharing-strategy doubled --num-recursions 2 --num-layers"
+    with pytest.raises(ValueError, match=r"does not fit a block of 1 layer .*use .*--num-layers 8 or more"):
+        config_of(replace(ONE, pp=2), model=f"{model} 4")
+    assert config_of(replace(ONE, pp=2), model=f"{model} 8").plan.block_size == 2

@@ -108,6 +108,12 @@ REFUSED = {
         "pipeline-model-parallel-size=4",
         "use --micro-batch-size 1, which keeps the global batch, or --global-batch-size 16 or more",
     ),
+    "part of a micro-batch in a ring": (
+        f"{MOR} --pp 2 --micro-batch-size 4 --global-batch-size 3",
+        2,
+        "global-batch-size=3 is not a multiple of micro-batch-size=4 x 1 data-parallel ranks",
+        "use --micro-batch-size 1, which keeps the global batch, or --global-batch-size 8$",
+    ),
 }
 
 

@@ -48,7 +48,7 @@ REFUSED = {
     "heads": (
         "--num-attention-heads 3",
         "hidden-size=256 .*num-attention-heads=3",
-        "use 255 or 258, or .*--kv-channels",
+        "use 252 or 258, or .*--kv-channels",
     ),
     "odd head": ("--kv-channels 5", "kv-channels=5", "use 4 or 6"),
     "groups missing": ("--group-query-attention", "group-query-attention=True", "give --num-query-groups"),
