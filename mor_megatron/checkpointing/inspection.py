@@ -26,17 +26,18 @@ def verify(directory: str | Path) -> Iterator[str]:
         yield str(error)
         return
     lengths: dict[str, int] = {}
+    problems = []
     for name, stored in manifest.files.items():
         problem = damage(directory, manifest, [name])
         if problem is not None:
-            yield problem
+            problems.append(problem)
         elif stored.entries:
             try:
                 with safe_open(directory / name, "pt") as file:
                     lengths |= {key: file.get_slice(key).get_shape()[0] for key in stored.entries}
             except (SafetensorError, IndexError) as error:
-                yield f"{directory / name} does not hold what the manifest lists ({error})"
-    yield from _gaps(directory, manifest, lengths)
+                problems.append(f"{directory / name} does not hold what the manifest lists ({error})")
+    yield from problems or _gaps(directory, manifest, lengths)  # a damaged file leaves gaps
 
 
 def _gaps(directory: Path, manifest: Manifest, lengths: dict[str, int]) -> Iterator[str]:

@@ -130,7 +130,7 @@ def validation_line(record: Record, split: str | None = None) -> str:
     for name, loss in losses.items():
         loss = math.nan if loss is None else loss
         label = name.removeprefix("validation_loss_")
-        fields += [f"lm loss {label}: {loss:.6E}", f"lm loss PPL {label}: {math.exp(min(20.0, loss)):.6E}"]
+        fields += [f"lm loss {label}: {loss:.6E}", f"lm loss PPL {label}: {math.exp(min(loss, 20.0)):.6E}"]
     return " | ".join(fields) + " |"
 
 

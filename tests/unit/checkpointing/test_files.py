@@ -127,7 +127,7 @@ def test_damage_is_named(checkpoint, file, damage):
     spoil(checkpoint / file)
     with pytest.raises(ValueError, match=f"{checkpoint / file} .*{message}"):
         open_checkpoint(checkpoint)
-    (problem,) = [line for line in verify(checkpoint) if "is not whole" not in line and "has no weights" not in line]
+    (problem,) = verify(checkpoint)
     assert str(checkpoint / file) in problem
 
 

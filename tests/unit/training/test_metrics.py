@@ -87,3 +87,4 @@ def test_validation_line_gives_loss_and_perplexity():
     assert "validation loss at iteration 5 |" in line
     assert "lm loss topk: 2.079442E+00 | lm loss PPL topk: 8.000000E+00 |" in line
     assert "lm loss PPL threshold: 2.718282E+00 |" in line
+    assert "lm loss PPL topk: NAN |" in validation_line({"iteration": 5, "validation_loss_topk": None})
