@@ -334,6 +334,8 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise ValueError(f"cache_implementation={kind} cannot hold ragged keys and values: leave it out")
+        if (layers := generation_config.assistant_early_exit) is not None:
+            raise ValueError(f"assistant_early_exit={layers} would draft with other recursions: use assistant_model")
         if generation_config.use_cache and model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = MoRCache(self.config)
         if model_kwargs.get(CACHE) is not None:

@@ -146,6 +146,15 @@ def test_prompt_lookup_rolls_the_cache_back(model: MoRForCausalLM):
     assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **options), expected)
 
 
+@pytest.mark.parametrize(("option", "value"), [("cache_implementation", "static"), ("assistant_early_exit", 2)])
+def test_a_refused_option_leaves_the_model_as_it_was(option: str, value: str | int):
+    model = pair("expert")[1]
+    settings = model.config.to_dict()
+    with pytest.raises(ValueError, match=f"{option}={value}"):
+        model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, pad_token_id=PAD, **{option: value})
+    assert model.config.to_dict() == settings
+
+
 def test_prefill_in_chunks_and_continuation(model: MoRForCausalLM):
     """A prompt given in pieces, and a cache handed to a second call of `generate`."""
     ids, mask, _ = prompts(True)
