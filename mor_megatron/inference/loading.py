@@ -87,7 +87,7 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
         ValueError: the text is empty, or contains something that is not an id.
     """
     if tokenizer is not None:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     else:
         words = text.split()
         wrong = [word for word in words if not word.isdecimal() or int(word) >= vocab_size]

@@ -101,6 +101,8 @@ class Engine:
         """Tokens that the pages have room for, if the router selects as many as planned."""
         self.longest = min(self.max_length, self.store.longest())
         """Most tokens of one sequence, whatever recursions they take."""
+        if not self.longest:
+            raise ValueError(f"kv_bytes={options.kv_bytes} has no room for a page of each recursion: use more")
         kernel = choose(options.attention, model.dtype, model.device)
         self.prefixes = PrefixCache(self.store) if options.prefix_cache else None
         computed, on_cpu = model, model.device.type == "cpu"

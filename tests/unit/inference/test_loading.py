@@ -9,10 +9,13 @@ import pytest
 import torch
 from pairs import pair
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from mor_megatron.huggingface.export import cast
-from mor_megatron.inference.loading import load_model
+from mor_megatron.inference.loading import encode, load_model
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -86,3 +89,12 @@ def test_the_bias_that_routes_stays_fp32(export: Path):
             assert again.lm_head.weight.dtype == loaded.lm_head.weight.dtype == again.dtype
     finally:
         model.model.router.balance_bias.copy_(before)
+
+
+def test_a_text_longer_than_the_model_draws_no_warning():
+    """Texts are cut into sequences, and the server refuses what is too long; transformers warns of indexing errors."""
+    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=1)
+    assert encode("a a a", tokenizer, 1) == [0, 0, 0]
+    assert not tokenizer.deprecation_warnings  # where transformers notes that it has warned

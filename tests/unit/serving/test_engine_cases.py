@@ -219,6 +219,8 @@ def test_what_does_not_fit_is_refused():
         LLM(model_of("refused", num_recursions=3, sharing_strategy="middle_sequence", num_hidden_layers=8))
     with pytest.raises(ValueError, match=f"max_length=65 exceeds the model's max_position_embeddings={LONGEST}"):
         engine(max_length=65)
+    with pytest.raises(ValueError, match="kv_bytes=1000 has no room for a page of each recursion"):
+        engine(kv_bytes=1000)
     with pytest.raises(ValueError, match="depth=4 must be between 1 and num_recursions=3"):
         engine().add([1], SamplingParams(depth=4))
     with pytest.raises(ValueError, match=r"top_p=1.5 is out of range"):
