@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from mor_megatron.serving.http.build import load_engine, server_options
 
     options = server_options(args)
-    return serve(load_engine(args), options)
+    return serve(lambda: load_engine(args), options)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -199,13 +199,14 @@ def test_tasks_through_the_server(export: Path, tasks: Path, monkeypatch):
 
     from mor_megatron.serving.engine import Engine, EngineOptions
     from mor_megatron.serving.http.options import ServerOptions
-    from mor_megatron.serving.http.run import Server, listen
+    from mor_megatron.serving.http.run import Server, bind
 
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     names, options = ["mor_choice", "mor_text"], ServerOptions(port=0)
     model, tokenizer = load_model(export, device="cpu")
     server = Server(Engine(model, tokenizer, EngineOptions(lanes=4, kv_bytes=16 << 20)), options)
-    with listen(options) as bound:
+    with bind(options) as bound:
+        bound.listen()
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         try:

@@ -1,4 +1,4 @@
-"""The process: listen, serve, and drain on SIGTERM."""
+"""The process: bind, load, serve, and drain on SIGTERM."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 """Exit status after a second SIGINT, as shells have it."""
+_WAITING = 2048
+"""Connections that wait to be accepted."""
 _LAST_WORDS = 5
 """Seconds to send errors to those who still wait at the end."""
 
@@ -65,28 +68,39 @@ class Server(uvicorn.Server):
         timer.cancel()
 
 
-def listen(options: ServerOptions) -> socket.socket:
-    """A socket that listens at the address.
+def bind(options: ServerOptions) -> socket.socket:
+    """A socket at the address, which does not listen yet.
 
     Raises:
         OSError: the address is taken, or not this machine's.
     """
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    listener = socket.create_server((options.host, options.port), family=family, backlog=2048)
-    drop_silent(listener, options.send_timeout)
-    return listener
+    bound = socket.socket(family)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not refused for connections of a server before
+        drop_silent(bound, options.send_timeout)
+        bound.bind((options.host, options.port))
+    except OSError as error:
+        bound.close()
+        raise OSError(error.errno, f"host={options.host} port={options.port}: {error.strerror}") from error
+    return bound
 
 
-def serve(engine: Engine, options: ServerOptions) -> int:
+def serve(load: Callable[[], Engine], options: ServerOptions) -> int:
     """Serve until SIGTERM or SIGINT. Then take no new connection, and end when the open requests have ended.
 
+    Args:
+        load: called once the address is known to be free, as it may take minutes.
+        options: of the server.
     Returns:
         Exit status: 0, or 1 if the engine has failed. A second SIGINT ends the process with `EXIT_INTERRUPTED`.
     Raises:
         OSError: the address is taken, or not this machine's.
     """
     raise_file_limit()
-    with listen(options) as bound:
+    with bind(options) as bound:
+        engine = load()
+        bound.listen(_WAITING)
         host, port = bound.getsockname()[:2]
         if options.api_key is None and host not in ("127.0.0.1", "::1"):
             logger.warning(f"host={host} is open to other machines, and there is no API key")

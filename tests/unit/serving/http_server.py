@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mor_megatron.serving.engine import Engine, EngineOptions
 from mor_megatron.serving.http.options import ServerOptions
-from mor_megatron.serving.http.run import Server, listen
+from mor_megatron.serving.http.run import Server, bind
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz .,:;!?\n0123456"
 KEY = "secret"
@@ -63,7 +63,8 @@ def running(engine: Engine | None = None, **options) -> Iterator[Running]:
     engine = engine or engine_of()
     options = ServerOptions(**{"name": "tiny", "port": 0, **options})
     server = Server(engine, options)
-    with listen(options) as bound:
+    with bind(options) as bound:
+        bound.listen()
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         try:

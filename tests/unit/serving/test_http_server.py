@@ -25,7 +25,7 @@ from mor_megatron.serving.http import run
 from mor_megatron.serving.http.limits import BodyLimit
 from mor_megatron.serving.http.options import ServerOptions
 from mor_megatron.serving.http.protocol import CompletionBody
-from mor_megatron.serving.http.run import listen
+from mor_megatron.serving.http.run import bind
 
 JSON = {"Content-Type": "application/json"}
 PROMPTS = ["once upon", "a", "the sea, the sea"]
@@ -340,7 +340,8 @@ def test_flags_reach_engine_and_server(tmp_path: Path, monkeypatch):
     words = "--max-num-seqs 3 --max-num-batched-tokens 9 --block-size 4 --no-enable-prefix-caching --max-model-len 99"
     words += f" --port 1 --served-model-name other --device cpu --chat-template {tmp_path / 'chat.jinja'}"
     assert tool().run(tool().parse(["--model", str(tmp_path), *words.split()])) == 0
-    engine, options = found
+    load, options = found
+    engine = load()
     assert options == ServerOptions(name="other", port=1, api_key=KEY)
     assert engine.options == EngineOptions(lanes=3, chunk=9, page_size=4, prefix_cache=False, max_length=99)
     assert engine.tokenizer.apply_chat_template([{"content": "hi"}], tokenize=False) == "hi!"
@@ -356,12 +357,12 @@ def test_missing_packages_are_told(monkeypatch):
 def test_a_client_that_does_not_read_gives_up_its_place(monkeypatch):
     """Its connection is closed after some time. The engine does not wait for it."""
 
-    def listen_with_little_room(options: ServerOptions) -> socket.socket:
-        listener = listen(options)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        return listener
+    def bind_with_little_room(options: ServerOptions) -> socket.socket:
+        bound = bind(options)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return bound
 
-    monkeypatch.setattr("http_server.listen", listen_with_little_room)
+    monkeypatch.setattr("http_server.bind", bind_with_little_room)
     engine = engine_of()
     options = {"max_waiting": 0, "send_timeout": 1}
     body = json.dumps({"prompt": "once upon", "max_tokens": 200, "n": 4, "stream": True, "logprobs": 20}).encode()

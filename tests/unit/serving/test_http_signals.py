@@ -19,7 +19,7 @@ from http_server import engine_of
 
 from mor_megatron.serving.http import run
 from mor_megatron.serving.http.options import ServerOptions
-from mor_megatron.serving.http.run import EXIT_INTERRUPTED, Server, listen, serve
+from mor_megatron.serving.http.run import EXIT_INTERRUPTED, Server, bind, serve
 
 
 def _serve(pipe, **options) -> None:
@@ -28,12 +28,13 @@ def _serve(pipe, **options) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, most))
 
     def tell(options: ServerOptions) -> socket.socket:
-        bound = listen(options)
+        bound = bind(options)
+        bound.listen()
         pipe.send(bound.getsockname()[1])
         return bound
 
-    run.listen = tell  # this process is for nothing else
-    os._exit(run.serve(engine_of(), ServerOptions(name="tiny", port=0, **options)))
+    run.bind = tell  # this process is for nothing else
+    os._exit(run.serve(engine_of, ServerOptions(name="tiny", port=0, **options)))
 
 
 @contextmanager
@@ -78,6 +79,13 @@ def test_sigterm_drains(stream_body: dict):
 
 
 @pytest.mark.timeout(60)
+def test_a_taken_address_is_told_before_a_model_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=f"host=127.0.0.1 port={port}: Address already in use"):
+            serve(lambda: pytest.fail("loaded"), ServerOptions(port=port))
+
+
 def test_a_signal_before_the_server_listens_to_signals(monkeypatch):
     """It is not lost."""
     start = Server.run
@@ -89,7 +97,7 @@ def test_a_signal_before_the_server_listens_to_signals(monkeypatch):
     monkeypatch.setattr(Server, "run", interrupted)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        assert serve(engine_of(), ServerOptions(port=0)) == 0
+        assert serve(engine_of, ServerOptions(port=0)) == 0
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

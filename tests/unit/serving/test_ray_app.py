@@ -22,7 +22,7 @@ import pytest
 from http_server import model_of, tokenizer
 
 from mor_megatron.serving.http.options import ServerOptions
-from mor_megatron.serving.http.run import listen
+from mor_megatron.serving.http.run import bind
 
 ROOT = Path(__file__).parents[3]
 FAULT = """
@@ -112,7 +112,7 @@ def replicas(tmp_path_factory) -> Iterator[Replicas]:
     model_of("expert", max_position_embeddings=2048).save_pretrained(directory / "tiny")
     tokenizer().save_pretrained(directory / "tiny")
     (directory / "fault.py").write_text(FAULT)
-    with listen(ServerOptions(port=0)) as bound:
+    with bind(ServerOptions(port=0)) as bound:
         port = bound.getsockname()[1]
     command = [sys.executable, ROOT / "examples/serving/ray_app.py", "--model", directory / "tiny", "--port", port]
     command += ["--min-replicas", 1, "--max-replicas", 2, "--cpus-per-replica", 0.5, "--max-num-seqs", 2]
