@@ -52,7 +52,7 @@ class Drafter(Runner):
         cohort = self.cohorts[-1]
         passing = Rows([(cohort, cohort.active)])
         view, order = self._block_view(passing)
-        x = self._layers(self.block, passing.gather([cohort.stream.rows], order), view)
+        x = self._layers(self.plan.pass_layers(0), passing.gather([cohort.stream.rows], order), view)
         hidden = self.method.merged(replace(cohort.stream, rows=x)).hidden
         if (live := cohort.close(x)) is not None:
             cohort.settle(live.numpy())
