@@ -10,12 +10,15 @@ from table import LAYOUTS, Layout, build_config
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 ROUTERS = ("expert-aux-router", "all-but-routers")
 BASE = ("expert-relaxed", "base")  # with adapters, norms and vectors of each recursion
+SHARING = ("expert-relaxed-gqa", "all-but-routers")  # recursions after the first project queries alone
 CASES = [
     ("tp2-sp", *BASE),
+    ("tp2", *SHARING),
     ("pp2", *ROUTERS),  # the last stage has nothing to train
 ]
 NAMES = ["dp2-zero0", "dp2", "dp2-zero2", "dp2-zero3", "tp2-sp", "tp2-sp-dp2-zero3", "pp2", "tp2-sp-pp2", "pp2-zero0"]
 SLOW = [case for kind in (ROUTERS, BASE) for name in NAMES if (case := (name, *kind)) not in CASES]
+SLOW.append(("tp2-sp", *SHARING))
 
 
 def is_trained(name: str, freeze: str = "all-but-routers") -> bool:
